@@ -1,0 +1,3 @@
+"""Targeted machine unlearning by perturbed sign gradients, in JAX."""
+
+__version__ = "0.1.0"
