@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar, dataclass_transform
 
 import chex
 import jax
@@ -16,6 +16,15 @@ ApplyFn: TypeAlias = Callable[[Variables, jax.Array], jax.Array]
 
 Inference mode, pure, each row independent of the others.
 """
+
+
+_T = TypeVar("_T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def pytree(cls: type[_T]) -> type[_T]:
+  """Makes a frozen `chex.dataclass`, in a form that type checkers follow."""
+  return chex.dataclass(frozen=True)(cls)
 
 
 class Model(NamedTuple):

@@ -1,0 +1,1 @@
+"""Builders that turn raw files into TFDS data sets, without TensorFlow."""

@@ -1,0 +1,1 @@
+"""Programs that train, unlearn, compare and report."""

@@ -1,0 +1,101 @@
+"""What the programs share: reading options, and ending when they are wrong."""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import tyro
+
+from experiments import recipes
+
+_JobT = TypeVar("_JobT", bound=recipes.Job)
+
+
+def run(main: Callable[[], None]) -> None:
+  """Runs a program; what the user can mend is one line, not a traceback.
+
+  Args:
+    main: The program, which parses its own options.
+
+  Raises:
+    SystemExit: With 2 where the input is wrong, with 1 where training or
+      unlearning diverged, with 130 on Ctrl-C.
+  """
+  try:
+    main()
+  except ValueError as error:
+    _leave(2, f"error: {error}")
+  except FloatingPointError as error:
+    _leave(1, f"error: {error}")
+  except KeyboardInterrupt:
+    _leave(130, "interrupted")
+
+
+def _leave(status: int, message: str) -> None:
+  print(" ".join(message.split()), file=sys.stderr)
+  raise SystemExit(status)
+
+
+def parse_job(options: type[_JobT], description: str) -> _JobT:
+  """Reads the options of a job, whose defaults are those of its recipe.
+
+  `--recipe NAME` sets the defaults, `--run FOLDER` those of an earlier run,
+  and `--method NAME` those of the unlearning; all others can then be set.
+
+  Args:
+    options: The job or a dataclass that extends it.
+    description: What the program does, for `--help`.
+
+  Returns:
+    The options.
+
+  Raises:
+    ValueError: If a name is unknown or the run cannot be read.
+  """
+  first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  for name in ("recipe", "run", "method"):
+    first.add_argument(f"--{name}")
+  given, _ = first.parse_known_args()
+  extends = {field.name for field in dataclasses.fields(options)}
+  job = recipes.find(given.recipe or options().recipe)
+  if given.run is not None and "run" in extends:
+    job = read_job(pathlib.Path(given.run))
+  if given.method is not None and "method" in extends:
+    job = dataclasses.replace(job, unlearning=recipes.method(given.method))
+  values = {
+    field.name: getattr(job, field.name) for field in dataclasses.fields(job)
+  }
+  return tyro.cli(options, default=options(**values), description=description)
+
+
+def read_job(run_dir: pathlib.Path) -> recipes.Job:
+  """Reads the job of a run folder.
+
+  Args:
+    run_dir: The folder.
+
+  Returns:
+    Its options, with this folder as theirs.
+
+  Raises:
+    ValueError: If there is no such run.
+  """
+  path = run_dir / "config.json"
+  if not path.is_file():
+    raise ValueError(f"run must be a run folder, got {run_dir}: no config.json")
+  stored = json.loads(path.read_text())["job"]
+  for name, value in stored.items():
+    if isinstance(value, list):
+      stored[name] = tuple(value)
+  stored |= {
+    "training": recipes.Training(**stored["training"]),
+    "unlearning": recipes.Unlearning(**stored["unlearning"]),
+    "runs_dir": str(run_dir.parent),
+    "name": run_dir.name,
+    "resume": False,
+  }
+  return recipes.Job(**stored)

@@ -1,0 +1,672 @@
+"""The steps of a job, each from the run folder to the run folder.
+
+    runs/<name>/config.json     options, versions, device, git commit
+    runs/<name>/data.json       classes, counts and the forget request
+    runs/<name>/checkpoints/    original, retrained, unlearned
+    runs/<name>/history.json    curves of the three
+    runs/<name>/metrics.json    figures of the three
+    runs/<name>/*.npz           examples and features for the report
+    runs/<name>/report.html
+
+A step that is finished is not done again when the job is resumed.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import recipes
+from psg_jax import (
+  augment,
+  boundary,
+  checkpoints,
+  checks,
+  data,
+  forget,
+  inference,
+  metrics,
+  models,
+  parallel,
+  torch_weights,
+  training,
+  types,
+  unlearning,
+)
+
+MODELS = ("original", "retrained", "unlearned")
+_NUM_EXAMPLES = 8
+_NUM_FEATURES = 600
+_PACKAGES = (
+  "psg_jax",
+  "jax",
+  "jaxlib",
+  "flax",
+  "optax",
+  "orbax-checkpoint",
+  "tensorflow-datasets",
+  "numpy",
+)
+
+
+class Context(NamedTuple):
+  """What the steps of a job share.
+
+  Attributes:
+    job: The options.
+    run_dir: The run folder.
+    train: The training set.
+    test: The test set.
+    split: Forget and retain set of the training set.
+    test_split: The test images that the request matches, and the others.
+    model: The network.
+    mesh: The devices; None for one.
+  """
+
+  job: recipes.Job
+  run_dir: pathlib.Path
+  train: types.Dataset
+  test: types.Dataset
+  split: types.Split
+  test_split: types.Split
+  model: types.Model
+  mesh: jax.sharding.Mesh | None
+
+
+def run_dir(job: recipes.Job) -> pathlib.Path:
+  """Returns the job's run folder."""
+  return pathlib.Path(job.runs_dir) / (job.name or job.recipe)
+
+
+def check(job: recipes.Job) -> None:
+  """Raises ValueError for what can be seen wrong before any work."""
+  checks.one_of("dataset", job.dataset, data.names())
+  checks.one_of("model", job.model, models.names())
+  checks.number("width", job.width, above=0)
+  checks.integer("seed", job.seed, at_least=0)
+  for name in ("num_train", "num_devices"):
+    if getattr(job, name) is not None:
+      checks.integer(name, getattr(job, name), at_least=1)
+  for part in ("training", "unlearning"):
+    options = getattr(job, part)
+    checks.number(f"{part}.learning_rate", options.learning_rate, above=0)
+    checks.number(f"{part}.momentum", options.momentum, at_least=0, at_most=1)
+    checks.number(f"{part}.weight_decay", options.weight_decay, at_least=0)
+    checks.integer(f"{part}.num_epochs", options.num_epochs, at_least=1)
+    checks.integer(f"{part}.batch_size", options.batch_size, at_least=1)
+  options = job.unlearning
+  checks.integer("unlearning.num_steps", options.num_steps, at_least=1)
+  checks.number("unlearning.step_size", options.step_size, above=0)
+  for name in ("distance_weight", "noise_scale", "retain_weight"):
+    value = getattr(options, name)
+    checks.number(f"unlearning.{name}", value, at_least=0)
+  if options.max_distance is not None:
+    checks.number("unlearning.max_distance", options.max_distance, above=0)
+  if not job.forget_classes:
+    raise ValueError("forget_classes must name a class, got none")
+
+
+def prepare(
+  job: recipes.Job,
+  *,
+  is_known_run: bool = False,
+  may_change: tuple[str, ...] = (),
+) -> Context:
+  """Loads the data, splits it, and makes the run folder.
+
+  Args:
+    job: The options.
+    is_known_run: Whether the run folder is expected to exist.
+    may_change: Options that may differ from those of the run that exists.
+
+  Returns:
+    What the steps share.
+
+  Raises:
+    ValueError: If an option is wrong, the data is missing, or the run folder
+      exists and is not to be resumed; nothing is written then.
+  """
+  check(job)
+  folder = run_dir(job)
+  if folder.exists() and not (job.resume or is_known_run):
+    raise ValueError(
+      f"name must be that of a new run, got {folder}, which exists: choose"
+      " another name, or add --resume to go on"
+    )
+  if job.weights is not None and not pathlib.Path(job.weights).is_file():
+    raise ValueError(f"weights must be a file, got {job.weights}")
+  mesh = parallel.create_mesh(job.num_devices)
+  train = data.load(job.dataset, "train", data_dir=job.data_dir)
+  test = data.load(job.dataset, "test", data_dir=job.data_dir)
+  if job.num_train is not None:
+    if job.num_train > len(train):
+      raise ValueError(
+        f"num_train must be at most the {len(train)} images there are, got"
+        f" {job.num_train}"
+      )
+    train = data.subset(train, job.num_train)
+  mean, std = data.mean_and_std(train)
+  context = Context(
+    job=job,
+    run_dir=folder,
+    train=train,
+    test=test,
+    split=forget.split(train, classes=job.forget_classes),
+    test_split=forget.split(test, classes=job.forget_classes),
+    model=models.create(
+      job.model,
+      num_classes=train.num_classes,
+      num_channels=train.images.shape[-1],
+      width=job.width,
+      mean=mean if job.mean is None else job.mean,
+      std=std if job.std is None else job.std,
+    ),
+    mesh=mesh if mesh.size > 1 else None,
+  )
+  if folder.exists():
+    _check_same_job(folder, job, may_change)
+  folder.mkdir(parents=True, exist_ok=True)
+  write_json(folder / "config.json", _config(job))
+  write_json(folder / "data.json", _data_record(context))
+  return context
+
+
+def original(context: Context) -> types.Variables:
+  """Trains the original model, or imports it, or finds it in the run."""
+  job = context.job
+  if job.weights is None:
+    return _trained(context, "original", context.train)
+  variables = torch_weights.load(job.weights, model_name=job.model)
+  _check_variables(context, variables)
+  optimizer = _training_optimizer(job)
+  state = training.init_state(variables, optimizer, _key(context, "original"))
+  if not _is_finished(context, "original"):
+    _save(context, "original", state, [], 0.0)
+  return state.variables
+
+
+def retrained(context: Context) -> types.Variables:
+  """Trains the reference: a fresh model on the retained images alone."""
+  return _trained(context, "retrained", context.split.retain)
+
+
+def unlearned(
+  context: Context, original_variables: types.Variables
+) -> types.Variables:
+  """Takes the forget set out of the original model."""
+  options = context.job.unlearning
+  optimizer = training.sgd(
+    options.learning_rate,
+    momentum=options.momentum,
+    weight_decay=options.weight_decay,
+  )
+  if _is_finished(context, "unlearned"):
+    target = training.init_state(
+      original_variables, optimizer, _key(context, "unlearned")
+    )
+    return _restore(context, "unlearned", target).variables
+  last_state: list[training.TrainState] = []
+
+  def keep(state: training.TrainState, record: dict[str, Any]) -> None:
+    if record["epoch"] == options.num_epochs:
+      last_state.append(copy_state(state))
+
+  start = time.perf_counter()
+  output = unlearning.unlearn(
+    context.model,
+    original_variables,
+    context.split,
+    _key(context, "unlearned"),
+    **unlearn_options(context),
+    optimizer=optimizer,
+    callback=keep,
+    mesh=context.mesh,
+  )
+  seconds = time.perf_counter() - start
+  found = output.relabelling
+  np.savez(
+    context.run_dir / "relabelling.npz",
+    ids=context.split.forget.ids,
+    labels=found.labels,
+    logits=found.logits,
+    is_crossed=found.is_crossed,
+    distance=found.distance,
+    num_steps=found.num_steps,
+  )
+  _save_examples(context, original_variables)
+  _save(context, "unlearned", last_state[-1], output.history, seconds)
+  return output.variables
+
+
+def search_fn(context: Context) -> unlearning.SearchFn | None:
+  """The released code's search where the job asks for it, else None."""
+  options = context.job.unlearning
+  if options.search != "released":
+    return None
+  job, (mean, std) = context.job, data.mean_and_std(context.train)
+  return functools.partial(
+    boundary.released_code_search,
+    model_mean=mean if job.mean is None else job.mean,
+    model_std=std if job.std is None else job.std,
+    step_size=options.step_size,
+    distance_weight=options.distance_weight,
+    noise_scale=options.noise_scale,
+  )
+
+
+def unlearn_options(context: Context) -> dict[str, Any]:
+  """Keyword arguments of `unlearning.unlearn` that the job sets."""
+  options = dataclasses.asdict(context.job.unlearning)
+  for name in ("search", "learning_rate", "momentum", "weight_decay"):
+    del options[name]
+  return {**options, "search_fn": search_fn(context)}
+
+
+def evaluate(
+  context: Context, variables: dict[str, types.Variables]
+) -> dict[str, Any]:
+  """Computes and writes the figures of the models, and the features.
+
+  Args:
+    context: What the steps share.
+    variables: The models' variables, by name.
+
+  Returns:
+    The content of `metrics.json`.
+  """
+  parts = {
+    "train_forget": context.split.forget,
+    "train_retain": context.split.retain,
+    "test_forget": context.test_split.forget,
+    "test_retain": context.test_split.retain,
+  }
+  labels = {name: part.labels for name, part in parts.items()}
+  logits = {
+    name: {
+      part: inference.predict(
+        context.model.apply, each, dataset.images, mesh=context.mesh
+      )
+      for part, dataset in parts.items()
+    }
+    for name, each in variables.items()
+  }
+  reference = logits.get("retrained")
+  records = read_json(context.run_dir / "history.json")
+  result = {}
+  for name in variables:
+    compared = reference if name != "retrained" else None
+    result[name] = {
+      **metrics.evaluate(logits[name], labels, compared),
+      "seconds": records[f"{name}_seconds"],
+    }
+  if "unlearned" in result:
+    searches = [x for x in records["unlearned"] if "search_seconds" in x]
+    result["unlearned"] |= {
+      "search_seconds": sum(x["search_seconds"] for x in searches),
+      "update_seconds": sum(x["seconds"] for x in records["unlearned"]),
+      "relabelling": _relabelling_record(
+        context, None if reference is None else reference["train_forget"]
+      ),
+    }
+  _save_features(context, variables)
+  write_json(context.run_dir / "metrics.json", result)
+  return result
+
+
+def table(result: dict[str, Any]) -> str:
+  """Formats the accuracies and times of the models as text."""
+  splits = (
+    "train_forget",
+    "train_retain",
+    "test_forget",
+    "test_retain",
+    "test",
+  )
+
+  def cell(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+  lines = [
+    f"{'':12}" + "".join(f"{name:>14}" for name in splits) + f"{'seconds':>10}"
+  ]
+  for name, figures in result.items():
+    cells = [cell(figures["accuracy"][split]) for split in splits]
+    lines.append(
+      f"{name:12}"
+      + "".join(f"{text:>14}" for text in cells)
+      + f"{figures['seconds']:>10.1f}"
+    )
+  for name, figures in result.items():
+    for title, of in (
+      ("same prediction as the retrained model", "agreement"),
+      ("KL(retrained || model), nats", "kl_divergence"),
+    ):
+      if of in figures:
+        lines.append(
+          f"{name}: {title}, test forget {cell(figures[of]['test_forget'])},"
+          f" test retain {cell(figures[of]['test_retain'])}"
+        )
+  return "\n".join(lines)
+
+
+def job_options(job: recipes.Job) -> dict[str, Any]:
+  """Returns the options of a job, less what a program adds to them."""
+  options = dataclasses.asdict(job)
+  fields = [field.name for field in dataclasses.fields(recipes.Job)]
+  return {name: options[name] for name in fields}
+
+
+def copy_state(state: training.TrainState) -> training.TrainState:
+  """Copies a state out of the reach of donation."""
+  return jax.tree.map(jnp.copy, state)
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Writes a JSON file at once or not at all."""
+  partial = path.with_suffix(".partial")
+  partial.write_text(json.dumps(content, indent=1) + "\n")
+  os.replace(partial, path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """Reads a JSON file; an empty dictionary where there is none."""
+  return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _key(context: Context, name: str) -> jax.Array:
+  # Each model has a seed of its own: the retrained model is no rerun.
+  return jax.random.fold_in(
+    jax.random.key(context.job.seed), MODELS.index(name)
+  )
+
+
+def _training_optimizer(job: recipes.Job) -> Any:
+  return training.sgd(
+    job.training.learning_rate,
+    momentum=job.training.momentum,
+    weight_decay=job.training.weight_decay,
+  )
+
+
+def _fresh_state(context: Context, name: str) -> training.TrainState:
+  init_key, train_key = jax.random.split(_key(context, name))
+  shape = (1, *context.train.images.shape[1:])
+  variables = context.model.init(init_key, jnp.zeros(shape))
+  return training.init_state(
+    variables, _training_optimizer(context.job), train_key
+  )
+
+
+def _trained(
+  context: Context, name: str, dataset: types.Dataset
+) -> types.Variables:
+  options = context.job.training
+  state = _fresh_state(context, name)
+  if _is_finished(context, name):
+    return _restore(context, name, state).variables
+  augment_fn = {
+    "none": None,
+    "flip": augment.flip(),
+    "crop_flip": augment.chain(augment.crop(4), augment.flip()),
+  }[options.augmentation]
+  partial = context.run_dir / "checkpoints" / f"{name}.partial"
+  history: training.History = []
+  if partial.exists():
+    state = checkpoints.restore(partial, target=state)
+    history = checkpoints.metadata(partial)["history"]
+
+  def keep(state: training.TrainState, record: dict[str, Any]) -> None:
+    history.append(record)
+    checkpoints.save(
+      partial, state, metadata={"history": history}, overwrite=True
+    )
+
+  if len(history) < options.num_epochs:
+    training.fit(
+      context.model,
+      state.variables,
+      dataset,
+      state.key,
+      optimizer=_training_optimizer(context.job),
+      num_epochs=options.num_epochs,
+      batch_size=options.batch_size,
+      augment_fn=augment_fn,
+      callback=keep,
+      state=state,
+      mesh=context.mesh,
+      description=f"training {name}",
+    )
+  state = checkpoints.restore(partial, target=_fresh_state(context, name))
+  seconds = sum(record["seconds"] for record in history)
+  _save(context, name, state, history, seconds)
+  checkpoints.remove(partial)
+  return state.variables
+
+
+def _save(
+  context: Context,
+  name: str,
+  state: training.TrainState,
+  history: training.History,
+  seconds: float,
+) -> None:
+  path = context.run_dir / "history.json"
+  records = read_json(path)
+  records |= {name: history, f"{name}_seconds": seconds}
+  write_json(path, records)
+  checkpoints.save_run(
+    context.run_dir,
+    name,
+    state,
+    metadata={
+      "job": job_options(context.job),
+      "class_names": list(context.train.class_names),
+    },
+    overwrite=True,
+  )
+
+
+def _restore(
+  context: Context, name: str, target: training.TrainState
+) -> training.TrainState:
+  state: training.TrainState = checkpoints.restore_run(
+    context.run_dir, name, target=target
+  )
+  return state
+
+
+def _is_finished(context: Context, name: str) -> bool:
+  return name in checkpoints.run_checkpoints(context.run_dir)
+
+
+def _check_variables(context: Context, variables: types.Variables) -> None:
+  shape = (1, *context.train.images.shape[1:])
+  expected = jax.eval_shape(
+    context.model.init, jax.random.key(0), jnp.zeros(shape)
+  )
+  job = context.job
+  if jax.tree.map(jnp.shape, dict(variables)) != jax.tree.map(
+    jnp.shape, dict(expected)
+  ):
+    raise ValueError(
+      f"weights must be those of {job.model} at width {job.width} with"
+      f" {context.train.num_classes} classes and {shape[-1]} channels, got"
+      f" others in {job.weights}"
+    )
+
+
+def _check_same_job(
+  folder: pathlib.Path, job: recipes.Job, may_change: tuple[str, ...]
+) -> None:
+  """Options that made what is in the folder must be the same as now."""
+  before = read_json(folder / "config.json").get("job")
+  if before is None:
+    raise ValueError(
+      f"name must be that of a run, got {folder}: no config.json"
+    )
+  now = json.loads(json.dumps(job_options(job)))
+  free = {"resume", "runs_dir", "name", "num_devices", "data_dir", *may_change}
+  changed = sorted(
+    name for name in now if name not in free and before.get(name) != now[name]
+  )
+  if changed:
+    name = changed[0]
+    raise ValueError(
+      f"{name} must be as in the run that is resumed,"
+      f" {before.get(name)}, got {now[name]}"
+    )
+
+
+def _config(job: recipes.Job) -> dict[str, Any]:
+  device = jax.devices()[0]
+  return {
+    "job": job_options(job),
+    "versions": {
+      "python": platform.python_version(),
+      **{name: metadata.version(name) for name in _PACKAGES},
+    },
+    "device": f"{jax.device_count()} x {device.device_kind}",
+    "git_commit": _git_commit(),
+    "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    "command": " ".join(["python", "-m", *_module_arguments()]),
+  }
+
+
+def _module_arguments() -> list[str]:
+  program = pathlib.Path(sys.argv[0])
+  return [f"{program.parent.name}.{program.stem}", *sys.argv[1:]]
+
+
+def _git_commit() -> str | None:
+  try:
+    found = subprocess.run(
+      ["git", "rev-parse", "HEAD"],
+      cwd=pathlib.Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=True,
+      timeout=10,
+    )
+  except (OSError, subprocess.SubprocessError):
+    return None
+  return found.stdout.strip()
+
+
+def _data_record(context: Context) -> dict[str, Any]:
+  return {
+    "class_names": list(context.train.class_names),
+    "counts": {
+      "train_forget": len(context.split.forget),
+      "train_retain": len(context.split.retain),
+      "test_forget": len(context.test_split.forget),
+      "test_retain": len(context.test_split.retain),
+    },
+    "request": {"classes": list(context.job.forget_classes)},
+  }
+
+
+def _save_examples(
+  context: Context, original_variables: types.Variables
+) -> None:
+  """Searches a few forget images again, to keep their boundary images."""
+  options = context.job.unlearning
+  forget_set = context.split.forget
+  rows = np.linspace(
+    0, len(forget_set) - 1, min(_NUM_EXAMPLES, len(forget_set))
+  ).astype(int)
+  images = training.to_float(jnp.asarray(forget_set.images[rows]))
+  search = search_fn(context)
+  if search is None:
+    search = functools.partial(
+      boundary.search,
+      num_steps=options.num_steps,
+      step_size=options.step_size,
+      step_decay=options.step_decay,
+      max_distance=options.max_distance,
+      norm=options.norm,
+      distance_weight=options.distance_weight,
+      distance_decay=options.distance_decay,
+      distance_term=options.distance_term,
+      noise_scale=options.noise_scale,
+      noise=options.noise,
+      confidence=options.confidence,
+      is_rounded=options.is_rounded,
+    )
+  key, _ = jax.random.split(_key(context, "unlearned"))
+  output = search(
+    context.model.apply,
+    original_variables,
+    images,
+    jnp.asarray(forget_set.labels[rows]),
+    boundary.sample_keys(jax.random.fold_in(key, 0), jnp.asarray(rows)),
+  )
+  np.savez(
+    context.run_dir / "examples.npz",
+    images=np.asarray(images),
+    boundary=np.asarray(output.images),
+    old_labels=forget_set.labels[rows],
+    new_labels=np.asarray(output.labels),
+    distance=np.abs(np.asarray(output.images - images)).max((1, 2, 3)),
+    is_crossed=np.asarray(output.is_crossed),
+  )
+
+
+def _relabelling_record(
+  context: Context, reference: np.ndarray | None
+) -> dict[str, Any]:
+  num_classes = context.train.num_classes
+
+  def count(classes: np.ndarray) -> list[int]:
+    return np.bincount(classes, minlength=num_classes).tolist()
+
+  with np.load(context.run_dir / "relabelling.npz") as found:
+    labels, crossed = found["labels"], found["is_crossed"]
+    record = {
+      "crossed": float(crossed.mean()),
+      "median_distance": float(np.median(found["distance"])),
+      "label_counts": count(labels),
+      "agreement_with_retrained": None,
+      "retrained_prediction_counts": None,
+    }
+  if reference is not None:
+    predicted = np.argmax(reference, -1)
+    record["agreement_with_retrained"] = float(np.mean(predicted == labels))
+    record["retrained_prediction_counts"] = count(predicted)
+  return record
+
+
+def _save_features(
+  context: Context, variables: dict[str, types.Variables]
+) -> None:
+  """Keeps penultimate features of test images, half of them to forget."""
+  rng = np.random.default_rng(context.job.seed)
+  test = context.test
+  is_forget = np.isin(test.ids, context.test_split.forget.ids)
+  chosen = []
+  for rows in (np.flatnonzero(is_forget), np.flatnonzero(~is_forget)):
+    share = max(_NUM_FEATURES // 4, _NUM_FEATURES * len(rows) // len(test))
+    chosen.append(rng.permutation(rows)[:share])
+  rows = np.sort(np.concatenate(chosen))
+  features = {
+    name: inference.predict(
+      context.model.features, each, test.images[rows], mesh=context.mesh
+    )
+    for name, each in variables.items()
+  }
+  np.savez(
+    context.run_dir / "features.npz",
+    **features,
+    labels=test.labels[rows],
+    is_forget=is_forget[rows],
+  )

@@ -1,0 +1,588 @@
+"""Algorithm 1: the nearest class across the decision boundary, per image.
+
+`search` is the method; `released_code_search` is the single-step form of the
+paper's released code, with its quirks, to reproduce its numbers.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from psg_jax import checks, types
+
+NOISES: dict[str, Callable[..., jax.Array]] = {
+  "normal": jax.random.normal,
+  "cauchy": jax.random.cauchy,
+  "laplace": jax.random.laplace,
+  "uniform": functools.partial(jax.random.uniform, minval=-1.0, maxval=1.0),
+}
+NORMS = ("linf", "l2")
+STEP_DECAYS = ("constant", "sqrt")
+DISTANCE_DECAYS = ("constant", "inverse", "exponential", "linear")
+DISTANCE_TERMS = ("penalty", "reward")
+
+# The exponential schedule of the distance weight falls to 1/e in these steps.
+_EXPONENTIAL_STEPS = 10.0
+_GREY_LEVELS = 255.0
+
+# δ, logits and gradient at the point, steps taken.
+_Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+@types.pytree
+class SearchOutput:
+  """Where the search ended for each image.
+
+  Attributes:
+    images: float32 `[B, H, W, C]`, the last point visited, in the image's
+      units.
+    labels: int32 `[B]`, the class reached; where nothing was crossed, the
+      runner-up class at the last point.
+    logits: float32 `[B, K]` at the last point.
+    is_crossed: bool `[B]`, whether the predicted class there differs from the
+      label given.
+    distance: float32 `[B]`, from the image to the last point, in the norm of
+      the search and in pixel units.
+    num_steps: int32 `[B]`, steps taken; 0 where the image was already across.
+  """
+
+  images: jax.Array
+  labels: jax.Array
+  logits: jax.Array
+  is_crossed: jax.Array
+  distance: jax.Array
+  num_steps: jax.Array
+
+
+def search(
+  apply_fn: types.ApplyFn,
+  variables: types.Variables,
+  images: jax.Array,
+  labels: jax.Array,
+  key: jax.Array,
+  *,
+  num_steps: int | jax.Array,
+  step_size: float | jax.Array,
+  step_decay: str = "constant",
+  max_distance: float | jax.Array | None = None,
+  norm: str = "linf",
+  distance_weight: float | jax.Array = 0.0,
+  distance_decay: str = "constant",
+  distance_term: str = "penalty",
+  noise_scale: float | jax.Array = 0.0,
+  noise: str = "normal",
+  confidence: float | jax.Array | None = None,
+  bounds: tuple[float, float] = (0.0, 1.0),
+  is_rounded: bool = False,
+) -> SearchOutput:
+  """Finds for each image the nearest class across the decision boundary.
+
+  From `δ = 0`, for `t = 1..num_steps`, each image on its own:
+
+      δ ← Π(δ + ε_t sign(∇_δ CE(f(x + δ), y) - λ_t δ + γ z_t))
+
+  until `argmax f(x + δ) ≠ y`, or `p_y(x + δ) ≤ κ` where `confidence` is given.
+  Images that are done stay as they are; the loop ends when all are.
+
+  The paper's and the released code's `+ λ δ` rewards distance, against the
+  stated aim; here the distance is penalised unless `distance_term` says
+  otherwise. Without λ and γ the sign is taken of the gradient of the log-odds,
+  which is the same sign and does not vanish where the model is certain.
+
+  Args:
+    apply_fn: The network in inference mode.
+    variables: Its variables, frozen.
+    images: float `[B, H, W, C]`, within `bounds`.
+    labels: int `[B]`, the classes `y` to leave.
+    key: One typed key, from which image `i` draws with `fold_in(key, i)`, or
+      a typed key an image `[B]`.
+    num_steps: `T`, positive.
+    step_size: `ε`, in pixel units, positive.
+    step_decay: `"constant"`, or `"sqrt"`: `ε_t = ε / √t`.
+    max_distance: Radius of the ball around the image, in pixel units of
+      `norm`, positive; None for no ball.
+    norm: `"linf"` or `"l2"`, of the ball and of the distance reported.
+    distance_weight: `λ`, 0 or more.
+    distance_decay: `λ_t`: `"constant"`, `"inverse"` (`λ / t`),
+      `"exponential"` (`λ exp(-(t - 1) / 10)`) or `"linear"`
+      (`λ (1 - (t - 1) / T)`).
+    distance_term: `"penalty"` (`- λ δ`) or `"reward"` (`+ λ δ`).
+    noise_scale: `γ`, 0 or more, relative to the gradient of this image's own
+      loss.
+    noise: Distribution of `z_t`: `"normal"`, `"cauchy"`, `"laplace"`, all
+      standard, or `"uniform"` in [-1, 1].
+    confidence: `κ` in [0, 1), or None.
+    bounds: Lowest and highest pixel value.
+    is_rounded: Whether the points visited lie on the grid of 1/255 (they may
+      then leave the ball by half a grey level).
+
+  Returns:
+    The points reached and their classes.
+
+  Raises:
+    ValueError: If an argument is of the wrong shape, type or range. Values
+      that are traced are not checked.
+
+  References:
+    Nahass et al., Targeted Unlearning Using Perturbed Sign Gradient Methods
+    With Applications On Medical Images, 2025, Algorithm 1.
+  """
+  prepared = prepare(
+    apply_fn,
+    variables,
+    images,
+    labels,
+    key,
+    num_steps=num_steps,
+    step_size=step_size,
+    step_decay=step_decay,
+    max_distance=max_distance,
+    norm=norm,
+    distance_weight=distance_weight,
+    distance_decay=distance_decay,
+    distance_term=distance_term,
+    noise_scale=noise_scale,
+    noise=noise,
+    confidence=confidence,
+    bounds=bounds,
+    is_rounded=is_rounded,
+  )
+  return _jitted_search_batch(
+    apply_fn,
+    variables,
+    prepared.images,
+    prepared.labels,
+    prepared.keys,
+    prepared.scalars,
+    static=prepared.static,
+  )
+
+
+class StaticOptions(NamedTuple):
+  """Options of the search that are part of its compiled program."""
+
+  step_decay: str
+  norm: str
+  distance_decay: str
+  distance_term: str
+  noise: str
+  bounds: tuple[float, float]
+  is_rounded: bool
+  is_plain: bool
+
+
+class Prepared(NamedTuple):
+  """Checked arguments of a search, in the form that `search_batch` takes.
+
+  Attributes:
+    images: float `[B, H, W, C]`.
+    labels: int `[B]`.
+    keys: One typed key an image `[B]`.
+    scalars: Options that may be traced, by name.
+    static: Options that are part of the program.
+  """
+
+  images: jax.Array
+  labels: jax.Array
+  keys: jax.Array
+  scalars: dict[str, Any]
+  static: StaticOptions
+
+
+def prepare(
+  apply_fn: types.ApplyFn,
+  variables: types.Variables,
+  images: jax.Array,
+  labels: jax.Array,
+  key: jax.Array,
+  *,
+  num_steps: int | jax.Array,
+  step_size: float | jax.Array,
+  step_decay: str = "constant",
+  max_distance: float | jax.Array | None = None,
+  norm: str = "linf",
+  distance_weight: float | jax.Array = 0.0,
+  distance_decay: str = "constant",
+  distance_term: str = "penalty",
+  noise_scale: float | jax.Array = 0.0,
+  noise: str = "normal",
+  confidence: float | jax.Array | None = None,
+  bounds: tuple[float, float] = (0.0, 1.0),
+  is_rounded: bool = False,
+) -> Prepared:
+  """Checks the arguments of `search`, of which they have the meaning.
+
+  Returns:
+    The arguments, for `search_batch` inside another program.
+
+  Raises:
+    ValueError: If an argument is of the wrong shape, type or range.
+  """
+  checks.one_of("step_decay", step_decay, STEP_DECAYS)
+  checks.one_of("norm", norm, NORMS)
+  checks.one_of("distance_decay", distance_decay, DISTANCE_DECAYS)
+  checks.one_of("distance_term", distance_term, DISTANCE_TERMS)
+  checks.one_of("noise", noise, NOISES)
+  checks.integer("num_steps", num_steps, at_least=1)
+  checks.number("step_size", step_size, above=0)
+  checks.number("distance_weight", distance_weight, at_least=0)
+  checks.number("noise_scale", noise_scale, at_least=0)
+  if max_distance is not None:
+    checks.number("max_distance", max_distance, above=0)
+  if confidence is not None:
+    checks.number("confidence", confidence, at_least=0, at_most=1)
+  if not (math.isfinite(bounds[1] - bounds[0]) and bounds[0] < bounds[1]):
+    raise ValueError(f"bounds must be finite and increasing, got {bounds}")
+  images, labels = jnp.asarray(images), jnp.asarray(labels)
+  checks.images(images, bounds=bounds)
+  checks.labels(labels, len(images), _num_classes(apply_fn, variables, images))
+  return Prepared(
+    images=images,
+    labels=labels,
+    keys=_keys(key, len(images)),
+    scalars={
+      "num_steps": num_steps,
+      "step_size": step_size,
+      "max_distance": max_distance,
+      "distance_weight": distance_weight,
+      "noise_scale": noise_scale,
+      "confidence": confidence,
+    },
+    static=StaticOptions(
+      step_decay=step_decay,
+      norm=norm,
+      distance_decay=distance_decay,
+      distance_term=distance_term,
+      noise=noise,
+      bounds=(float(bounds[0]), float(bounds[1])),
+      is_rounded=is_rounded,
+      is_plain=_is_zero(distance_weight) and _is_zero(noise_scale),
+    ),
+  )
+
+
+def sample_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+  """Returns one key a row, `fold_in(key, row)`.
+
+  A sample's noise then depends on its row alone, not on the batch that it is
+  searched in or on the number of devices.
+  """
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
+
+
+def _keys(key: jax.Array, num_images: int) -> jax.Array:
+  """Returns one key an image, of one key or as they are."""
+  checks.key(key)
+  if key.ndim and key.shape != (num_images,):
+    raise ValueError(
+      f"key must be one key or one an image, got {list(key.shape)} keys for"
+      f" {num_images} images"
+    )
+  return key if key.ndim else sample_keys(key, jnp.arange(num_images))
+
+
+def released_code_search(
+  apply_fn: types.ApplyFn,
+  variables: types.Variables,
+  images: jax.Array,
+  labels: jax.Array,
+  key: jax.Array,
+  *,
+  model_mean: float | Sequence[float],
+  model_std: float | Sequence[float],
+  attack_mean: float | Sequence[float] = (0.4914, 0.4822, 0.2265),
+  attack_std: float | Sequence[float] = (0.2023, 0.1994, 0.2010),
+  step_size: float | jax.Array = 0.1,
+  distance_weight: float | jax.Array = 0.0,
+  noise_scale: float | jax.Array = 0.0,
+) -> SearchOutput:
+  """Takes the single step of the released code, quirks included.
+
+  The released code de-normalises the network's input `u` with constants of
+  its own, whatever the data was normalised with, and works on
+  `p = u attack_std + attack_mean`:
+
+      p' = round(clip(p + ε sign(g + λ (u - p) + γ z), 0, 1))
+
+  with `g` the gradient of the batch's mean loss, so that λ acts through the
+  difference of the two normalisations alone and γ is large relative to `g`.
+  The label is the class predicted there, even where it is still `y`: such
+  images have `is_crossed` False, and unlike `search` keep that class.
+
+  Args:
+    apply_fn: The network in inference mode.
+    variables: Its variables, frozen.
+    images: float `[B, H, W, C]` in [0, 1].
+    labels: int `[B]`.
+    key: One typed key, or one an image `[B]`.
+    model_mean: The network's own standardisation, one value or one a channel.
+    model_std: As `model_mean`, positive.
+    attack_mean: What the attack assumes instead; of more values than there are
+      channels the first are used.
+    attack_std: As `attack_mean`, positive.
+    step_size: `ε`, in the attack's pixel units, positive.
+    distance_weight: `λ`, 0 or more.
+    noise_scale: `γ`, 0 or more.
+
+  Returns:
+    The points and classes. `images` is in the units of the argument and may
+    leave [0, 1], as the two normalisations differ; `distance` is the L∞
+    distance in the attack's pixel units.
+
+  Raises:
+    ValueError: If an argument is of the wrong shape, type or range.
+
+  References:
+    Chen et al., Boundary Unlearning, CVPR 2023; Nahass et al., 2025.
+  """
+  images, labels = jnp.asarray(images), jnp.asarray(labels)
+  checks.images(images)
+  checks.labels(labels, len(images), _num_classes(apply_fn, variables, images))
+  checks.number("step_size", step_size, above=0)
+  checks.number("distance_weight", distance_weight, at_least=0)
+  checks.number("noise_scale", noise_scale, at_least=0)
+  checks.number("model_std", model_std, above=0)
+  checks.number("attack_std", attack_std, above=0)
+  num_channels = images.shape[-1]
+  return _released_code_search(
+    apply_fn,
+    variables,
+    images,
+    labels,
+    _keys(key, len(images)),
+    _channels("model_mean", model_mean, num_channels),
+    _channels("model_std", model_std, num_channels),
+    _channels("attack_mean", attack_mean, num_channels),
+    _channels("attack_std", attack_std, num_channels),
+    step_size,
+    distance_weight,
+    noise_scale,
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _released_code_search(
+  apply_fn: types.ApplyFn,
+  variables: types.Variables,
+  images: jax.Array,
+  labels: jax.Array,
+  keys: jax.Array,
+  model_mean: jax.Array,
+  model_std: jax.Array,
+  attack_mean: jax.Array,
+  attack_std: jax.Array,
+  step_size: jax.Array,
+  distance_weight: jax.Array,
+  noise_scale: jax.Array,
+) -> SearchOutput:
+  normalised = (images - model_mean) / model_std
+  pixels = normalised * attack_std + attack_mean
+
+  def to_images(pixels: jax.Array) -> jax.Array:
+    return (pixels - attack_mean) / attack_std * model_std + model_mean
+
+  def mean_loss(pixels: jax.Array) -> jax.Array:
+    logits = apply_fn(variables, to_images(pixels))
+    return jax.vmap(_cross_entropy)(logits, labels).mean()
+
+  def draw(key: jax.Array) -> jax.Array:
+    return jax.random.normal(key, pixels.shape[1:], pixels.dtype)
+
+  direction = (
+    jax.grad(mean_loss)(pixels)
+    + distance_weight * (normalised - pixels)
+    + noise_scale * jax.vmap(draw)(keys)
+  )
+  moved = jnp.clip(pixels + step_size * jnp.sign(direction), 0.0, 1.0)
+  moved = _round_to_grey_levels(moved)
+  logits = apply_fn(variables, to_images(moved))
+  reached = jnp.argmax(logits, -1).astype(jnp.int32)
+  return SearchOutput(
+    images=to_images(moved),
+    labels=reached,
+    logits=logits,
+    is_crossed=reached != labels,
+    distance=jnp.abs(moved - pixels).max((1, 2, 3)),
+    num_steps=jnp.ones_like(reached),
+  )
+
+
+def search_batch(
+  apply_fn: types.ApplyFn,
+  variables: types.Variables,
+  images: jax.Array,
+  labels: jax.Array,
+  keys: jax.Array,
+  scalars: dict[str, Any],
+  *,
+  static: StaticOptions,
+) -> SearchOutput:
+  """Maps the search of one image over the batch; arguments of `Prepared`."""
+
+  def search_one(
+    image: jax.Array, label: jax.Array, key: jax.Array
+  ) -> SearchOutput:
+    return _search_one(
+      apply_fn, variables, image, label, key, **scalars, **static._asdict()
+    )
+
+  return jax.vmap(search_one)(images, labels, keys)
+
+
+_jitted_search_batch = jax.jit(
+  search_batch, static_argnums=0, static_argnames="static"
+)
+
+
+def _search_one(
+  apply_fn: types.ApplyFn,
+  variables: types.Variables,
+  image: jax.Array,
+  label: jax.Array,
+  key: jax.Array,
+  *,
+  num_steps: jax.Array,
+  step_size: jax.Array,
+  max_distance: jax.Array | None,
+  distance_weight: jax.Array,
+  noise_scale: jax.Array,
+  confidence: jax.Array | None,
+  step_decay: str,
+  norm: str,
+  distance_decay: str,
+  distance_term: str,
+  noise: str,
+  bounds: tuple[float, float],
+  is_rounded: bool,
+  is_plain: bool,
+) -> SearchOutput:
+  """Searches from one image `[H, W, C]`."""
+
+  def point(delta: jax.Array) -> jax.Array:
+    moved = image + delta
+    return _round_to_grey_levels(moved) if is_rounded else moved
+
+  def log_odds(at: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits = apply_fn(variables, at[None])[0]
+    return _log_odds_against(logits, label), logits
+
+  def evaluate(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logits at the point, and the gradient that the sign is taken of."""
+    # The gradient with respect to δ is the one at the point; rounding passes
+    # it on unchanged.
+    (odds, logits), gradient = jax.value_and_grad(log_odds, has_aux=True)(
+      point(delta)
+    )
+    if not is_plain:
+      # ∇CE = (1 - p_y) ∇(log-odds), and 1 - p_y is the sigmoid of the latter.
+      gradient = jax.nn.sigmoid(odds) * gradient
+    return logits, gradient
+
+  def direction(
+    delta: jax.Array, gradient: jax.Array, step: jax.Array
+  ) -> jax.Array:
+    if is_plain:
+      return gradient
+    weight = distance_weight * _distance_decay(distance_decay, step, num_steps)
+    sign = -1.0 if distance_term == "penalty" else 1.0
+    draw = NOISES[noise](jax.random.fold_in(key, step), delta.shape)
+    return gradient + sign * weight * delta + noise_scale * draw
+
+  def is_running(carry: _Carry) -> jax.Array:
+    _, logits, _, step = carry
+    is_done = jnp.argmax(logits) != label
+    if confidence is not None:
+      is_done |= jax.nn.softmax(logits)[label] <= confidence
+    return ~is_done & (step < num_steps)
+
+  def advance(carry: _Carry) -> _Carry:
+    delta, _, gradient, step = carry
+    step = step + 1
+    size = step_size / jnp.sqrt(step) if step_decay == "sqrt" else step_size
+    delta = delta + size * jnp.sign(direction(delta, gradient, step))
+    if max_distance is not None:
+      delta = _project(delta, max_distance, norm)
+    # Clipping moves each pixel towards the image: it stays in the ball.
+    delta = jnp.clip(image + delta, *bounds) - image
+    return delta, *evaluate(delta), step
+
+  start = jnp.zeros_like(image)
+  delta, logits, _, step = jax.lax.while_loop(
+    is_running, advance, (start, *evaluate(start), jnp.int32(0))
+  )
+  others = jnp.where(jnp.arange(len(logits)) == label, -jnp.inf, logits)
+  return SearchOutput(
+    images=point(delta),
+    # Where another class leads, the best of the others is the one predicted.
+    labels=jnp.argmax(others).astype(jnp.int32),
+    logits=logits,
+    is_crossed=jnp.argmax(logits) != label,
+    distance=_length(point(delta) - image, norm),
+    num_steps=step,
+  )
+
+
+def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
+  return jax.nn.logsumexp(logits) - logits[label]
+
+
+def _log_odds_against(logits: jax.Array, label: jax.Array) -> jax.Array:
+  """Returns `log((1 - p_y) / p_y)`, which grows with the loss."""
+  is_label = jnp.arange(len(logits)) == label
+  return jax.nn.logsumexp(logits, where=~is_label) - logits[label]
+
+
+def _distance_decay(
+  name: str, step: jax.Array, num_steps: jax.Array
+) -> jax.Array:
+  if name == "inverse":
+    return 1.0 / step
+  if name == "exponential":
+    return jnp.exp(-(step - 1) / _EXPONENTIAL_STEPS)
+  if name == "linear":
+    return 1.0 - (step - 1) / num_steps
+  return jnp.float32(1.0)
+
+
+def _length(delta: jax.Array, norm: str) -> jax.Array:
+  if norm == "linf":
+    return jnp.abs(delta).max()
+  return jnp.sqrt(jnp.square(delta).sum())
+
+
+def _project(delta: jax.Array, radius: jax.Array, norm: str) -> jax.Array:
+  if norm == "linf":
+    return jnp.clip(delta, -radius, radius)
+  # The guard keeps 0 / 0 out; a zero vector is in every ball.
+  length = jnp.maximum(_length(delta, norm), jnp.finfo(delta.dtype).tiny)
+  return delta * jnp.minimum(1.0, radius / length)
+
+
+def _round_to_grey_levels(images: jax.Array) -> jax.Array:
+  return jnp.round(images * _GREY_LEVELS) / _GREY_LEVELS
+
+
+def _is_zero(value: float | jax.Array) -> bool:
+  """Whether a value is known to be 0 when the program is built."""
+  return isinstance(value, (int, float)) and value == 0
+
+
+def _num_classes(
+  apply_fn: types.ApplyFn, variables: types.Variables, images: jax.Array
+) -> int:
+  return jax.eval_shape(apply_fn, variables, images[:1]).shape[-1]
+
+
+def _channels(
+  name: str, values: float | Sequence[float], num_channels: int
+) -> jax.Array:
+  given = jnp.asarray(values, jnp.float32).reshape(-1)[:num_channels]
+  if len(given) not in (1, num_channels):
+    raise ValueError(
+      f"{name} must be one value or {num_channels}, got {values}"
+    )
+  return jnp.broadcast_to(given, (num_channels,))

@@ -1,0 +1,132 @@
+"""Checks of arguments: one clear line that names the argument and the value.
+
+Values under a JAX transformation are unknown and pass unchecked: there, bad
+input shows as masks and NaN in the result.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def is_traced(*values: Any) -> bool:
+  """Whether any value is known only by shape, as under `jit` or `vmap`."""
+  return any(
+    isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values)
+  )
+
+
+def number(
+  name: str,
+  value: Any,
+  *,
+  above: float | None = None,
+  at_least: float | None = None,
+  at_most: float | None = None,
+) -> None:
+  """Raises ValueError unless all of `value` is finite and within the limits."""
+  if is_traced(value):
+    return
+  values = np.asarray(value, np.float64)
+  limits = []
+  is_good = np.isfinite(values)
+  if above is not None:
+    is_good &= values > above
+    limits.append("positive" if above == 0 else f"above {above}")
+  if at_least is not None:
+    is_good &= values >= at_least
+    limits.append(f"at least {at_least}")
+  if at_most is not None:
+    is_good &= values <= at_most
+    limits.append(f"at most {at_most}")
+  if not np.all(is_good):
+    raise ValueError(
+      f"{name} must be finite"
+      + "".join(f", {limit}" for limit in limits)
+      + f", got {value}"
+    )
+
+
+def integer(name: str, value: Any, *, at_least: int) -> None:
+  """Raises ValueError unless `value` is an integer of at least `at_least`."""
+  if is_traced(value):
+    return
+  if (
+    isinstance(value, bool)
+    or not np.issubdtype(np.asarray(value).dtype, np.integer)
+    or np.any(np.asarray(value) < at_least)
+  ):
+    raise ValueError(
+      f"{name} must be an integer of at least {at_least}, got {value}"
+    )
+
+
+def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
+  """Raises ValueError, with the nearest name, unless `value` is allowed."""
+  allowed = list(allowed)
+  if value in allowed:
+    return
+  close = difflib.get_close_matches(str(value), allowed, n=1)
+  hint = f", did you mean {close[0]!r}?" if close else ""
+  raise ValueError(
+    f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}"
+  )
+
+
+def images(value: Any, *, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
+  """Raises ValueError unless images are `[B, H, W, C]` floats in `bounds`."""
+  span = f"in [{bounds[0]:g}, {bounds[1]:g}]"
+  if value.ndim != 4 or not jax.numpy.issubdtype(
+    value.dtype, jax.numpy.floating
+  ):
+    raise ValueError(
+      f"images must be floating point [B, H, W, C] {span}, got"
+      f" {value.dtype} {list(value.shape)}"
+    )
+  if is_traced(value) or not value.size:
+    return
+  # The values are known even where a program is being traced around them.
+  with jax.ensure_compile_time_eval():
+    low, high = float(value.min()), float(value.max())
+  # Written so that NaN fails.
+  if not (low >= bounds[0] and high <= bounds[1]):
+    raise ValueError(
+      f"images must be finite and {span}, got values from {low} to {high}"
+    )
+
+
+def labels(value: Any, num_images: int, num_classes: int | None = None) -> None:
+  """Raises ValueError unless labels are integers `[B]`, one an image."""
+  if value.ndim != 1 or not jax.numpy.issubdtype(
+    value.dtype, jax.numpy.integer
+  ):
+    raise ValueError(
+      f"labels must be integers [B], got {value.dtype} {list(value.shape)}"
+    )
+  if len(value) != num_images:
+    raise ValueError(
+      f"labels must be as many as images: got {len(value)} labels for"
+      f" {num_images} images"
+    )
+  if is_traced(value) or num_classes is None or not value.size:
+    return
+  with jax.ensure_compile_time_eval():
+    low, high = int(value.min()), int(value.max())
+  if low < 0 or high >= num_classes:
+    raise ValueError(
+      f"labels must be in [0, {num_classes}), got values from {low} to {high}"
+    )
+
+
+def key(value: Any, name: str = "key") -> None:
+  """Raises ValueError unless `value` is a typed key or an array of them."""
+  if not hasattr(value, "dtype") or not jax.numpy.issubdtype(
+    value.dtype, jax.dtypes.prng_key
+  ):
+    raise ValueError(
+      f"{name} must be made by jax.random.key, got {type(value).__name__}"
+      f" {getattr(value, 'dtype', '')}".rstrip()
+    )

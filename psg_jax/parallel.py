@@ -1,0 +1,154 @@
+"""Work on several devices: a one-axis mesh over the batch.
+
+The search is mapped with `jax.shard_map`, so that each device stops when its
+own samples are done; training and updates are `jit` programs whose batch is
+sharded and whose variables are replicated. What `jax.pmap` would do is, since
+JAX 0.10, the same thing in maintenance mode.
+"""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+
+from psg_jax import boundary, checks, types
+
+BATCH_AXIS = "batch"
+_P = jax.sharding.PartitionSpec
+
+
+def create_mesh(num_devices: int | None = None) -> jax.sharding.Mesh:
+  """Builds the mesh of the first devices of this machine.
+
+  Args:
+    num_devices: How many devices to use; None for all.
+
+  Returns:
+    A mesh with the axis `"batch"`.
+
+  Raises:
+    ValueError: If there are not so many devices.
+  """
+  devices = jax.devices()
+  if num_devices is None:
+    num_devices = len(devices)
+  checks.integer("num_devices", num_devices, at_least=1)
+  if num_devices > len(devices):
+    raise ValueError(
+      f"num_devices must be at most the {len(devices)} devices there are, got"
+      f" {num_devices}"
+    )
+  return jax.sharding.Mesh(
+    np.asarray(devices[:num_devices]),
+    (BATCH_AXIS,),
+    axis_types=(jax.sharding.AxisType.Auto,),
+  )
+
+
+def size(mesh: jax.sharding.Mesh | None) -> int:
+  """Returns the number of devices; 1 without a mesh."""
+  return 1 if mesh is None else mesh.size
+
+
+def padded_size(num_rows: int, mesh: jax.sharding.Mesh | None) -> int:
+  """Returns the next size from `num_rows` up that the devices divide."""
+  return -(-num_rows // size(mesh)) * size(mesh)
+
+
+def replicate(
+  tree: chex.ArrayTree, mesh: jax.sharding.Mesh | None
+) -> chex.ArrayTree:
+  """Puts a copy of every array on each device; as it is without a mesh."""
+  if mesh is None:
+    return tree
+  return jax.device_put(tree, jax.sharding.NamedSharding(mesh, _P()))
+
+
+def shard(
+  tree: chex.ArrayTree, mesh: jax.sharding.Mesh | None, *, axis: int = 0
+) -> chex.ArrayTree:
+  """Cuts every array along `axis` over the devices, which must divide it."""
+  if mesh is None:
+    return tree
+  spec = _P(*([None] * axis), BATCH_AXIS)
+  return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+
+
+def search(
+  apply_fn: types.ApplyFn,
+  variables: types.Variables,
+  images: jax.Array,
+  labels: jax.Array,
+  key: jax.Array,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  **options: Any,
+) -> boundary.SearchOutput:
+  """Runs `boundary.search` over the devices of a mesh.
+
+  The batch is padded to a size that the devices divide with its first images,
+  whose results are dropped; each device leaves its loop when its own images
+  are done. The result equals that of one device.
+
+  Args:
+    apply_fn: As for `boundary.search`, and so are the following.
+    variables: The network's variables.
+    images: float `[B, H, W, C]`.
+    labels: int `[B]`.
+    key: One typed key or one an image.
+    mesh: The devices; None for all there are.
+    **options: Keyword arguments of `boundary.search`.
+
+  Returns:
+    The points reached, `[B, ...]`, sharded where `B` divides evenly.
+
+  Raises:
+    ValueError: As `boundary.search`, which checks the arguments.
+  """
+  mesh = create_mesh() if mesh is None else mesh
+  images, labels = jax.numpy.asarray(images), jax.numpy.asarray(labels)
+  # Inside the mapped program values are traced and escape these checks.
+  prepared = boundary.prepare(
+    apply_fn, variables, images, labels, key, **options
+  )
+  rows = np.resize(np.arange(len(labels)), padded_size(len(labels), mesh))
+  batch = jax.tree.map(
+    lambda x: x[rows], (prepared.images, prepared.labels, prepared.keys)
+  )
+  output = _sharded_search(
+    apply_fn,
+    replicate(variables, mesh),
+    *shard(batch, mesh),
+    replicate(prepared.scalars, mesh),
+    mesh=mesh,
+    static=prepared.static,
+  )
+  if len(rows) == len(labels):
+    return output
+  return jax.tree.map(lambda x: x[: len(labels)], output)
+
+
+@functools.partial(
+  jax.jit, static_argnums=0, static_argnames=("mesh", "static")
+)
+def _sharded_search(
+  apply_fn: types.ApplyFn,
+  variables: types.Variables,
+  images: jax.Array,
+  labels: jax.Array,
+  keys: jax.Array,
+  scalars: dict[str, jax.Array | None],
+  *,
+  mesh: jax.sharding.Mesh,
+  static: boundary.StaticOptions,
+) -> boundary.SearchOutput:
+  mapped = jax.shard_map(
+    functools.partial(boundary.search_batch, apply_fn, static=static),
+    mesh=mesh,
+    in_specs=(_P(), _P(BATCH_AXIS), _P(BATCH_AXIS), _P(BATCH_AXIS), _P()),
+    out_specs=_P(BATCH_AXIS),
+    check_vma=False,
+  )
+  return mapped(variables, images, labels, keys, scalars)

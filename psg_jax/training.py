@@ -1,0 +1,485 @@
+"""Training as pure functions: an epoch is one compiled scan.
+
+`run_steps` is the engine of training and of unlearning alike: minibatches are
+rows of a pool of images that lies on the device as uint8, each row with a
+target and a weight in the loss. A row of weight 0 is padding.
+"""
+
+import functools
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from psg_jax import augment, checks, parallel, progress, types
+
+# A longer epoch is cut into equal calls of one program, so that the bar moves
+# and the program can be interrupted.
+_MAX_STEPS_PER_CALL = 32
+
+History: TypeAlias = list[dict[str, Any]]
+
+
+@types.pytree
+class TrainState:
+  """All that the next step depends on, besides the data.
+
+  Attributes:
+    variables: The network's variables.
+    opt_state: The optimiser's state.
+    key: Typed key of the run; never advanced, folded with the step.
+    step: int32 `[]`, steps taken.
+  """
+
+  variables: types.Variables
+  opt_state: chex.ArrayTree
+  key: jax.Array
+  step: jax.Array
+
+
+@types.pytree
+class Batches:
+  """Minibatches as rows of the pool of images.
+
+  Attributes:
+    rows: int32 `[S, B]`.
+    weights: float32 `[S, B]`, each row's weight in the loss, 0 for padding. A
+      step whose weights are all 0 is skipped.
+  """
+
+  rows: jax.Array
+  weights: jax.Array
+
+
+@types.pytree
+class StepMetrics:
+  """What the steps report, per row of the minibatch and before the update.
+
+  Attributes:
+    loss: float32 `[S, B]`, cross-entropy with the row's target, unweighted.
+    is_correct: bool `[S, B]`, whether the target's largest class is predicted.
+  """
+
+  loss: jax.Array
+  is_correct: jax.Array
+
+
+@functools.lru_cache
+def sgd(
+  learning_rate: float | optax.Schedule,
+  *,
+  momentum: float = 0.9,
+  weight_decay: float = 1e-4,
+) -> optax.GradientTransformation:
+  """Builds SGD as in PyTorch: weight decay is part of the gradient.
+
+  The same arguments give the same object, so that programs compiled with it
+  are found again.
+
+  Args:
+    learning_rate: Positive, or an Optax schedule over steps.
+    momentum: In [0, 1).
+    weight_decay: 0 or more, applied to all parameters.
+
+  Returns:
+    The optimiser.
+
+  Raises:
+    ValueError: If an argument is out of its range.
+  """
+  if not callable(learning_rate):
+    checks.number("learning_rate", learning_rate, above=0)
+  checks.number("momentum", momentum, at_least=0, at_most=1)
+  checks.number("weight_decay", weight_decay, at_least=0)
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay),
+    optax.sgd(learning_rate, momentum=momentum or None),
+  )
+
+
+def init_state(
+  variables: types.Variables,
+  optimizer: optax.GradientTransformation,
+  key: jax.Array,
+) -> TrainState:
+  """Starts a state from a copy of the variables, which are left alone."""
+  checks.key(key)
+  variables = jax.tree.map(lambda x: jnp.array(x, copy=True), dict(variables))
+  return TrainState(
+    variables=variables,
+    opt_state=optimizer.init(variables["params"]),
+    # The state is donated to each step, and the caller keeps the key.
+    key=jax.random.wrap_key_data(
+      jnp.array(jax.random.key_data(key), copy=True),
+      impl=jax.random.key_impl(key),
+    ),
+    step=jnp.int32(0),
+  )
+
+
+def to_float(images: jax.Array) -> jax.Array:
+  """Scales uint8 images to float32 in [0, 1]."""
+  return images.astype(jnp.float32) / 255.0
+
+
+def run_steps(
+  model: types.Model,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  images: jax.Array,
+  targets: jax.Array,
+  batches: Batches,
+  *,
+  augment_fn: augment.AugmentFn | None = None,
+  batch_stats: str = "update",
+  is_masked: bool = True,
+) -> tuple[TrainState, StepMetrics]:
+  """Takes one optimiser step a minibatch, as a scan; pure.
+
+      loss = Σ_i weight_i CE(f_w(x_i), target_i)
+
+  Args:
+    model: The network.
+    optimizer: Any Optax optimiser.
+    state: Where to start.
+    images: uint8 `[N, H, W, C]`, the pool.
+    targets: int `[N]` classes, or float `[N, K]` probabilities.
+    batches: The minibatches.
+    augment_fn: Augmentation `(key, images) -> images`.
+    batch_stats: `"update"`: BatchNorm normalises with the minibatch and moves
+      its statistics; `"frozen"`: inference mode.
+    is_masked: Whether minibatches may hold padding among their rows.
+
+  Returns:
+    The new state and what the steps report.
+  """
+
+  def take(state: TrainState, batch: Batches) -> tuple[TrainState, StepMetrics]:
+    key = jax.random.fold_in(state.key, state.step)
+    augment_key, apply_key = jax.random.split(key)
+    pixels = to_float(images[batch.rows])
+    if augment_fn is not None:
+      pixels = augment_fn(augment_key, pixels)
+    target = targets[batch.rows]
+    mask = batch.weights > 0 if is_masked else None
+
+    def loss_fn(params: chex.ArrayTree) -> tuple[jax.Array, Any]:
+      variables: types.Variables = {**state.variables, "params": params}
+      if batch_stats == "frozen":
+        logits = model.apply(variables, pixels)
+      else:
+        logits, variables = _apply_train(
+          model, variables, pixels, apply_key, mask
+        )
+      losses = cross_entropy(logits, target)
+      return jnp.sum(losses * batch.weights), (variables, logits, losses)
+
+    gradients, (variables, logits, losses) = jax.grad(loss_fn, has_aux=True)(
+      state.variables["params"]
+    )
+    params = state.variables["params"]
+    updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+    state = TrainState(
+      variables={**variables, "params": optax.apply_updates(params, updates)},
+      opt_state=opt_state,
+      key=state.key,
+      step=state.step + 1,
+    )
+    classes = target if target.ndim == 1 else jnp.argmax(target, -1)
+    is_correct = jnp.argmax(logits, -1) == classes
+    return state, StepMetrics(loss=losses, is_correct=is_correct)
+
+  def skip(state: TrainState, batch: Batches) -> tuple[TrainState, StepMetrics]:
+    losses = jnp.zeros_like(batch.weights)
+    return state, StepMetrics(loss=losses, is_correct=losses > 0)
+
+  def step(state: TrainState, batch: Batches) -> tuple[TrainState, StepMetrics]:
+    return jax.lax.cond(jnp.any(batch.weights > 0), take, skip, state, batch)
+
+  return jax.lax.scan(step, state, batches)
+
+
+_jitted_run_steps = jax.jit(
+  run_steps,
+  static_argnames=(
+    "model",
+    "optimizer",
+    "augment_fn",
+    "batch_stats",
+    "is_masked",
+  ),
+  donate_argnames="state",
+)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Cross-entropy per row, `-Σ_k target_k log softmax(logits)_k`.
+
+  Args:
+    logits: float `[B, K]`.
+    targets: int `[B]` classes or float `[B, K]` probabilities.
+
+  Returns:
+    float `[B]`, in nats.
+  """
+  if targets.ndim == 1:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+  return optax.softmax_cross_entropy(logits, targets)
+
+
+def _apply_train(
+  model: types.Model,
+  variables: types.Variables,
+  images: jax.Array,
+  key: jax.Array,
+  mask: jax.Array | None,
+) -> tuple[jax.Array, types.Variables]:
+  """Passes the mask on to networks that take one.
+
+  For the others padding rows are ordinary images in the statistics, which is
+  why batches are padded with images and not with zeros.
+  """
+  if mask is None or not _takes_mask(model.apply_train):
+    return model.apply_train(variables, images, key)
+  return model.apply_train(variables, images, key, mask)
+
+
+@functools.lru_cache
+def _takes_mask(apply_train: Callable[..., Any]) -> bool:
+  return "mask" in inspect.signature(apply_train).parameters
+
+
+def shuffled_rows(
+  key: jax.Array, num_rows: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Shuffles rows into minibatches; the last is filled up from the first.
+
+  Args:
+    key: One typed key.
+    num_rows: How many rows, positive.
+    batch_size: Rows a minibatch `B`.
+
+  Returns:
+    int32 rows `[S, B]` and bool `[S, B]`, False where a row is padding.
+  """
+  order = np.asarray(jax.random.permutation(key, num_rows), np.int32)
+  num_steps = -(-num_rows // batch_size)
+  rows = np.resize(order, num_steps * batch_size)
+  is_real = np.arange(rows.size) < num_rows
+  shape = (num_steps, batch_size)
+  return rows.reshape(shape), is_real.reshape(shape)
+
+
+def epoch_batches(
+  key: jax.Array, num_rows: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Shuffles an epoch: rows and weights `[S, B]` of minibatch means."""
+  rows, is_real = shuffled_rows(key, num_rows, batch_size)
+  weights = is_real / is_real.sum(1, keepdims=True)
+  return rows, weights.astype(np.float32)
+
+
+def run_epoch(
+  model: types.Model,
+  optimizer: optax.GradientTransformation,
+  state: TrainState,
+  images: jax.Array,
+  targets: jax.Array,
+  rows: np.ndarray,
+  weights: np.ndarray,
+  *,
+  augment_fn: augment.AugmentFn | None = None,
+  batch_stats: str = "update",
+  mesh: jax.sharding.Mesh | None = None,
+  bar: progress.Bar | None = None,
+) -> tuple[TrainState, dict[str, np.ndarray]]:
+  """Runs the minibatches of an epoch through the compiled `run_steps`.
+
+  Args:
+    model: The network.
+    optimizer: Any Optax optimiser.
+    state: Where to start; donated, and deleted.
+    images: uint8 `[N, H, W, C]`, the pool.
+    targets: int `[N]` or float `[N, K]`.
+    rows: int32 `[S, B]`.
+    weights: float32 `[S, B]`.
+    augment_fn: As for `run_steps`.
+    batch_stats: As for `run_steps`.
+    mesh: Devices to cut each minibatch over; None for one.
+    bar: Moved by each step.
+
+  Returns:
+    The new state, and `loss` and `is_correct` `[S, B]` per row.
+
+  Raises:
+    FloatingPointError: If the loss is NaN or infinite, with the step.
+  """
+  num_steps, batch_size = rows.shape
+  num_calls = -(-num_steps // _MAX_STEPS_PER_CALL)
+  steps_per_call = -(-num_steps // num_calls)
+  padding = (
+    (0, num_calls * steps_per_call - num_steps),
+    (0, parallel.padded_size(batch_size, mesh) - batch_size),
+  )
+  is_masked = bool(padding[1][1] or np.any(weights == 0))
+  # Padding repeats images, for the sake of networks without a mask.
+  rows = np.pad(rows, padding, mode="wrap")
+  weights = np.pad(weights, padding)
+  reported = []
+  for call in range(num_calls):
+    part = slice(call * steps_per_call, (call + 1) * steps_per_call)
+    batches = Batches(
+      rows=jnp.asarray(rows[part]), weights=jnp.asarray(weights[part])
+    )
+    state, metrics = _jitted_run_steps(
+      model,
+      optimizer,
+      state,
+      images,
+      targets,
+      parallel.shard(batches, mesh, axis=1),
+      augment_fn=augment_fn,
+      batch_stats=batch_stats,
+      is_masked=is_masked,
+    )
+    numbers = jax.tree.map(np.asarray, metrics)
+    _check_finite(numbers.loss, weights[part], int(state.step))
+    reported.append(numbers)
+    if bar is not None:
+      real = weights[part] > 0
+      bar.advance(
+        int(real.any(1).sum()),
+        loss=float(numbers.loss[real].mean()),
+        accuracy=float(numbers.is_correct[real].mean()),
+      )
+
+  def join(name: str) -> np.ndarray:
+    parts = np.concatenate([getattr(numbers, name) for numbers in reported])
+    return parts[:num_steps, :batch_size]
+
+  return state, {"loss": join("loss"), "is_correct": join("is_correct")}
+
+
+def _check_finite(
+  losses: np.ndarray, weights: np.ndarray, last_step: int
+) -> None:
+  is_bad = (~np.isfinite(losses) & (weights > 0)).any(1)
+  if is_bad.any():
+    num_steps = int((weights > 0).any(1).sum())
+    step = last_step - num_steps + int(np.argmax(is_bad)) + 1
+    raise FloatingPointError(
+      f"the loss is not finite at step {step}: lower the learning rate"
+    )
+
+
+def fit(
+  model: types.Model,
+  variables: types.Variables,
+  dataset: types.Dataset,
+  key: jax.Array,
+  *,
+  optimizer: optax.GradientTransformation | None = None,
+  num_epochs: int,
+  batch_size: int = 64,
+  augment_fn: augment.AugmentFn | None = None,
+  callback: Callable[[TrainState, dict[str, Any]], None] | None = None,
+  state: TrainState | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  description: str = "training",
+  show_progress: bool = True,
+) -> tuple[types.Variables, History]:
+  """Trains with cross-entropy. The same arguments give the same weights.
+
+  Args:
+    model: The network.
+    variables: Where to start; left as they are.
+    dataset: The training images, put on the device as uint8.
+    key: One typed key, for order and augmentation.
+    optimizer: Any Optax optimiser; None for `sgd(0.01)`.
+    num_epochs: Passes over the data, positive.
+    batch_size: Images a step, positive.
+    augment_fn: Augmentation `(key, images) -> images`, on float images.
+    callback: Called after each epoch with the state (to be copied or saved
+      before it returns: the next step takes its memory) and the epoch's record.
+    state: A state of an earlier run with the same arguments, from which to go
+      on; `variables` and `key` are then taken from it.
+    mesh: Devices to train on; None for one.
+    description: Name of the progress bar.
+    show_progress: Whether to show the bar.
+
+  Returns:
+    The trained variables, and one record an epoch: `epoch` from 1, mean `loss`
+    (nats) and `accuracy` over the epoch as it went, `seconds`, and
+    `step_losses`, one a step.
+
+  Raises:
+    ValueError: If an argument is out of its range.
+    FloatingPointError: If the loss is NaN or infinite.
+  """
+  checks.integer("num_epochs", num_epochs, at_least=1)
+  checks.integer("batch_size", batch_size, at_least=1)
+  checks.key(key)
+  if not len(dataset):
+    raise ValueError("dataset must not be empty, got 0 images")
+  optimizer = sgd(0.01) if optimizer is None else optimizer
+  if state is None:
+    state = init_state(variables, optimizer, key)
+  num_steps = -(-len(dataset) // batch_size)
+  order_key = jax.random.fold_in(state.key, np.iinfo(np.int32).max)
+  first_epoch = int(state.step) // num_steps
+  images = parallel.replicate(jnp.asarray(dataset.images), mesh)
+  labels = parallel.replicate(jnp.asarray(dataset.labels), mesh)
+  state = parallel.replicate(state, mesh)
+  history: History = []
+  total = (num_epochs - first_epoch) * num_steps
+  with progress.bar(
+    description, total, unit="step", is_shown=show_progress
+  ) as bar:
+    for epoch in range(first_epoch, num_epochs):
+      start = time.perf_counter()
+      rows, weights = epoch_batches(
+        jax.random.fold_in(order_key, epoch), len(dataset), batch_size
+      )
+      state, reported = run_epoch(
+        model,
+        optimizer,
+        state,
+        images,
+        labels,
+        rows,
+        weights,
+        augment_fn=augment_fn,
+        mesh=mesh,
+        bar=bar,
+      )
+      history.append(
+        {
+          "epoch": epoch + 1,
+          **summarise(reported, weights > 0),
+          "seconds": time.perf_counter() - start,
+        }
+      )
+      if callback is not None:
+        callback(state, history[-1])
+  return state.variables, history
+
+
+def summarise(
+  reported: dict[str, np.ndarray], is_counted: np.ndarray
+) -> dict[str, Any]:
+  """Means over the counted rows, and the mean loss of each step."""
+  counts = np.maximum(is_counted.sum(1), 1)
+  return {
+    "loss": float(reported["loss"][is_counted].mean()),
+    "accuracy": float(reported["is_correct"][is_counted].mean()),
+    "step_losses": [
+      round(float(x), 5)
+      for x in (reported["loss"] * is_counted).sum(1) / counts
+    ],
+  }

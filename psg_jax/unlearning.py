@@ -1,0 +1,547 @@
+"""Algorithms 2 and 3: move a trained model to the relabelled forget set.
+
+`unlearn` is the whole job; its parts are `relabel` (Algorithm 1 over a data
+set, and the targets that follow) and `update` (the outer loop), for those who
+bring labels of their own.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from psg_jax import (
+  boundary,
+  checks,
+  inference,
+  parallel,
+  progress,
+  training,
+  types,
+)
+
+_RELABELLING_FIELDS = (
+  "labels",
+  "logits",
+  "is_crossed",
+  "distance",
+  "num_steps",
+)
+LABELS = ("hard", "soft", "raw_logits")
+BATCH_STATS = ("update", "frozen")
+
+
+class SearchFn(Protocol):
+  """A search with its options bound, such as a partial of `boundary.search`."""
+
+  def __call__(
+    self,
+    apply_fn: types.ApplyFn,
+    variables: types.Variables,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+  ) -> boundary.SearchOutput:
+    """Searches from float images `[B, H, W, C]`; `key` is one or `[B]`."""
+    ...
+
+
+@types.pytree
+class Relabelling:
+  """The outcome of the search over the forget set.
+
+  Attributes:
+    labels: int32 `[N]`, the class reached, or the runner-up.
+    logits: float32 `[N, K]` at the last point.
+    is_crossed: bool `[N]`, whether the boundary was crossed.
+    distance: float32 `[N]`, in pixel units.
+    num_steps: int32 `[N]`.
+  """
+
+  labels: np.ndarray
+  logits: np.ndarray
+  is_crossed: np.ndarray
+  distance: np.ndarray
+  num_steps: np.ndarray
+
+
+@types.pytree
+class UnlearnOutput:
+  """What unlearning returns.
+
+  Attributes:
+    variables: The unlearned model's.
+    targets: Targets of the forget set in the last pass: int32 classes `[N]`
+      for hard labels, float32 `[N, K]` for soft ones.
+    history: One record a pass; see `update`. The first also says how many
+      `search_seconds` went before it.
+    relabelling: What the search found, in the last pass.
+  """
+
+  variables: types.Variables
+  targets: np.ndarray
+  history: training.History
+  relabelling: Relabelling
+
+
+def unlearn(
+  model: types.Model,
+  variables: types.Variables,
+  split: types.Split,
+  key: jax.Array,
+  *,
+  num_steps: int = 50,
+  step_size: float = 0.01,
+  step_decay: str = "constant",
+  max_distance: float | None = None,
+  norm: str = "linf",
+  distance_weight: float = 0.0,
+  distance_decay: str = "constant",
+  distance_term: str = "penalty",
+  noise_scale: float = 0.0,
+  noise: str = "normal",
+  confidence: float | None = None,
+  bounds: tuple[float, float] = (0.0, 1.0),
+  is_rounded: bool = False,
+  search_fn: SearchFn | None = None,
+  search_batch_size: int = 128,
+  optimizer: optax.GradientTransformation | None = None,
+  num_epochs: int = 3,
+  batch_size: int = 64,
+  retain_weight: float = 1.0,
+  labels: str = "hard",
+  top_k: int | None = None,
+  batch_stats: str = "update",
+  refresh_labels: bool = False,
+  callback: Callable[[training.TrainState, dict[str, Any]], None] | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  show_progress: bool = True,
+) -> UnlearnOutput:
+  """Takes the forget set out of a trained model.
+
+  Searches the nearest class across the decision boundary of the frozen model
+  for each forget image (Algorithm 1), then moves a copy of the model to these
+  labels while it stays right on retained images (Algorithms 2 and 3). The
+  defaults are those that worked best, not those of the released code.
+
+  Args:
+    model: The network.
+    variables: The original model's, frozen and left as they are.
+    split: The forget and the retain set.
+    key: One typed key.
+    num_steps: `T` of `boundary.search`, whose options these are up to
+      `is_rounded`.
+    step_size: `ε`, in pixel units.
+    step_decay: `"constant"` or `"sqrt"`.
+    max_distance: Radius of the ball, in pixel units, or None.
+    norm: `"linf"` or `"l2"`.
+    distance_weight: `λ`.
+    distance_decay: Schedule of `λ`.
+    distance_term: `"penalty"` or `"reward"`.
+    noise_scale: `γ`.
+    noise: Distribution of the noise.
+    confidence: `κ`, or None.
+    bounds: Lowest and highest pixel value.
+    is_rounded: Whether points lie on the grid of 1/255.
+    search_fn: Another search, which replaces the options above.
+    search_batch_size: Images searched at a time.
+    optimizer: Any Optax optimiser; None for `training.sgd(1e-3)`.
+    num_epochs: Passes over the forget set, positive.
+    batch_size: Forget images, and as many retain images, a step.
+    retain_weight: `φ`, 0 or more; 0 uses no retain image.
+    labels: `"hard"`: the class reached; `"soft"`: the prediction at the
+      boundary point, and on retain images the frozen model's own;
+      `"raw_logits"`: as the released code has it, logits where probabilities
+      belong (it can destroy a model: for comparison only).
+    top_k: With soft labels, the number of largest entries kept, or None.
+    batch_stats: `"update"`: BatchNorm in training mode, on forget and retain
+      images together; `"frozen"`: inference mode, the better choice where
+      `retain_weight` is 0.
+    refresh_labels: Whether to search again before each pass, with new noise.
+      Without noise the labels cannot change and are searched once.
+    callback: Called after each pass with the state and the pass's record.
+    mesh: Devices to work on; None for one.
+    show_progress: Whether to show progress bars.
+
+  Returns:
+    The unlearned variables, the targets, and the history.
+
+  Raises:
+    ValueError: If an argument is of the wrong shape, type or range.
+    FloatingPointError: If the loss is NaN or infinite.
+
+  References:
+    Nahass et al., Targeted Unlearning Using Perturbed Sign Gradient Methods
+    With Applications On Medical Images, 2025, Algorithms 1 to 3.
+  """
+  check_split(split, retain_weight)
+  check_labels(labels, top_k, split.forget.num_classes)
+  checks.integer("num_epochs", num_epochs, at_least=1)
+  checks.integer("search_batch_size", search_batch_size, at_least=1)
+  can_change = search_fn is not None or noise_scale > 0
+  if search_fn is None:
+    search_fn = functools.partial(
+      boundary.search
+      if mesh is None
+      else functools.partial(parallel.search, mesh=mesh),
+      num_steps=num_steps,
+      step_size=step_size,
+      step_decay=step_decay,
+      max_distance=max_distance,
+      norm=norm,
+      distance_weight=distance_weight,
+      distance_decay=distance_decay,
+      distance_term=distance_term,
+      noise_scale=noise_scale,
+      noise=noise,
+      confidence=confidence,
+      bounds=bounds,
+      is_rounded=is_rounded,
+    )
+  search_key, update_key = jax.random.split(key)
+  retain_targets = split.retain.labels
+  if labels != "hard" and retain_weight > 0:
+    logits = inference.predict(
+      model.apply, variables, split.retain.images, mesh=mesh
+    )
+    retain_targets = soft_targets(logits, labels=labels, top_k=top_k)
+  is_refreshed = refresh_labels and can_change
+  state: training.TrainState | None = None
+  history: training.History = []
+  for first_epoch in range(num_epochs if is_refreshed else 1):
+    start = time.perf_counter()
+    found = relabel(
+      model.apply,
+      variables,
+      split.forget,
+      jax.random.fold_in(search_key, first_epoch),
+      search_fn=search_fn,
+      batch_size=search_batch_size,
+      show_progress=show_progress,
+    )
+    search_seconds = time.perf_counter() - start
+    targets = found.labels
+    if labels != "hard":
+      targets = soft_targets(found.logits, labels=labels, top_k=top_k)
+    state, records = update(
+      model,
+      variables,
+      split,
+      targets,
+      update_key,
+      retain_targets=retain_targets,
+      optimizer=optimizer,
+      num_epochs=first_epoch + 1 if is_refreshed else num_epochs,
+      batch_size=batch_size,
+      retain_weight=retain_weight,
+      batch_stats=batch_stats,
+      callback=callback,
+      state=state,
+      mesh=mesh,
+      show_progress=show_progress,
+    )
+    records[0]["search_seconds"] = search_seconds
+    history += records
+  assert state is not None  # There is at least one pass.
+  return UnlearnOutput(
+    variables=state.variables,
+    targets=targets,
+    history=history,
+    relabelling=found,
+  )
+
+
+def relabel(
+  apply_fn: types.ApplyFn,
+  variables: types.Variables,
+  dataset: types.Dataset,
+  key: jax.Array,
+  *,
+  search_fn: SearchFn,
+  batch_size: int = 128,
+  show_progress: bool = True,
+) -> Relabelling:
+  """Searches the nearest class across the boundary for a whole data set.
+
+  Args:
+    apply_fn: The frozen network in inference mode.
+    variables: Its variables.
+    dataset: The forget set.
+    key: One typed key; image `i` draws with `fold_in(key, i)`, whatever the
+      batch size.
+    search_fn: A search with its options bound.
+    batch_size: Images at a time, positive; the last batch is filled up.
+    show_progress: Whether to show a progress bar.
+
+  Returns:
+    The classes reached and how the search went, `[N]` each.
+
+  Raises:
+    ValueError: If an argument is out of its range.
+  """
+  checks.integer("batch_size", batch_size, at_least=1)
+  checks.key(key)
+  batch_size = min(batch_size, len(dataset))
+  found = []
+  with progress.bar(
+    "boundary search", len(dataset), unit="image", is_shown=show_progress
+  ) as bar:
+    for start in range(0, len(dataset), batch_size):
+      rows = np.arange(start, start + batch_size)
+      # The last batch is filled up from the first image on: one program.
+      batch = rows % len(dataset)
+      num_real = min(batch_size, len(dataset) - start)
+      output = search_fn(
+        apply_fn,
+        variables,
+        training.to_float(jnp.asarray(dataset.images[batch])),
+        jnp.asarray(dataset.labels[batch]),
+        boundary.sample_keys(key, jnp.asarray(batch)),
+      )
+      found.append(
+        {
+          name: np.asarray(getattr(output, name))[:num_real]
+          for name in _RELABELLING_FIELDS
+        }
+      )
+      bar.advance(num_real, crossed=float(found[-1]["is_crossed"].mean()))
+  return Relabelling(
+    **{
+      name: np.concatenate([part[name] for part in found])
+      for name in _RELABELLING_FIELDS
+    }
+  )
+
+
+def soft_targets(
+  logits: np.ndarray, *, labels: str = "soft", top_k: int | None = None
+) -> np.ndarray:
+  """Turns predictions into targets (Algorithm 3).
+
+  Args:
+    logits: float `[N, K]`.
+    labels: `"soft"`: the softmax; `"raw_logits"`: the logits themselves, as in
+      the released code, which feeds them where probabilities belong.
+    top_k: Number of largest entries kept, the others becoming 0; probabilities
+      are then normalised again. None keeps all.
+
+  Returns:
+    float32 `[N, K]`; with `"soft"` each row sums to 1.
+
+  Raises:
+    ValueError: If an argument is out of its range.
+  """
+  check_labels(labels, top_k, logits.shape[-1])
+  targets = jnp.asarray(logits, jnp.float32)
+  if labels != "raw_logits":
+    targets = jax.nn.softmax(targets)
+  if top_k is not None:
+    kept = jax.nn.one_hot(
+      jax.lax.top_k(targets, top_k)[1], targets.shape[-1]
+    ).sum(-2)
+    targets = targets * kept
+    if labels != "raw_logits":
+      targets = targets / targets.sum(-1, keepdims=True)
+  return np.asarray(targets)
+
+
+def update(
+  model: types.Model,
+  variables: types.Variables,
+  split: types.Split,
+  targets: np.ndarray,
+  key: jax.Array,
+  *,
+  retain_targets: np.ndarray | None = None,
+  optimizer: optax.GradientTransformation | None = None,
+  num_epochs: int = 3,
+  batch_size: int = 64,
+  retain_weight: float = 1.0,
+  batch_stats: str = "update",
+  callback: Callable[[training.TrainState, dict[str, Any]], None] | None = None,
+  state: training.TrainState | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+  show_progress: bool = True,
+) -> tuple[training.TrainState, training.History]:
+  """Moves a copy of the model to the targets of the forget set.
+
+  For each minibatch of the forget set, with one of the retain set beside it:
+
+      loss = mean CE(f_w(x_F), target_F) + φ mean CE(f_w(x_R), target_R)
+
+  Args:
+    model: The network.
+    variables: Where to start; left as they are.
+    split: The forget and the retain set.
+    targets: Of the forget set: int `[N]` classes or float `[N, K]`.
+    key: One typed key, for the order.
+    retain_targets: Of the retain set, likewise; None for its labels.
+    optimizer: Any Optax optimiser; None for `training.sgd(1e-3)`.
+    num_epochs: Passes over the forget set, positive.
+    batch_size: Forget images, and as many retain images, a step.
+    retain_weight: `φ`, 0 or more; 0 uses no retain image.
+    batch_stats: `"update"` or `"frozen"`, as for `unlearn`.
+    callback: Called after each pass with the state (to be copied or saved
+      before it returns) and the pass's record.
+    state: A state of an earlier run with the same arguments, to go on from.
+    mesh: Devices to work on; None for one.
+    show_progress: Whether to show a progress bar.
+
+  Returns:
+    The final state, and one record a pass: `epoch` from 1, `forget_loss` and
+    `retain_loss` (nats) and `forget_accuracy` and `retain_accuracy` (share of
+    images predicted as their targets) as it went, `seconds`, and
+    `forget_step_losses` and `retain_step_losses`, one a step.
+
+  Raises:
+    ValueError: If an argument is of the wrong shape, type or range.
+    FloatingPointError: If the loss is NaN or infinite.
+  """
+  check_split(split, retain_weight)
+  checks.integer("num_epochs", num_epochs, at_least=1)
+  checks.integer("batch_size", batch_size, at_least=1)
+  checks.one_of("batch_stats", batch_stats, BATCH_STATS)
+  checks.key(key)
+  num_classes = split.forget.num_classes
+  targets = _checked_targets("targets", targets, split.forget)
+  optimizer = training.sgd(1e-3) if optimizer is None else optimizer
+  pool, pool_targets = split.forget.images, targets
+  if retain_weight > 0:
+    if retain_targets is None:
+      retain_targets = split.retain.labels
+    retain_targets = _checked_targets(
+      "retain_targets", retain_targets, split.retain
+    )
+    pool = np.concatenate([pool, split.retain.images])
+    if targets.ndim != retain_targets.ndim:
+      targets = _as_probabilities(targets, num_classes)
+      retain_targets = _as_probabilities(retain_targets, num_classes)
+    pool_targets = np.concatenate([targets, retain_targets])
+  if state is None:
+    state = training.init_state(variables, optimizer, key)
+  num_forget, num_retain = len(split.forget), len(split.retain)
+  num_steps = -(-num_forget // batch_size)
+  first_epoch = int(state.step) // num_steps
+  order_key = jax.random.fold_in(state.key, np.iinfo(np.int32).max)
+  images = parallel.replicate(jnp.asarray(pool), mesh)
+  pool_targets = parallel.replicate(jnp.asarray(pool_targets), mesh)
+  state = parallel.replicate(state, mesh)
+  history: training.History = []
+  total = (num_epochs - first_epoch) * num_steps
+  with progress.bar(
+    "unlearning", total, unit="step", is_shown=show_progress
+  ) as bar:
+    for epoch in range(first_epoch, num_epochs):
+      start = time.perf_counter()
+      forget_key, retain_key = jax.random.split(
+        jax.random.fold_in(order_key, epoch)
+      )
+      rows, weights = training.epoch_batches(forget_key, num_forget, batch_size)
+      if retain_weight > 0:
+        retain_rows = _retain_rows(
+          retain_key, num_retain, num_steps, batch_size
+        )
+        rows = np.concatenate([rows, num_forget + retain_rows], 1)
+        retain_weights = np.full(
+          (num_steps, batch_size), retain_weight / batch_size, np.float32
+        )
+        weights = np.concatenate([weights, retain_weights], 1)
+      state, reported = training.run_epoch(
+        model,
+        optimizer,
+        state,
+        images,
+        pool_targets,
+        rows,
+        weights,
+        batch_stats=batch_stats,
+        mesh=mesh,
+        bar=bar,
+      )
+      record: dict[str, Any] = {"epoch": epoch + 1}
+      is_forget = np.arange(rows.shape[1]) < batch_size
+      for name, is_part in (("forget", is_forget), ("retain", ~is_forget)):
+        is_counted = (weights > 0) & is_part
+        if is_counted.any():
+          summary = training.summarise(reported, is_counted)
+          record |= {f"{name}_{what}": x for what, x in summary.items()}
+      record["seconds"] = time.perf_counter() - start
+      history.append(record)
+      if callback is not None:
+        callback(state, record)
+  return state, history
+
+
+def _retain_rows(
+  key: jax.Array, num_rows: int, num_steps: int, batch_size: int
+) -> np.ndarray:
+  """Draws `[num_steps, batch_size]` rows, each as often as any other."""
+  num_needed = num_steps * batch_size
+  num_rounds = -(-num_needed // num_rows)
+  orders = [
+    np.asarray(jax.random.permutation(each, num_rows), np.int32)
+    for each in jax.random.split(key, num_rounds)
+  ]
+  return np.concatenate(orders)[:num_needed].reshape(num_steps, batch_size)
+
+
+def _as_probabilities(targets: np.ndarray, num_classes: int) -> np.ndarray:
+  if targets.ndim == 2:
+    return targets
+  return np.eye(num_classes, dtype=np.float32)[targets]
+
+
+def check_split(split: types.Split, retain_weight: float) -> None:
+  """Raises ValueError unless there is something to forget and to retain."""
+  checks.number("retain_weight", retain_weight, at_least=0)
+  if not len(split.forget):
+    raise ValueError("the forget set must not be empty, got 0 images")
+  if not len(split.retain) and retain_weight > 0:
+    raise ValueError(
+      "the retain set must not be empty with"
+      f" retain_weight={retain_weight}, got 0 images"
+    )
+
+
+def check_labels(labels: str, top_k: int | None, num_classes: int) -> None:
+  """Raises ValueError unless this form of labels exists."""
+  checks.one_of("labels", labels, LABELS)
+  if top_k is None:
+    return
+  if labels == "hard":
+    raise ValueError(f"top_k must be None with hard labels, got {top_k}")
+  checks.integer("top_k", top_k, at_least=1)
+  if top_k > num_classes:
+    raise ValueError(
+      f"top_k must be at most the {num_classes} classes, got {top_k}"
+    )
+
+
+def _checked_targets(
+  name: str, targets: np.ndarray, dataset: types.Dataset
+) -> np.ndarray:
+  """Returns the targets as int32 `[N]` or float32 `[N, K]`."""
+  targets = np.asarray(targets)
+  num_images, num_classes = len(dataset), dataset.num_classes
+  is_integer = np.issubdtype(targets.dtype, np.integer)
+  if targets.shape == (num_images,) and is_integer:
+    if targets.min() < 0 or targets.max() >= num_classes:
+      raise ValueError(
+        f"{name} must be in [0, {num_classes}), got values from"
+        f" {targets.min()} to {targets.max()}"
+      )
+    return targets.astype(np.int32)
+  if targets.shape != (num_images, num_classes) or is_integer:
+    raise ValueError(
+      f"{name} must be int [{num_images}] or float"
+      f" [{num_images}, {num_classes}], got"
+      f" {targets.dtype} {list(targets.shape)}"
+    )
+  if not np.isfinite(targets).all():
+    raise ValueError(f"{name} must be finite, got NaN or infinity")
+  return targets.astype(np.float32)

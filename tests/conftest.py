@@ -1,0 +1,21 @@
+"""Eight fake devices, so that sharding is tested on any machine."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import pytest
+
+REFERENCE = pathlib.Path(__file__).parents[2] / "shared" / "reference"
+
+
+@pytest.fixture(scope="session")
+def reference_dir() -> pathlib.Path:
+  """Outputs of the paper's released code, where they are at hand."""
+  if not (REFERENCE / "fgsm.npz").is_file():
+    pytest.skip("the released code's outputs are not on this machine")
+  return REFERENCE

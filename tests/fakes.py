@@ -1,0 +1,57 @@
+"""Networks with known answers, and small data sets."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from psg_jax import types
+
+
+def linear_apply(variables, images):
+  """Logits `flatten(x) @ kernel + bias`."""
+  flat = images.reshape(len(images), -1)
+  return flat @ variables["params"]["kernel"] + variables["params"]["bias"]
+
+
+def linear_variables(kernel, bias=None):
+  kernel = jnp.asarray(kernel, jnp.float32)
+  bias = jnp.zeros(kernel.shape[1]) if bias is None else jnp.asarray(bias)
+  return {"params": {"kernel": kernel, "bias": bias.astype(jnp.float32)}}
+
+
+def linear_model(num_features, num_classes):
+  """A linear classifier that takes no mask in training."""
+
+  def init(key, images):
+    del images
+    kernel = 0.01 * jax.random.normal(key, (num_features, num_classes))
+    return linear_variables(kernel)
+
+  def apply_train(variables, images, key):
+    del key
+    return linear_apply(variables, images), variables
+
+  def features(variables, images):
+    del variables
+    return images.reshape(len(images), -1)
+
+  return types.Model(init, linear_apply, apply_train, features)
+
+
+def blobs(num_images, *, num_classes=3, size=4, channels=1, seed=0):
+  """Images whose class is the bright third of the rows; separable."""
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(0, num_classes, num_images)
+  images = rng.integers(0, 100, (num_images, size, size, channels))
+  which = np.arange(size * size).reshape(size, size) % num_classes
+  bright = which[None, :, :, None] == labels[:, None, None, None]
+  return types.Dataset(
+    images=(images + 120 * bright).astype(np.uint8),
+    labels=labels,
+    class_names=tuple(f"class {i}" for i in range(num_classes)),
+  )
+
+
+def split_class(dataset, label=0):
+  is_forget = dataset.labels == label
+  return types.Split(dataset.take(is_forget), dataset.take(~is_forget))

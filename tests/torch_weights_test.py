@@ -1,0 +1,630 @@
+"""Tests of psg_jax.torch_weights."""
+
+import collections
+import io
+import os
+import pathlib
+import pickle
+import struct
+import subprocess
+import sys
+import zipfile
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from safetensors import numpy as safetensors_numpy
+
+from psg_jax import models, torch_weights
+
+REFERENCE = pathlib.Path(__file__).parents[2] / "shared" / "reference"
+POSITIONS = (0, 1, 2, 4, 5, 6, 8, 9)
+
+needs_reference = pytest.mark.skipif(
+  not (REFERENCE / "original.pt").is_file(),
+  reason="the reference state dict is not beside the repository",
+)
+
+
+def make_state(
+  dtype=np.float32, widths=(2, 2, 3, 3, 3, 3, 3, 3), channels=1, classes=4
+):
+  """A state dict of the tiniest All-CNN, with every value its own."""
+  rng = np.random.default_rng(0)
+  state = {}
+  inputs = channels
+  for i, (position, width) in enumerate(zip(POSITIONS, widths, strict=True)):
+    size = 1 if i == 7 else 3
+    layer = f"features.{position}"
+    shape = (width, inputs, size, size)
+    state[f"{layer}.0.weight"] = rng.normal(size=shape).astype(dtype)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+      state[f"{layer}.1.{name}"] = rng.normal(size=width).astype(dtype)
+    state[f"{layer}.1.num_batches_tracked"] = np.array(7 + i, np.int64)
+    inputs = width
+  state["classifier.0.weight"] = rng.normal(size=(classes, inputs)).astype(
+    dtype
+  )
+  state["classifier.0.bias"] = rng.normal(size=classes).astype(dtype)
+  return state
+
+
+def save_state(path, state):
+  safetensors_numpy.save_file(
+    {key: np.ascontiguousarray(x) if x.ndim else x for key, x in state.items()},
+    path,
+  )
+  return path
+
+
+def load(path):
+  return torch_weights.load(path, model_name="all_cnn")
+
+
+def save(path, variables):
+  torch_weights.save(path, variables, model_name="all_cnn")
+  return safetensors_numpy.load_file(path)
+
+
+def assert_same_bits(given, expected):
+  assert given.keys() == expected.keys()
+  for key, array in expected.items():
+    assert given[key].dtype == array.dtype, key
+    assert given[key].shape == array.shape, key
+    assert given[key].tobytes() == array.tobytes(), key
+
+
+def fails(call, *parts):
+  with pytest.raises(ValueError, match=r".") as caught:
+    call()
+  message = str(caught.value)
+  assert "\n" not in message
+  assert len(message) < 600
+  for part in parts:
+    assert part in message, message
+
+
+# The layout.
+
+
+def test_load_puts_every_entry_where_the_network_has_it(tmp_path):
+  state = make_state()
+  variables = load(save_state(tmp_path / "a.safetensors", state))
+  block = variables["params"]["block_3"]
+  stats = variables["batch_stats"]["block_3"]
+  # PyTorch's [out, in, row, column] at Flax's [row, column, in, out].
+  assert block["kernel"].shape == (3, 3, 3, 3)
+  np.testing.assert_array_equal(
+    block["kernel"][0, 2, 1, 0], state["features.4.0.weight"][0, 1, 0, 2]
+  )
+  np.testing.assert_array_equal(block["scale"], state["features.4.1.weight"])
+  np.testing.assert_array_equal(block["bias"], state["features.4.1.bias"])
+  np.testing.assert_array_equal(
+    stats["mean"], state["features.4.1.running_mean"]
+  )
+  np.testing.assert_array_equal(stats["var"], state["features.4.1.running_var"])
+  assert stats["count"] == 10
+  assert stats["count"].dtype == jnp.int32
+  assert stats["count"].shape == ()
+  np.testing.assert_array_equal(
+    variables["params"]["head"]["kernel"], state["classifier.0.weight"].T
+  )
+  assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(variables))
+
+
+def test_layout_is_that_of_the_network(tmp_path):
+  model = models.create("all_cnn", num_classes=4, width=0.03, mean=0.5, std=0.5)
+  expected = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+  )
+  state = make_state(widths=(2, 2, 5, 5, 5, 5, 5, 5), channels=3)
+  loaded = jax.eval_shape(
+    lambda: load(save_state(tmp_path / "a.safetensors", state))
+  )
+  assert loaded == expected
+
+
+# Round trips.
+
+
+@pytest.mark.parametrize(
+  "dtype", [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+)
+def test_round_trip_from_pytorch_keeps_every_bit(tmp_path, dtype):
+  state = make_state(dtype)
+  state["features.0.1.bias"][0] = np.nan
+  state["features.0.1.bias"][1] = -0.0
+  variables = load(save_state(tmp_path / "a.safetensors", state))
+  torch_weights.save(
+    tmp_path / "b.safetensors", variables, model_name="all_cnn"
+  )
+  first, second = (
+    {
+      key: (spec["dtype"], spec["shape"], bytes(spec["data"]))
+      for key, spec in torch_weights.safetensors.deserialize(
+        (tmp_path / name).read_bytes()
+      )
+    }
+    for name in ("a.safetensors", "b.safetensors")
+  )
+  assert first == second
+
+
+def test_round_trip_from_flax_keeps_every_bit(tmp_path):
+  model = models.create("all_cnn", num_classes=4, width=0.05, mean=0.5, std=0.5)
+  variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))
+  torch_weights.save(
+    tmp_path / "a.safetensors", variables, model_name="all_cnn"
+  )
+  again = load(tmp_path / "a.safetensors")
+  assert jax.tree.structure(again) == jax.tree.structure(dict(variables))
+  for given, expected in zip(
+    jax.tree.leaves(again), jax.tree.leaves(variables), strict=True
+  ):
+    assert given.dtype == expected.dtype
+    assert np.asarray(given).tobytes() == np.asarray(expected).tobytes()
+
+
+@hypothesis.settings(max_examples=10, deadline=None)
+@hypothesis.given(
+  widths=st.tuples(*[st.integers(1, 4)] * 8),
+  channels=st.integers(1, 4),
+  classes=st.integers(2, 4),
+)
+def test_round_trip_for_any_widths(tmp_path_factory, widths, channels, classes):
+  folder = tmp_path_factory.mktemp("widths")
+  state = make_state(np.float32, widths, channels, classes)
+  variables = load(save_state(folder / "a.safetensors", state))
+  assert_same_bits(save(folder / "b.safetensors", variables), state)
+
+
+@needs_reference
+@pytest.mark.parametrize("name", ["original.pt", "original.safetensors"])
+def test_reference_round_trip(tmp_path, name):
+  expected = safetensors_numpy.load_file(REFERENCE / "original.safetensors")
+  variables = load(REFERENCE / name)
+  assert_same_bits(save(tmp_path / "b.safetensors", variables), expected)
+
+
+@needs_reference
+def test_reference_logits():
+  with np.load(REFERENCE / "fgsm.npz") as stored:
+    images, expected = stored["x"][:32], stored["logits"][:32]
+  model = models.create(
+    "all_cnn", num_classes=10, num_channels=1, width=0.25, mean=0.5, std=0.5
+  )
+  # Stored as (p / 255 - 0.5) / 0.5 in [N, C, H, W].
+  pixels = np.transpose(images, (0, 2, 3, 1)) * 0.5 + 0.5
+  logits = model.apply(load(REFERENCE / "original.pt"), jnp.asarray(pixels))
+  # Two float32 convolution libraries over eight layers.
+  np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+# The .pt reader, against PyTorch itself.
+
+
+@pytest.fixture
+def torch():
+  return pytest.importorskip("torch", reason="PyTorch is not installed")
+
+
+def to_torch(torch, state):
+  return collections.OrderedDict(
+    (key, torch.from_numpy(np.array(array))) for key, array in state.items()
+  )
+
+
+def test_pt_equals_safetensors(torch, tmp_path):
+  state = make_state()
+  torch.save(to_torch(torch, state), tmp_path / "a.pt")
+  variables = load(tmp_path / "a.pt")
+  assert_same_bits(save(tmp_path / "b.safetensors", variables), state)
+  loaded = pytest.importorskip("safetensors.torch").load_file(
+    tmp_path / "b.safetensors"
+  )
+  for key, tensor in to_torch(torch, state).items():
+    assert loaded[key].dtype == tensor.dtype
+    assert torch.equal(loaded[key], tensor)
+
+
+def test_pt_with_views_of_a_shared_storage(torch, tmp_path):
+  state = make_state()
+  tensors = to_torch(torch, state)
+  shared = torch.arange(40, dtype=torch.float32)
+  tensors["features.0.1.bias"] = shared[5:7]
+  tensors["features.0.1.weight"] = shared[1::30]
+  tensors["classifier.0.weight"] = shared[:12].reshape(3, 4).T
+  tensors["features.0.1.running_var"] = torch.ones(1).expand(2)
+  torch.save(tensors, tmp_path / "a.pth")
+  params = load(tmp_path / "a.pth")["params"]
+  np.testing.assert_array_equal(params["block_0"]["bias"], [5, 6])
+  np.testing.assert_array_equal(params["block_0"]["scale"], [1, 31])
+  np.testing.assert_array_equal(
+    params["head"]["kernel"], np.arange(12).reshape(3, 4)
+  )
+  np.testing.assert_array_equal(
+    load(tmp_path / "a.pth")["batch_stats"]["block_0"]["var"], [1, 1]
+  )
+
+
+def test_pt_channels_last(torch, tmp_path):
+  state = make_state(channels=3)
+  tensors = {
+    key: tensor.to(memory_format=torch.channels_last)
+    if tensor.ndim == 4
+    else tensor
+    for key, tensor in to_torch(torch, state).items()
+  }
+  torch.save(tensors, tmp_path / "a.pt")
+  variables = load(tmp_path / "a.pt")
+  assert_same_bits(save(tmp_path / "b.safetensors", variables), state)
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float64"])
+def test_pt_types(torch, tmp_path, name):
+  tensors = {
+    key: tensor.to(getattr(torch, name))
+    if tensor.is_floating_point()
+    else tensor
+    for key, tensor in to_torch(torch, make_state()).items()
+  }
+  torch.save(tensors, tmp_path / "a.pt")
+  kernel = load(tmp_path / "a.pt")["params"]["block_0"]["kernel"]
+  assert kernel.dtype.name == name
+  np.testing.assert_array_equal(
+    np.asarray(kernel, np.float64).transpose(3, 2, 0, 1),
+    tensors["features.0.0.weight"].double().numpy(),
+  )
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model"])
+def test_pt_wrapper_and_module_prefix(torch, tmp_path, key):
+  state = make_state()
+  tensors = {
+    f"module.{name}": tensor for name, tensor in to_torch(torch, state).items()
+  }
+  wrapper = {"epoch": 3, key: tensors, "lr": 0.1, "dtype": torch.float32}
+  torch.save(wrapper, tmp_path / "a.pt")
+  variables = load(tmp_path / "a.pt")
+  assert_same_bits(save(tmp_path / "b.safetensors", variables), state)
+
+
+def test_torch_network_reads_what_is_saved(torch, tmp_path):
+  layers = torch.nn.ModuleDict()
+  blocks, inputs = [], 1
+  for position in range(10):
+    width = 2 if position < 2 else 3
+    size = 1 if position == 9 else 3
+    if position in (3, 7):
+      blocks.append(torch.nn.Dropout())
+      continue
+    convolution = torch.nn.Conv2d(inputs, width, size, bias=False)
+    blocks.append(torch.nn.Sequential(convolution, torch.nn.BatchNorm2d(width)))
+    inputs = width
+  layers["features"] = torch.nn.Sequential(*blocks)
+  layers["classifier"] = torch.nn.Sequential(torch.nn.Linear(inputs, 4))
+  before = {key: x.clone() for key, x in layers.state_dict().items()}
+  torch.save(layers.state_dict(), tmp_path / "a.pt")
+  save(tmp_path / "b.safetensors", load(tmp_path / "a.pt"))
+  loaded = pytest.importorskip("safetensors.torch").load_file(
+    tmp_path / "b.safetensors"
+  )
+  with torch.no_grad():
+    for parameter in layers.parameters():
+      parameter.zero_()
+  layers.load_state_dict(loaded, strict=True)
+  for key, tensor in layers.state_dict().items():
+    assert torch.equal(tensor, before[key])
+
+
+def test_pt_of_a_whole_network_is_refused(torch, tmp_path):
+  torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pt")
+  fails(
+    lambda: load(tmp_path / "a.pt"),
+    "path",
+    "torch.nn.modules.linear.Linear",
+    "state_dict",
+  )
+
+
+def test_pt_with_an_old_format_is_refused(torch, tmp_path):
+  torch.save(
+    to_torch(torch, make_state()),
+    tmp_path / "a.pt",
+    _use_new_zipfile_serialization=False,
+  )
+  fails(lambda: load(tmp_path / "a.pt"), "path", "1.6")
+
+
+# Hostile and damaged .pt files.
+
+
+def write_archive(path, data, *, compression=zipfile.ZIP_STORED, **files):
+  with zipfile.ZipFile(path, "w", compression) as archive:
+    archive.writestr("archive/data.pkl", data)
+    for name, content in files.items():
+      archive.writestr(f"archive/data/{name}", content)
+  return path
+
+
+class _Evil:
+  def __init__(self, function, *arguments):
+    self.call = function, arguments
+
+  def __reduce__(self):
+    return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4, 5])
+def test_no_code_is_run(tmp_path, protocol):
+  marker = tmp_path / "ran"
+  data = pickle.dumps(_Evil(os.mkdir, str(marker)), protocol)
+  path = write_archive(tmp_path / "a.pt", data)
+  fails(lambda: load(path), "path", "mkdir", "no state dict needs")
+  assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+  ("module", "name"),
+  [
+    ("builtins", "eval"),
+    ("builtins", "getattr"),
+    ("os", "system"),
+    ("numpy", "dtype"),
+    ("torch._utils", "_rebuild_tensor_v2.__globals__"),
+    ("psg_jax.torch_weights", "_read_pt"),
+    ("torch", "load"),
+    ("x" * 10_000, "y"),
+  ],
+)
+def test_globals_are_refused_by_name(tmp_path, module, name):
+  data = f"c{module}\n{name}\n.".encode()
+  path = write_archive(tmp_path / "a.pt", data)
+  fails(lambda: load(path), "path", f"{module}.{name}"[:100])
+
+
+# Opcodes that set attributes of the stand-ins: with a state dict (`}`) as the
+# first or as the second part.
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+STORAGE = (
+  b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu"
+)
+
+
+@pytest.mark.parametrize(
+  "data",
+  [
+    pytest.param(TENSOR + b"}X\x01\0\0\0aK\x01sb.", id="attribute"),
+    pytest.param(TENSOR + b"N}X\x0c\0\0\0__defaults__K\x01s\x86b.", id="slot"),
+    pytest.param(b"ccollections\nOrderedDict\n)\x81.", id="newobj"),
+    pytest.param(TENSOR + b"(N)))tR.", id="no storage"),
+    pytest.param(STORAGE + b"J\xff\xff\xff\xfftQ.", id="negative length"),
+    pytest.param(STORAGE + b"K\x02tQ.", id="bare storage"),
+    pytest.param(
+      b"}X\x01\0\0\0a" + TENSOR + b"(" + STORAGE + b"K\x02tQK\x01K\x02\x85"
+      b"K\x01\x85tRs.",
+      id="beyond the storage",
+    ),
+    pytest.param(b"}X\x01\0\0\0aK\x01Q.", id="persistent id"),
+    pytest.param(b"}r\xff\xff\xff\x7f.", id="memo"),
+    pytest.param(b"", id="empty"),
+    pytest.param(b"}", id="cut short"),
+    pytest.param(b"}.", id="no entries"),
+    pytest.param(b"K\x01.", id="number"),
+    pytest.param(b"]" + b"]a" * 10 + b".", id="list"),
+    pytest.param(b"\x82\x01.", id="extension"),
+    pytest.param(b"(" * 100_000 + b".", id="marks"),
+  ],
+)
+def test_odd_pickles_are_refused(tmp_path, data):
+  path = write_archive(tmp_path / "a.pt", data)
+  fails(lambda: load(path), "path must be a PyTorch state dict")
+  assert torch_weights._rebuild_tensor.__defaults__ is None
+
+
+def test_odd_archives_are_refused(tmp_path):
+  no_storage = b"}X\x01\0\0\0a" + TENSOR + b"(" + STORAGE
+  no_storage += b"K\x02tQK\x00K\x02\x85K\x01\x85tRs."
+  path = write_archive(tmp_path / "a.pt", no_storage)
+  fails(lambda: load(path), "path")
+  path = write_archive(tmp_path / "b.pt", no_storage, **{"0": b"\0" * 7})
+  fails(lambda: load(path), "cut short")
+  path = write_archive(
+    tmp_path / "c.pt", b"}.", compression=zipfile.ZIP_DEFLATED
+  )
+  fails(lambda: load(path), "compressed")
+  with zipfile.ZipFile(tmp_path / "d.pt", "w") as archive:
+    archive.writestr("other", b"")
+  fails(lambda: load(tmp_path / "d.pt"), "data.pkl")
+
+
+def test_big_endian_storages(tmp_path):
+  data = b"}X\x01\0\0\0a" + TENSOR + b"(" + STORAGE
+  data += b"K\x02tQK\x00K\x02\x85K\x01\x85tRs."
+  buffer = io.BytesIO()
+  with zipfile.ZipFile(buffer, "w") as archive:
+    archive.writestr("archive/data.pkl", data)
+    archive.writestr("archive/byteorder", "big")
+    archive.writestr("archive/data/0", struct.pack(">2f", 1.5, -2.0))
+  with zipfile.ZipFile(buffer) as archive:
+    state = torch_weights._read_archive(archive)
+  np.testing.assert_array_equal(state["a"], np.array([1.5, -2.0], np.float32))
+
+
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(st.data())
+def test_damaged_files_give_one_line(tmp_path_factory, data):
+  folder = tmp_path_factory.mktemp("damaged")
+  tensor = b"}X\x01\0\0\0a" + TENSOR + b"(" + STORAGE
+  tensor += b"K\x02tQK\x00K\x02\x85K\x01\x85tRs."
+  whole = write_archive(folder / "a.pt", tensor, **{"0": bytes(8)}).read_bytes()
+  place = data.draw(st.integers(0, len(whole) - 1))
+  damaged = bytearray(whole)
+  damaged[place] ^= data.draw(st.integers(1, 255))
+  if data.draw(st.booleans()):
+    damaged = damaged[:place]
+  (folder / "a.pt").write_bytes(damaged)
+  fails(lambda: load(folder / "a.pt"), "path")
+
+
+# Bad input.
+
+
+def changed(**replaced):
+  state = make_state()
+  for key, array in replaced.items():
+    if array is None:
+      del state[key]
+    else:
+      state[key] = array
+  return state
+
+
+@pytest.mark.parametrize(
+  ("change", "parts"),
+  [
+    ({"classifier.0.bias": None}, ["missing classifier.0.bias"]),
+    (
+      {
+        f"features.{i}.1.{name}": None
+        for i in POSITIONS
+        for name in ("bias", "weight")
+      },
+      ["missing features.0.1.weight, features.0.1.bias", "13 more"],
+    ),
+    ({"fc.bias": np.zeros(3)}, ["unexpected fc.bias"]),
+    (
+      {"features.0.0.weight": np.zeros((2, 1, 5, 5), np.float32)},
+      ["features.0.0.weight has shape [2, 1, 5, 5]", "3, 3] is due"],
+    ),
+    (
+      {"features.9.0.weight": np.zeros((3, 3, 3, 3), np.float32)},
+      ["features.9.0.weight", "1, 1] is due"],
+    ),
+    (
+      {"features.1.0.weight": np.zeros((2, 3, 3, 3), np.float32)},
+      ["features.1.0.weight has shape [2, 3, 3, 3]", "2, 3, 3] is due"],
+    ),
+    (
+      {"features.2.1.running_var": np.zeros(2, np.float32)},
+      ["features.2.1.running_var has shape [2]", "[3]"],
+    ),
+    (
+      {"classifier.0.weight": np.zeros((4, 2), np.float32)},
+      ["classifier.0.weight has shape [4, 2]", "3] is due"],
+    ),
+    (
+      {"classifier.0.bias": np.zeros(5, np.float32)},
+      ["classifier.0.bias has shape [5]", "[4]"],
+    ),
+    (
+      {"features.0.1.num_batches_tracked": np.zeros(1, np.int64)},
+      ["features.0.1.num_batches_tracked has shape [1]", "[]"],
+    ),
+    (
+      {"features.0.1.num_batches_tracked": np.array(2**31)},
+      ["features.0.1.num_batches_tracked", "2147483648"],
+    ),
+    (
+      {"features.0.1.num_batches_tracked": np.array(1.0)},
+      ["features.0.1.num_batches_tracked", "float64"],
+    ),
+    (
+      {"classifier.0.bias": np.zeros(4, np.int64)},
+      ["classifier.0.bias is int64", "float32"],
+    ),
+    (
+      {"classifier.0.bias": np.zeros(4, np.uint32)},
+      ["classifier.0.bias is U32"],
+    ),
+  ],
+)
+def test_load_names_the_entry_that_is_wrong(tmp_path, change, parts):
+  path = save_state(tmp_path / "a.safetensors", changed(**change))
+  fails(lambda: load(path), "path", *parts)
+
+
+@pytest.mark.parametrize(
+  ("change", "part"),
+  [
+    (lambda v: v["params"].pop("head"), "missing params/head/kernel"),
+    (lambda v: v.update(extra=np.zeros(3)), "unexpected extra"),
+    (
+      lambda v: v["params"]["block_0"].update(bias=np.zeros(5, np.float32)),
+      "params/block_0/bias has shape [5]",
+    ),
+    (
+      lambda v: v["params"]["block_0"].update(kernel=np.zeros(5, np.float32)),
+      "params/block_0/kernel has shape [5]",
+    ),
+    (
+      lambda v: v["batch_stats"]["block_0"].update(count=np.zeros((), "f4")),
+      "batch_stats/block_0/count is float32",
+    ),
+    (
+      lambda v: v["batch_stats"]["block_0"].update(count=np.int32(-1)),
+      "batch_stats/block_0/count is -1",
+    ),
+    (
+      lambda v: v["params"]["head"].update(bias=np.zeros(4, np.int32)),
+      "params/head/bias is int32",
+    ),
+  ],
+)
+def test_save_names_the_entry_that_is_wrong(tmp_path, change, part):
+  variables = load(save_state(tmp_path / "a.safetensors", make_state()))
+  change(variables)
+  fails(lambda: save(tmp_path / "b.safetensors", variables), "variables", part)
+  assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_bad_paths_and_names(tmp_path):
+  path = save_state(tmp_path / "a.safetensors", make_state())
+  variables = load(path)
+  fails(
+    lambda: torch_weights.load(path, model_name="allcnn"),
+    "model_name",
+    "'allcnn'",
+    "did you mean 'all_cnn'?",
+  )
+  fails(
+    lambda: torch_weights.save(path, variables, model_name="vgg"),
+    "model_name",
+    "'vgg'",
+  )
+  fails(lambda: load(tmp_path / "no.safetensors"), "path", "no.safetensors")
+  fails(lambda: load(tmp_path / "a.ckpt"), "path", ".safetensors", "a.ckpt")
+  fails(lambda: load(tmp_path), "path")
+  fails(lambda: save(tmp_path / "a.pt", variables), "path", ".safetensors")
+  fails(lambda: save(tmp_path / "no" / "a.safetensors", variables), "path")
+  (tmp_path / "b.safetensors").write_bytes(b"\xff" * 100)
+  fails(lambda: load(tmp_path / "b.safetensors"), "path", "safetensors file")
+  (tmp_path / "c.pt").write_bytes(b"text")
+  fails(lambda: load(tmp_path / "c.pt"), "path", "zip")
+
+
+def test_save_replaces_whole_files_only(tmp_path, monkeypatch):
+  path = save_state(tmp_path / "a.safetensors", make_state())
+  before = path.read_bytes()
+  variables = load(path)
+
+  def fail(*_, **__):
+    raise OSError("the disk is full")
+
+  monkeypatch.setattr(os, "replace", fail)
+  with pytest.raises(OSError, match="full"):
+    torch_weights.save(path, variables, model_name="all_cnn")
+  assert path.read_bytes() == before
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_library_needs_no_torch():
+  code = (
+    "import sys; from psg_jax import torch_weights;"
+    " sys.exit('torch' in sys.modules)"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)

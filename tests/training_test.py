@@ -1,0 +1,228 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from psg_jax import augment, training
+from tests import fakes
+
+KEY = jax.random.key(0)
+MODEL = fakes.linear_model(16, 3)
+
+
+def start(num_classes=3):
+  return fakes.linear_variables(np.zeros((16, num_classes)))
+
+
+def fit(dataset, key=KEY, **options):
+  options = {
+    "optimizer": training.sgd(0.5),
+    "num_epochs": 3,
+    "batch_size": 8,
+    "show_progress": False,
+    **options,
+  }
+  return training.fit(MODEL, start(), dataset, key, **options)
+
+
+def test_learns_separable_classes():
+  dataset = fakes.blobs(120)
+  _, history = fit(dataset, num_epochs=10)
+  assert history[-1]["accuracy"] == 1.0
+  assert history[-1]["loss"] < 0.2
+  np.testing.assert_allclose(history[0]["step_losses"][0], np.log(3), atol=1e-5)
+  assert [record["epoch"] for record in history] == list(range(1, 11))
+  assert len(history[0]["step_losses"]) == 15
+
+
+def test_first_step_equals_gradient_descent_by_hand():
+  # One batch of all images: softmax is uniform at the start, so the gradient
+  # is x^T (1/3 - onehot) / N; weight decay of a zero kernel is zero.
+  dataset = fakes.blobs(12)
+  variables, _ = fit(
+    dataset, optimizer=training.sgd(0.1), num_epochs=1, batch_size=12
+  )
+  flat = dataset.images.reshape(12, -1) / 255.0
+  gradient = flat.T @ (1 / 3 - np.eye(3)[dataset.labels]) / 12
+  np.testing.assert_allclose(
+    variables["params"]["kernel"], -0.1 * gradient, atol=1e-6
+  )
+
+
+def test_sgd_equals_pytorch():
+  torch = pytest.importorskip("torch", reason="PyTorch is a development extra")
+  rng = np.random.default_rng(0)
+  weights = rng.normal(size=5).astype(np.float32)
+  gradients = rng.normal(size=(4, 5)).astype(np.float32)
+  theirs = torch.nn.Parameter(torch.tensor(weights))
+  sgd = torch.optim.SGD([theirs], lr=0.1, momentum=0.9, weight_decay=1e-2)
+  optimizer = training.sgd(0.1, weight_decay=1e-2)
+  ours = jnp.asarray(weights)
+  state = optimizer.init(ours)
+  for gradient in gradients:
+    theirs.grad = torch.tensor(gradient)
+    sgd.step()
+    updates, state = optimizer.update(jnp.asarray(gradient), state, ours)
+    ours = optax.apply_updates(ours, updates)
+  np.testing.assert_allclose(ours, theirs.detach().numpy(), atol=1e-6)
+
+
+def test_same_seed_same_weights_and_input_is_left_alone():
+  dataset = fakes.blobs(50)
+  variables = start()
+  before = jax.tree.map(np.array, variables)
+  options = {
+    "optimizer": training.sgd(0.1),
+    "num_epochs": 2,
+    "batch_size": 16,
+    "augment_fn": augment.flip(),
+    "show_progress": False,
+  }
+  first, _ = training.fit(MODEL, variables, dataset, KEY, **options)
+  again, _ = training.fit(MODEL, variables, dataset, KEY, **options)
+  other, _ = training.fit(
+    MODEL, variables, dataset, jax.random.key(1), **options
+  )
+  chex.assert_trees_all_equal(first, again)
+  chex.assert_trees_all_equal(variables, before)
+  assert np.any(first["params"]["kernel"] != other["params"]["kernel"])
+
+
+def test_every_image_counts_once_an_epoch():
+  rows, is_real = training.shuffled_rows(KEY, 21, 8)
+  assert rows.shape == (3, 8)
+  np.testing.assert_array_equal(np.sort(rows[is_real]), np.arange(21))
+  _, weights = training.epoch_batches(KEY, 21, 8)
+  np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
+  np.testing.assert_allclose(weights[2, :5], 0.2, atol=1e-6)
+  np.testing.assert_array_equal(weights[2, 5:], 0)
+
+
+def test_padding_does_not_move_the_model():
+  # Three images in a batch of eight equal three in a batch of three.
+  dataset = fakes.blobs(3)
+  padded, _ = fit(dataset, batch_size=8)
+  exact, _ = fit(dataset, batch_size=3)
+  chex.assert_trees_all_close(padded, exact, atol=1e-6)
+
+
+def test_resuming_gives_the_same_weights():
+  dataset = fakes.blobs(50)
+  states = []
+
+  def keep(state, record):
+    del record
+    states.append(jax.tree.map(jnp.copy, state))
+
+  whole, history = fit(dataset, num_epochs=4, callback=keep)
+  resumed, rest = fit(dataset, num_epochs=4, state=states[1])
+  chex.assert_trees_all_equal(whole, resumed)
+  assert [record["epoch"] for record in rest] == [3, 4]
+  assert rest[-1]["loss"] == history[-1]["loss"]
+
+
+def test_one_compilation_for_all_epochs():
+  before = training._jitted_run_steps._cache_size()
+  # Forty steps are cut into calls, and the last is filled up.
+  fit(fakes.blobs(41), batch_size=1, optimizer=training.sgd(0.123))
+  assert training._jitted_run_steps._cache_size() == before + 1
+
+
+def test_any_optax_optimizer():
+  _, history = fit(fakes.blobs(60), optimizer=optax.adam(0.05), num_epochs=8)
+  assert history[-1]["accuracy"] > 0.95
+
+
+def test_divergence_names_the_step():
+  optimizer = optax.chain(
+    optax.scale_by_schedule(lambda step: jnp.where(step == 4, jnp.nan, -0.1))
+  )
+  with pytest.raises(FloatingPointError, match="not finite at step 6"):
+    fit(fakes.blobs(64), optimizer=optimizer)
+
+
+def test_soft_targets_cross_entropy():
+  logits = jnp.log(jnp.array([[0.2, 0.3, 0.5]]))
+  np.testing.assert_allclose(
+    training.cross_entropy(logits, jnp.array([2])), 0.693147, atol=1e-6
+  )
+  # -(0.5 ln 0.2 + 0.5 ln 0.5)
+  np.testing.assert_allclose(
+    training.cross_entropy(logits, jnp.array([[0.5, 0.0, 0.5]])),
+    1.151293,
+    atol=1e-6,
+  )
+
+
+def test_augmentation_known_answers():
+  image = jnp.arange(16.0).reshape(1, 4, 4, 1) / 16
+  images = jnp.tile(image, (64, 1, 1, 1))
+  flipped = np.asarray(augment.flip()(KEY, images))
+  is_flipped = np.array([np.array_equal(x, image[0, :, ::-1]) for x in flipped])
+  is_same = np.array([np.array_equal(x, image[0]) for x in flipped])
+  assert np.all(is_flipped ^ is_same)
+  assert 16 < is_flipped.sum() < 48
+  cut = np.asarray(augment.crop(1)(KEY, images))
+  padded = np.pad(np.asarray(image[0, :, :, 0]), 1)
+  windows = {
+    padded[i : i + 4, j : j + 4].tobytes() for i in range(3) for j in range(3)
+  }
+  found = {np.ascontiguousarray(x[..., 0]).tobytes() for x in cut}
+  assert found == windows
+  both = augment.chain(augment.crop(1), augment.flip())
+  assert both(KEY, images).shape == images.shape
+  assert augment.crop(1) is augment.crop(1)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"num_epochs": 0}, "num_epochs must be .* got 0"),
+    ({"batch_size": -1}, "batch_size must be .* got -1"),
+    ({"key": jax.random.PRNGKey(0)}, "key must be made by jax.random.key"),
+    ({"dataset": fakes.blobs(4).take([])}, "dataset must not be empty"),
+  ],
+)
+def test_bad_arguments(options, message):
+  with pytest.raises(ValueError, match=message):
+    fit(**{"dataset": fakes.blobs(8), **options})
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"learning_rate": 0.0}, "learning_rate .* got 0.0"),
+    ({"learning_rate": float("nan")}, "learning_rate .* got nan"),
+    ({"learning_rate": 0.1, "momentum": -1.0}, "momentum .* got -1.0"),
+    ({"learning_rate": 0.1, "weight_decay": -1.0}, "weight_decay .* got -1.0"),
+  ],
+)
+def test_bad_rates(options, message):
+  with pytest.raises(ValueError, match=message):
+    training.sgd(**options)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"images": np.zeros((2, 4, 4), np.uint8)}, r"images .* uint8 \[2, 4, 4\]"),
+    ({"images": np.zeros((2, 4, 4, 1))}, "images .* got float64"),
+    ({"labels": np.array([0])}, "got 1 labels for 2 images"),
+    ({"labels": np.array([0, 3])}, r"in \[0, 3\), got 3 at row 1"),
+    ({"labels": np.array([0, -1])}, r"in \[0, 3\), got -1 at row 1"),
+    ({"labels": np.array([0.0, 1.0])}, "labels must be integers"),
+    ({"ids": np.array(["a"])}, "ids must be as many as images"),
+  ],
+)
+def test_bad_datasets(changes, message):
+  from psg_jax import types
+
+  good = {
+    "images": np.zeros((2, 4, 4, 1), np.uint8),
+    "labels": np.array([0, 1]),
+    "class_names": ("a", "b", "c"),
+  }
+  with pytest.raises(ValueError, match=message):
+    types.Dataset(**{**good, **changes})

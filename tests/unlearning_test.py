@@ -1,0 +1,308 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from psg_jax import boundary, inference, models, training, unlearning
+from tests import fakes
+
+KEY = jax.random.key(0)
+SEARCH = {"num_steps": 60, "step_size": 0.02}
+
+
+@pytest.fixture(scope="module")
+def trained():
+  """A linear model that knows three separable classes."""
+  dataset = fakes.blobs(120)
+  model = fakes.linear_model(16, 3)
+  variables, _ = training.fit(
+    model,
+    fakes.linear_variables(np.zeros((16, 3))),
+    dataset,
+    KEY,
+    optimizer=training.sgd(0.5),
+    num_epochs=10,
+    batch_size=16,
+    show_progress=False,
+  )
+  return model, variables, fakes.split_class(dataset)
+
+
+def accuracy(model, variables, dataset):
+  logits = inference.predict(model.apply, variables, dataset.images)
+  return np.mean(logits.argmax(1) == dataset.labels)
+
+
+def unlearn(trained, **options):
+  model, variables, split = trained
+  return unlearning.unlearn(
+    model,
+    variables,
+    split,
+    KEY,
+    **{
+      **SEARCH,
+      "optimizer": training.sgd(0.2),
+      "num_epochs": 6,
+      "batch_size": 16,
+      "show_progress": False,
+      **options,
+    },
+  )
+
+
+def test_forgets_a_class_and_keeps_the_rest(trained):
+  model, variables, split = trained
+  assert accuracy(model, variables, split.forget) == 1
+  before = jax.tree.map(np.array, variables)
+  output = unlearn(trained)
+  assert accuracy(model, output.variables, split.forget) == 0
+  assert accuracy(model, output.variables, split.retain) > 0.95
+  chex.assert_trees_all_equal(variables, before)
+  assert output.relabelling.is_crossed.all()
+  assert not np.any(output.targets == split.forget.labels)
+  assert output.history[-1]["forget_accuracy"] > 0.9
+  assert output.history[0]["search_seconds"] > 0
+  assert len(output.history[0]["forget_step_losses"]) == -(
+    -len(split.forget) // 16
+  )
+
+
+def test_targets_are_the_classes_that_the_search_reaches(trained):
+  model, variables, split = trained
+  output = unlearn(trained)
+  direct = boundary.search(
+    model.apply,
+    variables,
+    training.to_float(jnp.asarray(split.forget.images)),
+    jnp.asarray(split.forget.labels),
+    KEY,
+    **SEARCH,
+  )
+  np.testing.assert_array_equal(output.targets, direct.labels)
+  np.testing.assert_allclose(
+    output.relabelling.distance, direct.distance, atol=1e-5
+  )
+
+
+def test_first_step_equals_the_formula(trained):
+  """One batch of everything: gradient of CE_F + φ CE_R by hand."""
+  model, variables, split = trained
+  num_forget = len(split.forget)
+  retain = split.retain.take(np.arange(num_forget))
+  targets = np.full(num_forget, 2)
+  state, history = unlearning.update(
+    model,
+    variables,
+    split._replace(retain=retain),
+    targets,
+    KEY,
+    optimizer=optax.sgd(0.1),
+    num_epochs=1,
+    batch_size=num_forget,
+    retain_weight=0.25,
+    show_progress=False,
+  )
+  kernel = np.asarray(variables["params"]["kernel"])
+  bias = np.asarray(variables["params"]["bias"])
+  gradient, losses = np.zeros_like(kernel), []
+  for weight, dataset, labels in (
+    (1.0, split.forget, targets),
+    (0.25, retain, retain.labels),
+  ):
+    flat = dataset.images.reshape(num_forget, -1) / 255.0
+    logits = flat @ kernel + bias
+    soft = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    gradient += weight * flat.T @ (soft - np.eye(3)[labels]) / num_forget
+    losses.append(-np.log(soft[np.arange(num_forget), labels]).mean())
+  np.testing.assert_allclose(
+    state.variables["params"]["kernel"], kernel - 0.1 * gradient, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    [history[0]["forget_loss"], history[0]["retain_loss"]], losses, rtol=1e-4
+  )
+
+
+def test_without_retain_weight_no_retained_image_is_used(trained):
+  _, _, split = trained
+  spoiled = split.retain.take(np.arange(5))
+  other = (trained[0], trained[1], split._replace(retain=spoiled))
+  empty = (trained[0], trained[1], split._replace(retain=spoiled.take([])))
+  outputs = [
+    unlearn(each, retain_weight=0.0).variables
+    for each in (trained, other, empty)
+  ]
+  chex.assert_trees_all_equal(outputs[0], outputs[1])
+  chex.assert_trees_all_equal(outputs[0], outputs[2])
+
+
+def test_soft_targets_known_answers():
+  logits = np.log(np.array([[0.1, 0.2, 0.3, 0.4]]))
+  np.testing.assert_allclose(
+    unlearning.soft_targets(logits), [[0.1, 0.2, 0.3, 0.4]], atol=1e-6
+  )
+  np.testing.assert_allclose(
+    unlearning.soft_targets(logits, top_k=2), [[0, 0, 3 / 7, 4 / 7]], atol=1e-6
+  )
+  np.testing.assert_allclose(
+    unlearning.soft_targets(logits, labels="raw_logits"), logits, atol=1e-6
+  )
+
+
+def test_soft_labels_are_probabilities_at_the_boundary(trained):
+  output = unlearn(trained, labels="soft", top_k=2)
+  assert output.targets.shape == output.relabelling.logits.shape
+  np.testing.assert_allclose(output.targets.sum(1), 1, atol=1e-5)
+  np.testing.assert_array_equal((output.targets > 0).sum(1), 2)
+  np.testing.assert_array_equal(
+    output.targets.argmax(1), output.relabelling.labels
+  )
+
+
+def test_soft_labels_keep_the_frozen_predictions_on_retained_images(trained):
+  # With the frozen model's own predictions as targets and a forget weight
+  # that is nothing beside theirs, there is hardly anything to learn.
+  model, variables, split = trained
+  output = unlearn(
+    trained, labels="soft", retain_weight=1e4, optimizer=optax.sgd(1e-6)
+  )
+  chex.assert_trees_all_close(output.variables, variables, atol=1e-3)
+  logits = inference.predict(model.apply, variables, split.retain.images)
+  entropy = -(jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum(1).mean()
+  np.testing.assert_allclose(
+    output.history[0]["retain_loss"], entropy, rtol=0.2
+  )
+
+
+def test_labels_are_searched_once_unless_noise_can_change_them(trained):
+  calls = []
+
+  def counting(apply_fn, variables, images, labels, key):
+    calls.append(len(images))
+    return boundary.search(
+      apply_fn, variables, images, labels, key, noise_scale=0.5, **SEARCH
+    )
+
+  def records(**options):
+    return ["search_seconds" in x for x in unlearn(trained, **options).history]
+
+  once = [True, False, False]
+  assert records(num_epochs=3) == once
+  assert records(num_epochs=3, refresh_labels=True) == once
+  assert records(num_epochs=3, refresh_labels=True, noise_scale=0.1) == [
+    True,
+    True,
+    True,
+  ]
+  unlearn(trained, num_epochs=3, search_fn=counting)
+  num_once = len(calls)
+  unlearn(trained, num_epochs=3, search_fn=counting, refresh_labels=True)
+  assert len(calls) == num_once * 4
+
+
+def test_refreshing_continues_one_run(trained):
+  # With labels that happen not to change, refreshing changes nothing.
+  search_fn = functools.partial(boundary.search, **SEARCH)
+  once = unlearn(trained, search_fn=search_fn)
+  again = unlearn(trained, search_fn=search_fn, refresh_labels=True)
+  chex.assert_trees_all_equal(once.variables, again.variables)
+
+
+def test_relabelling_does_not_depend_on_the_batch_size(trained):
+  model, variables, split = trained
+  found = [
+    unlearning.relabel(
+      model.apply,
+      variables,
+      split.forget,
+      KEY,
+      search_fn=functools.partial(
+        boundary.search, noise_scale=0.3, noise="cauchy", **SEARCH
+      ),
+      batch_size=batch_size,
+      show_progress=False,
+    )
+    for batch_size in (7, 1000)
+  ]
+  np.testing.assert_array_equal(found[0].labels, found[1].labels)
+  np.testing.assert_allclose(found[0].distance, found[1].distance, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def small_cnn():
+  dataset = fakes.blobs(40, size=8)
+  model = models.create(
+    "all_cnn", num_classes=3, num_channels=1, width=0.05, mean=0.5, std=0.5
+  )
+  variables = model.init(KEY, jnp.zeros((1, 8, 8, 1)))
+  return model, variables, fakes.split_class(dataset)
+
+
+def test_batch_statistics_frozen_or_updated(small_cnn):
+  _, variables, _ = small_cnn
+  options = {"num_steps": 2, "num_epochs": 1}
+  frozen = unlearn(small_cnn, batch_stats="frozen", **options).variables
+  moved = unlearn(small_cnn, batch_stats="update", **options).variables
+  chex.assert_trees_all_equal(frozen["batch_stats"], variables["batch_stats"])
+  mean = moved["batch_stats"]["block_0"]["mean"]
+  assert np.any(mean != variables["batch_stats"]["block_0"]["mean"])
+  kernels = [x["params"]["block_0"]["kernel"] for x in (variables, frozen)]
+  assert np.any(kernels[0] != kernels[1])
+
+
+def test_one_compilation_for_each_phase(small_cnn):
+  searches = boundary._jitted_search_batch._cache_size()
+  updates = training._jitted_run_steps._cache_size()
+  # Batches that do not divide evenly, and several passes.
+  unlearn(
+    small_cnn,
+    num_steps=3,
+    search_batch_size=5,
+    batch_size=3,
+    num_epochs=2,
+    optimizer=training.sgd(0.011),
+  )
+  assert boundary._jitted_search_batch._cache_size() == searches + 1
+  assert training._jitted_run_steps._cache_size() == updates + 1
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"retain_weight": -1.0}, "retain_weight .* got -1.0"),
+    ({"retain_weight": float("nan")}, "retain_weight .* got nan"),
+    ({"labels": "softt"}, "labels .* 'softt', did you mean 'soft'"),
+    ({"top_k": 2}, "top_k must be None with hard labels, got 2"),
+    ({"labels": "soft", "top_k": 9}, "top_k .* 3 classes, got 9"),
+    ({"batch_stats": "on"}, "batch_stats must be one of"),
+    ({"num_epochs": 0}, "num_epochs .* got 0"),
+    ({"batch_size": 0}, "batch_size .* got 0"),
+    ({"search_batch_size": 0}, "search_batch_size .* got 0"),
+    ({"step_size": -0.1}, "step_size .* got -0.1"),
+    ({"noise_scale": -0.1}, "noise_scale .* got -0.1"),
+    ({"norm": "l0"}, "norm must be one of"),
+  ],
+)
+def test_bad_options(trained, options, message):
+  with pytest.raises(ValueError, match=message):
+    unlearn(trained, **options)
+
+
+def test_bad_splits_and_targets(trained):
+  model, variables, split = trained
+  none = split.forget.take([])
+  with pytest.raises(ValueError, match="the forget set must not be empty"):
+    unlearn((model, variables, split._replace(forget=none)))
+  with pytest.raises(ValueError, match="the retain set must not be empty"):
+    unlearn((model, variables, split._replace(retain=none)))
+  for targets, message in (
+    (np.zeros(3, int), r"targets must be int \[\d+\] or float"),
+    (np.full(len(split.forget), 3), r"targets must be in \[0, 3\)"),
+    (np.full((len(split.forget), 3), np.nan), "targets must be finite"),
+  ):
+    with pytest.raises(ValueError, match=message):
+      unlearning.update(model, variables, split, targets, KEY)
