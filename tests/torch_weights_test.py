@@ -3,7 +3,6 @@
 import collections
 import io
 import os
-import pathlib
 import pickle
 import struct
 import subprocess
@@ -21,13 +20,7 @@ from safetensors import numpy as safetensors_numpy
 
 from psg_jax import models, torch_weights
 
-REFERENCE = pathlib.Path(__file__).parents[2] / "shared" / "reference"
 POSITIONS = (0, 1, 2, 4, 5, 6, 8, 9)
-
-needs_reference = pytest.mark.skipif(
-  not (REFERENCE / "original.pt").is_file(),
-  reason="the reference state dict is not beside the repository",
-)
 
 
 def make_state(
@@ -156,7 +149,13 @@ def test_round_trip_from_pytorch_keeps_every_bit(tmp_path, dtype):
 
 def test_round_trip_from_flax_keeps_every_bit(tmp_path):
   model = models.create("all_cnn", num_classes=4, width=0.05, mean=0.5, std=0.5)
-  variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 32, 32, 3)))
+  shapes = jax.eval_shape(
+    model.init, jax.random.key(1), jnp.zeros((1, 32, 32, 3))
+  )
+  rng = np.random.default_rng(1)
+  variables = jax.tree.map(
+    lambda x: jnp.asarray(rng.uniform(0, 9, x.shape), x.dtype), shapes
+  )
   torch_weights.save(
     tmp_path / "a.safetensors", variables, model_name="all_cnn"
   )
@@ -182,24 +181,22 @@ def test_round_trip_for_any_widths(tmp_path_factory, widths, channels, classes):
   assert_same_bits(save(folder / "b.safetensors", variables), state)
 
 
-@needs_reference
 @pytest.mark.parametrize("name", ["original.pt", "original.safetensors"])
-def test_reference_round_trip(tmp_path, name):
-  expected = safetensors_numpy.load_file(REFERENCE / "original.safetensors")
-  variables = load(REFERENCE / name)
+def test_reference_round_trip(tmp_path, reference_dir, name):
+  expected = safetensors_numpy.load_file(reference_dir / "original.safetensors")
+  variables = load(reference_dir / name)
   assert_same_bits(save(tmp_path / "b.safetensors", variables), expected)
 
 
-@needs_reference
-def test_reference_logits():
-  with np.load(REFERENCE / "fgsm.npz") as stored:
+def test_reference_logits(reference_dir):
+  with np.load(reference_dir / "fgsm.npz") as stored:
     images, expected = stored["x"][:32], stored["logits"][:32]
   model = models.create(
     "all_cnn", num_classes=10, num_channels=1, width=0.25, mean=0.5, std=0.5
   )
   # Stored as (p / 255 - 0.5) / 0.5 in [N, C, H, W].
   pixels = np.transpose(images, (0, 2, 3, 1)) * 0.5 + 0.5
-  logits = model.apply(load(REFERENCE / "original.pt"), jnp.asarray(pixels))
+  logits = model.apply(load(reference_dir / "original.pt"), jnp.asarray(pixels))
   # Two float32 convolution libraries over eight layers.
   np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3)
 
