@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import psg_jax
 from experiments import recipes
 from psg_jax import (
   augment,
@@ -49,7 +50,6 @@ MODELS = ("original", "retrained", "unlearned")
 _NUM_EXAMPLES = 8
 _NUM_FEATURES = 600
 _PACKAGES = (
-  "psg_jax",
   "jax",
   "jaxlib",
   "flax",
@@ -103,7 +103,8 @@ def check(job: recipes.Job) -> None:
     checks.number(f"{part}.learning_rate", options.learning_rate, above=0)
     checks.number(f"{part}.momentum", options.momentum, at_least=0, at_most=1)
     checks.number(f"{part}.weight_decay", options.weight_decay, at_least=0)
-    checks.integer(f"{part}.num_epochs", options.num_epochs, at_least=1)
+    if options.num_epochs is not None:
+      checks.integer(f"{part}.num_epochs", options.num_epochs, at_least=1)
     checks.integer(f"{part}.batch_size", options.batch_size, at_least=1)
   options = job.unlearning
   checks.integer("unlearning.num_steps", options.num_steps, at_least=1)
@@ -176,9 +177,10 @@ def prepare(
   )
   if folder.exists():
     _check_same_job(folder, job, may_change)
+  config, record = _config(job), _data_record(context)
   folder.mkdir(parents=True, exist_ok=True)
-  write_json(folder / "config.json", _config(job))
-  write_json(folder / "data.json", _data_record(context))
+  write_json(folder / "config.json", config)
+  write_json(folder / "data.json", record)
   return context
 
 
@@ -219,8 +221,8 @@ def unlearned(
   last_state: list[training.TrainState] = []
 
   def keep(state: training.TrainState, record: dict[str, Any]) -> None:
-    if record["epoch"] == options.num_epochs:
-      last_state.append(copy_state(state))
+    del record
+    last_state[:] = [copy_state(state)]
 
   start = time.perf_counter()
   output = unlearning.unlearn(
@@ -237,7 +239,7 @@ def unlearned(
   found = output.relabelling
   np.savez(
     context.run_dir / "relabelling.npz",
-    ids=context.split.forget.ids,
+    ids=np.asarray(context.split.forget.ids),
     labels=found.labels,
     logits=found.logits,
     is_crossed=found.is_crossed,
@@ -420,7 +422,8 @@ def _trained(
     "flip": augment.flip(),
     "crop_flip": augment.chain(augment.crop(4), augment.flip()),
   }[options.augmentation]
-  partial = context.run_dir / "checkpoints" / f"{name}.partial"
+  # Beside the finished ones, so that nobody takes it for one of them.
+  partial = context.run_dir / f"{name}.partial"
   history: training.History = []
   if partial.exists():
     state = checkpoints.restore(partial, target=state)
@@ -534,6 +537,7 @@ def _config(job: recipes.Job) -> dict[str, Any]:
     "job": job_options(job),
     "versions": {
       "python": platform.python_version(),
+      "psg_jax": psg_jax.__version__,
       **{name: metadata.version(name) for name in _PACKAGES},
     },
     "device": f"{jax.device_count()} x {device.device_kind}",
@@ -652,7 +656,7 @@ def _save_features(
   """Keeps penultimate features of test images, half of them to forget."""
   rng = np.random.default_rng(context.job.seed)
   test = context.test
-  is_forget = np.isin(test.ids, context.test_split.forget.ids)
+  is_forget = np.isin(test.labels, context.test_split.forget.labels)
   chosen = []
   for rows in (np.flatnonzero(is_forget), np.flatnonzero(~is_forget)):
     share = max(_NUM_FEATURES // 4, _NUM_FEATURES * len(rows) // len(test))
@@ -664,9 +668,9 @@ def _save_features(
     )
     for name, each in variables.items()
   }
-  np.savez(
-    context.run_dir / "features.npz",
+  arrays: dict[str, Any] = {
     **features,
-    labels=test.labels[rows],
-    is_forget=is_forget[rows],
-  )
+    "labels": test.labels[rows],
+    "is_forget": is_forget[rows],
+  }
+  np.savez(context.run_dir / "features.npz", **arrays)

@@ -50,12 +50,13 @@ class Unlearning:
   learning_rate: float = 1e-3
   momentum: float = 0.9
   weight_decay: float = 1e-4
-  num_epochs: int = 3
-  """Passes over the forget set."""
+  num_epochs: int | None = None
+  """Passes over the forget set; None: 3, or as many as make 60 steps."""
   batch_size: int = 64
   retain_weight: float = 1.0
   """phi; 0 uses no retained image."""
-  labels: Literal["hard", "soft", "raw_logits"] = "hard"
+  labels: Literal["hard", "soft", "soft_other", "raw_logits"] = "hard"
+  retain_labels: Literal["hard", "soft", "raw_logits"] | None = None
   top_k: int | None = None
   batch_stats: Literal["update", "frozen"] = "update"
   refresh_labels: bool = False
@@ -106,11 +107,14 @@ RELEASED = Unlearning(
   retain_weight=0.0,
 )
 
-# Without any retained image, the statistics and the weights move little.
+# Without any retained image: what the original model says of the forget
+# images, the old class apart, is all that holds the other classes in place, and
+# statistics and weights move little.
 NO_RETAIN_DATA = Unlearning(
   learning_rate=1e-4,
   num_epochs=2,
   retain_weight=0.0,
+  labels="soft_other",
   batch_stats="frozen",
 )
 
@@ -133,7 +137,7 @@ JOBS: dict[str, Job] = {
     width=0.25,
     mean=(0.5,),
     std=(0.5,),
-    training=Training(num_epochs=5, augmentation="flip"),
+    training=Training(num_epochs=6, augmentation="flip"),
   ),
   "reference": Job(
     recipe="reference",

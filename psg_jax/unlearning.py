@@ -32,7 +32,11 @@ _RELABELLING_FIELDS = (
   "distance",
   "num_steps",
 )
-LABELS = ("hard", "soft", "raw_logits")
+LABELS = ("hard", "soft", "soft_other", "raw_logits")
+RETAIN_LABELS = ("hard", "soft", "raw_logits")
+# Fewer steps leave a small model between the old labels and the new.
+_MIN_STEPS = 60
+_MIN_EPOCHS = 3
 BATCH_STATS = ("update", "frozen")
 
 
@@ -111,10 +115,11 @@ def unlearn(
   search_fn: SearchFn | None = None,
   search_batch_size: int = 128,
   optimizer: optax.GradientTransformation | None = None,
-  num_epochs: int = 3,
+  num_epochs: int | None = None,
   batch_size: int = 64,
   retain_weight: float = 1.0,
   labels: str = "hard",
+  retain_labels: str | None = None,
   top_k: int | None = None,
   batch_stats: str = "update",
   refresh_labels: bool = False,
@@ -151,14 +156,19 @@ def unlearn(
     search_fn: Another search, which replaces the options above.
     search_batch_size: Images searched at a time.
     optimizer: Any Optax optimiser; None for `training.sgd(1e-3)`.
-    num_epochs: Passes over the forget set, positive.
+    num_epochs: Passes over the forget set, positive; None for 3, or as many
+      as make 60 steps.
     batch_size: Forget images, and as many retain images, a step.
     retain_weight: `φ`, 0 or more; 0 uses no retain image.
     labels: `"hard"`: the class reached; `"soft"`: the prediction at the
-      boundary point, and on retain images the frozen model's own;
-      `"raw_logits"`: as the released code has it, logits where probabilities
-      belong (it can destroy a model: for comparison only).
-    top_k: With soft labels, the number of largest entries kept, or None.
+      boundary point; `"soft_other"`: the same among the other classes, so that
+      no probability of the old class is taught again; `"raw_logits"`: as the
+      released code has it, logits where probabilities belong (it can destroy a
+      model: for comparison only).
+    retain_labels: Targets of the retain set: `"hard"`, its labels; `"soft"`,
+      the frozen model's own predictions; `"raw_logits"`. None for those of
+      `labels`, and hard ones with `"soft_other"`.
+    top_k: With soft labels on forget and retain images, the number of largest entries kept, or None.
     batch_stats: `"update"`: BatchNorm in training mode, on forget and retain
       images together; `"frozen"`: inference mode, the better choice where
       `retain_weight` is 0.
@@ -181,6 +191,12 @@ def unlearn(
   """
   check_split(split, retain_weight)
   check_labels(labels, top_k, split.forget.num_classes)
+  if retain_labels is None:
+    retain_labels = "hard" if labels == "soft_other" else labels
+  checks.one_of("retain_labels", retain_labels, RETAIN_LABELS)
+  checks.integer("batch_size", batch_size, at_least=1)
+  if num_epochs is None:
+    num_epochs = default_num_epochs(len(split.forget), batch_size)
   checks.integer("num_epochs", num_epochs, at_least=1)
   checks.integer("search_batch_size", search_batch_size, at_least=1)
   can_change = search_fn is not None or noise_scale > 0
@@ -205,11 +221,11 @@ def unlearn(
     )
   search_key, update_key = jax.random.split(key)
   retain_targets = split.retain.labels
-  if labels != "hard" and retain_weight > 0:
+  if retain_labels != "hard" and retain_weight > 0:
     logits = inference.predict(
       model.apply, variables, split.retain.images, mesh=mesh
     )
-    retain_targets = soft_targets(logits, labels=labels, top_k=top_k)
+    retain_targets = soft_targets(logits, labels=retain_labels, top_k=top_k)
   is_refreshed = refresh_labels and can_change
   state: training.TrainState | None = None
   history: training.History = []
@@ -227,7 +243,12 @@ def unlearn(
     search_seconds = time.perf_counter() - start
     targets = found.labels
     if labels != "hard":
-      targets = soft_targets(found.logits, labels=labels, top_k=top_k)
+      targets = soft_targets(
+        found.logits,
+        labels=labels,
+        top_k=top_k,
+        old_labels=split.forget.labels,
+      )
     state, records = update(
       model,
       variables,
@@ -318,32 +339,47 @@ def relabel(
   )
 
 
+def default_num_epochs(num_forget: int, batch_size: int) -> int:
+  """Returns 3 passes, or as many as make 60 steps."""
+  return max(_MIN_EPOCHS, -(-_MIN_STEPS // -(-num_forget // batch_size)))
+
+
 def soft_targets(
-  logits: np.ndarray, *, labels: str = "soft", top_k: int | None = None
+  logits: np.ndarray,
+  *,
+  labels: str = "soft",
+  top_k: int | None = None,
+  old_labels: np.ndarray | None = None,
 ) -> np.ndarray:
   """Turns predictions into targets (Algorithm 3).
 
   Args:
     logits: float `[N, K]`.
-    labels: `"soft"`: the softmax; `"raw_logits"`: the logits themselves, as in
-      the released code, which feeds them where probabilities belong.
+    labels: `"soft"`: the softmax; `"soft_other"`: the softmax over the classes
+      other than `old_labels`; `"raw_logits"`: the logits themselves, as in the
+      released code, which feeds them where probabilities belong.
     top_k: Number of largest entries kept, the others becoming 0; probabilities
       are then normalised again. None keeps all.
+    old_labels: int `[N]`, needed for `"soft_other"`.
 
   Returns:
-    float32 `[N, K]`; with `"soft"` each row sums to 1.
+    float32 `[N, K]`; probabilities sum to 1 in each row.
 
   Raises:
-    ValueError: If an argument is out of its range.
+    ValueError: If an argument is missing or out of its range.
   """
-  check_labels(labels, top_k, logits.shape[-1])
+  num_classes = logits.shape[-1]
+  check_labels(labels, top_k, num_classes)
   targets = jnp.asarray(logits, jnp.float32)
+  if labels == "soft_other":
+    if old_labels is None:
+      raise ValueError("old_labels must be given with soft_other, got None")
+    is_old = jnp.asarray(old_labels)[:, None] == jnp.arange(num_classes)
+    targets = jnp.where(is_old, -jnp.inf, targets)
   if labels != "raw_logits":
     targets = jax.nn.softmax(targets)
   if top_k is not None:
-    kept = jax.nn.one_hot(
-      jax.lax.top_k(targets, top_k)[1], targets.shape[-1]
-    ).sum(-2)
+    kept = jax.nn.one_hot(jax.lax.top_k(targets, top_k)[1], num_classes).sum(-2)
     targets = targets * kept
     if labels != "raw_logits":
       targets = targets / targets.sum(-1, keepdims=True)
@@ -359,7 +395,7 @@ def update(
   *,
   retain_targets: np.ndarray | None = None,
   optimizer: optax.GradientTransformation | None = None,
-  num_epochs: int = 3,
+  num_epochs: int | None = None,
   batch_size: int = 64,
   retain_weight: float = 1.0,
   batch_stats: str = "update",
@@ -382,7 +418,7 @@ def update(
     key: One typed key, for the order.
     retain_targets: Of the retain set, likewise; None for its labels.
     optimizer: Any Optax optimiser; None for `training.sgd(1e-3)`.
-    num_epochs: Passes over the forget set, positive.
+    num_epochs: Passes over the forget set, as for `unlearn`.
     batch_size: Forget images, and as many retain images, a step.
     retain_weight: `φ`, 0 or more; 0 uses no retain image.
     batch_stats: `"update"` or `"frozen"`, as for `unlearn`.
@@ -403,8 +439,10 @@ def update(
     FloatingPointError: If the loss is NaN or infinite.
   """
   check_split(split, retain_weight)
-  checks.integer("num_epochs", num_epochs, at_least=1)
   checks.integer("batch_size", batch_size, at_least=1)
+  if num_epochs is None:
+    num_epochs = default_num_epochs(len(split.forget), batch_size)
+  checks.integer("num_epochs", num_epochs, at_least=1)
   checks.one_of("batch_stats", batch_stats, BATCH_STATS)
   checks.key(key)
   num_classes = split.forget.num_classes

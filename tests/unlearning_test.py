@@ -153,6 +153,24 @@ def test_soft_targets_known_answers():
   )
 
 
+def test_soft_other_drops_the_old_class():
+  logits = np.log(np.array([[0.4, 0.4, 0.1, 0.1]]))
+  targets = unlearning.soft_targets(
+    logits, labels="soft_other", old_labels=np.array([0])
+  )
+  np.testing.assert_allclose(targets, [[0, 2 / 3, 1 / 6, 1 / 6]], atol=1e-6)
+  with pytest.raises(ValueError, match="old_labels must be given"):
+    unlearning.soft_targets(logits, labels="soft_other")
+
+
+@pytest.mark.parametrize(
+  ("num_forget", "expected"),
+  [(1, 60), (64, 60), (65, 30), (1280, 3), (9999, 3)],
+)
+def test_small_forget_sets_get_more_passes(num_forget, expected):
+  assert unlearning.default_num_epochs(num_forget, 64) == expected
+
+
 def test_soft_labels_are_probabilities_at_the_boundary(trained):
   output = unlearn(trained, labels="soft", top_k=2)
   assert output.targets.shape == output.relabelling.logits.shape
@@ -276,6 +294,7 @@ def test_one_compilation_for_each_phase(small_cnn):
     ({"retain_weight": -1.0}, "retain_weight .* got -1.0"),
     ({"retain_weight": float("nan")}, "retain_weight .* got nan"),
     ({"labels": "softt"}, "labels .* 'softt', did you mean 'soft'"),
+    ({"retain_labels": "none"}, "retain_labels must be one of"),
     ({"top_k": 2}, "top_k must be None with hard labels, got 2"),
     ({"labels": "soft", "top_k": 9}, "top_k .* 3 classes, got 9"),
     ({"batch_stats": "on"}, "batch_stats must be one of"),
