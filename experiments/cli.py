@@ -69,7 +69,12 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
   values = {
     field.name: getattr(job, field.name) for field in dataclasses.fields(job)
   }
-  return tyro.cli(options, default=options(**values), description=description)
+  return tyro.cli(
+    options,
+    default=options(**values),
+    description=description,
+    use_underscores=True,
+  )
 
 
 def read_job(run_dir: pathlib.Path) -> recipes.Job:
@@ -97,5 +102,6 @@ def read_job(run_dir: pathlib.Path) -> recipes.Job:
     "runs_dir": str(run_dir.parent),
     "name": run_dir.name,
     "resume": False,
+    "overwrite": False,
   }
   return recipes.Job(**stored)

@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -140,10 +141,12 @@ def prepare(
   """
   check(job)
   folder = run_dir(job)
-  if folder.exists() and not (job.resume or is_known_run):
+  if job.resume and job.overwrite:
+    raise ValueError("overwrite must be off to resume a run, got both")
+  if folder.exists() and not (job.resume or job.overwrite or is_known_run):
     raise ValueError(
       f"name must be that of a new run, got {folder}, which exists: choose"
-      " another name, or add --resume to go on"
+      " another name, add --resume to go on, or --overwrite to replace it"
     )
   if job.weights is not None and not pathlib.Path(job.weights).is_file():
     raise ValueError(f"weights must be a file, got {job.weights}")
@@ -175,9 +178,13 @@ def prepare(
     ),
     mesh=mesh if mesh.size > 1 else None,
   )
-  if folder.exists():
+  if job.weights is not None:
+    _imported(context)
+  if folder.exists() and not job.overwrite:
     _check_same_job(folder, job, may_change)
   config, record = _config(job), _data_record(context)
+  if job.overwrite and folder.exists():
+    _remove_run(folder)
   folder.mkdir(parents=True, exist_ok=True)
   write_json(folder / "config.json", config)
   write_json(folder / "data.json", record)
@@ -189,8 +196,7 @@ def original(context: Context) -> types.Variables:
   job = context.job
   if job.weights is None:
     return _trained(context, "original", context.train)
-  variables = torch_weights.load(job.weights, model_name=job.model)
-  _check_variables(context, variables)
+  variables = _imported(context)
   optimizer = _training_optimizer(job)
   state = training.init_state(variables, optimizer, _key(context, "original"))
   if not _is_finished(context, "original"):
@@ -493,12 +499,15 @@ def _is_finished(context: Context, name: str) -> bool:
   return name in checkpoints.run_checkpoints(context.run_dir)
 
 
-def _check_variables(context: Context, variables: types.Variables) -> None:
+def _imported(context: Context) -> types.Variables:
+  """Loads the weights that the job names, if they are this model's."""
+  job = context.job
+  assert job.weights is not None
+  variables = torch_weights.load(job.weights, model_name=job.model)
   shape = (1, *context.train.images.shape[1:])
   expected = jax.eval_shape(
     context.model.init, jax.random.key(0), jnp.zeros(shape)
   )
-  job = context.job
   if jax.tree.map(jnp.shape, dict(variables)) != jax.tree.map(
     jnp.shape, dict(expected)
   ):
@@ -507,6 +516,16 @@ def _check_variables(context: Context, variables: types.Variables) -> None:
       f" {context.train.num_classes} classes and {shape[-1]} channels, got"
       f" others in {job.weights}"
     )
+  return variables
+
+
+def _remove_run(folder: pathlib.Path) -> None:
+  """Removes a run folder, and nothing that does not look like one."""
+  if not (folder / "config.json").is_file():
+    raise ValueError(
+      f"name must be that of a run to overwrite, got {folder}: no config.json"
+    )
+  shutil.rmtree(folder)
 
 
 def _check_same_job(
@@ -519,7 +538,15 @@ def _check_same_job(
       f"name must be that of a run, got {folder}: no config.json"
     )
   now = json.loads(json.dumps(job_options(job)))
-  free = {"resume", "runs_dir", "name", "num_devices", "data_dir", *may_change}
+  free = {
+    "resume",
+    "overwrite",
+    "runs_dir",
+    "name",
+    "num_devices",
+    "data_dir",
+    *may_change,
+  }
   changed = sorted(
     name for name in now if name not in free and before.get(name) != now[name]
   )

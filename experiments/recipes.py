@@ -74,6 +74,8 @@ class Job:
   """Folder of the run folders."""
   resume: bool = False
   """Go on in a run folder that exists: what is finished is kept."""
+  overwrite: bool = False
+  """Replace a run folder that exists."""
   dataset: str = "digits"
   data_dir: str | None = None
   """Folder of the prepared data sets."""

@@ -37,6 +37,8 @@ class Options(recipes.Job):
 def main() -> None:
   """Unlearns, compares and reports."""
   options = cli.parse_job(Options, "Take the forget set out of a model.")
+  if options.overwrite and options.run is not None:
+    raise ValueError("overwrite must be off with run, got both")
   if options.export and not options.export.endswith(".safetensors"):
     raise ValueError(f"export must end in .safetensors, got {options.export}")
   is_new_run = options.run is None

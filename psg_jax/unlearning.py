@@ -168,7 +168,7 @@ def unlearn(
     retain_labels: Targets of the retain set: `"hard"`, its labels; `"soft"`,
       the frozen model's own predictions; `"raw_logits"`. None for those of
       `labels`, and hard ones with `"soft_other"`.
-    top_k: With soft labels on forget and retain images, the number of largest entries kept, or None.
+    top_k: With soft labels, the number of largest entries kept, or None.
     batch_stats: `"update"`: BatchNorm in training mode, on forget and retain
       images together; `"frozen"`: inference mode, the better choice where
       `retain_weight` is 0.

@@ -1,0 +1,277 @@
+"""The programs from end to end, on a few of the embedded digits."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+from experiments import cli, demo, jobs, recipes, report, train, unlearn
+from psg_jax import checkpoints, data, torch_weights
+
+SMALL = [
+  "--num_train=400",
+  "--width=0.05",
+  "--training.num_epochs=2",
+  "--training.learning_rate=0.05",
+  "--unlearning.num_epochs=2",
+  "--unlearning.num_steps=10",
+  "--num_devices=1",
+]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  patch = pytest.MonkeyPatch()
+  patch.setenv("PSG_JAX_DATA", str(folder))
+  data.load("digits", "test")
+  yield folder
+  patch.undo()
+
+
+def call(program, *arguments):
+  """Runs a program's main as its command line would."""
+  patch = pytest.MonkeyPatch()
+  patch.setattr(sys, "argv", ["experiments/program.py", *arguments])
+  try:
+    cli.run(program.main)
+  finally:
+    patch.undo()
+
+
+def failing(capsys, program, *arguments):
+  """Runs a program that must fail, and returns its one line."""
+  with pytest.raises(SystemExit) as caught:
+    call(program, *arguments)
+  assert caught.value.code == 2
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert len(lines) == 1
+  return lines[0]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data_dir):
+  """A folder with the run `first`: everything in one go."""
+  folder = tmp_path_factory.mktemp("runs")
+  call(demo, *SMALL, f"--runs_dir={folder}", "--name=first")
+  return folder
+
+
+def read(folder, name):
+  return json.loads((folder / name).read_text())
+
+
+def test_demo_writes_the_run_folder(runs):
+  run = runs / "first"
+  result = read(run, "metrics.json")
+  assert list(result) == ["original", "retrained", "unlearned"]
+  for figures in result.values():
+    assert set(figures["accuracy"]) == {
+      "train_forget",
+      "train_retain",
+      "test_forget",
+      "test_retain",
+      "test",
+    }
+    assert all(0 <= x <= 1 for x in figures["accuracy"].values())
+    assert figures["seconds"] > 0
+  # A class that was never seen is never predicted after 2 epochs.
+  assert result["retrained"]["accuracy"]["train_forget"] == 0
+  relabelling = result["unlearned"]["relabelling"]
+  counts = read(run, "data.json")["counts"]
+  assert sum(relabelling["label_counts"]) == counts["train_forget"]
+  assert relabelling["label_counts"][0] == 0
+  config = read(run, "config.json")
+  assert config["job"]["num_train"] == 400
+  assert config["versions"]["jax"] == jax.__version__
+  assert set(checkpoints.run_checkpoints(run)) == set(jobs.MODELS)
+  assert (run / "report.html").stat().st_size > 50_000
+  assert not list(run.glob("*.partial"))
+
+
+def test_restored_states_give_the_reported_figures(runs):
+  run = runs / "first"
+  job = cli.read_job(run)
+  context = jobs.prepare(
+    dataclasses.replace(job, resume=True), is_known_run=True
+  )
+  for name in ("original", "retrained"):
+    variables = getattr(jobs, name)(context)
+    logits = context.model.apply(
+      variables, context.test.images / np.float32(255)
+    )
+    accuracy = np.mean(np.argmax(logits, 1) == context.test.labels)
+    stored = read(run, "metrics.json")[name]["accuracy"]["test"]
+    np.testing.assert_allclose(accuracy, stored, atol=1e-6)
+
+
+def test_resuming_a_finished_run_keeps_it(runs):
+  run = runs / "first"
+  before = read(run, "metrics.json")
+  arguments = [*SMALL, f"--runs_dir={runs}", "--name=first", "--resume"]
+  call(demo, *arguments)
+  after = read(run, "metrics.json")
+  assert after == before
+
+
+def test_unlearning_again_in_a_copy_with_export(runs, tmp_path):
+  exported = tmp_path / "unlearned.safetensors"
+  call(
+    unlearn,
+    f"--run={runs / 'first'}",
+    "--name=second",
+    "--method=no_retain_data",
+    "--unlearning.num_steps=10",
+    f"--export={exported}",
+  )
+  first, second = (
+    read(runs / name, "metrics.json") for name in ("first", "second")
+  )
+  assert second["original"]["accuracy"] == first["original"]["accuracy"]
+  config = read(runs / "second", "config.json")
+  assert config["job"]["unlearning"]["retain_weight"] == 0
+  assert "retain_loss" not in read(runs / "second", "history.json")["unlearned"]
+  variables = torch_weights.load(exported, model_name="all_cnn")
+  restored = checkpoints.restore_run(runs / "second", "unlearned")
+  np.testing.assert_array_equal(
+    variables["params"]["head"]["kernel"],
+    restored["variables"]["params"]["head"]["kernel"],
+  )
+  assert len(safetensors_numpy.load_file(exported)) == 8 * 6 + 2
+
+
+def test_training_then_unlearning_in_the_same_run(tmp_path, data_dir):
+  call(train, *SMALL, f"--runs_dir={tmp_path}", "--name=one", "--no-retrained")
+  assert list(read(tmp_path / "one", "metrics.json")) == ["original"]
+  call(unlearn, f"--run={tmp_path / 'one'}")
+  result = read(tmp_path / "one", "metrics.json")
+  assert list(result) == ["original", "unlearned"]
+  assert "agreement" not in result["unlearned"]
+  assert result["unlearned"]["relabelling"]["agreement_with_retrained"] is None
+
+
+def test_unlearning_pytorch_weights_with_the_released_search(
+  runs, tmp_path, data_dir
+):
+  weights = tmp_path / "original.safetensors"
+  restored = checkpoints.restore_run(runs / "first", "original")
+  torch_weights.save(weights, restored["variables"], model_name="all_cnn")
+  call(
+    unlearn,
+    *SMALL,
+    f"--runs_dir={tmp_path}",
+    "--name=imported",
+    f"--weights={weights}",
+    "--no-retrained",
+    "--unlearning.search=released",
+  )
+  result = read(tmp_path / "imported", "metrics.json")
+  assert list(result) == ["original", "unlearned"]
+  assert (
+    result["original"]["accuracy"]
+    == (read(runs / "first", "metrics.json")["original"]["accuracy"])
+  )
+
+
+@pytest.mark.parametrize("program", ["train", "unlearn", "demo", "report"])
+def test_help_and_typos_from_the_command_line(program):
+  command = [sys.executable, "-m", f"experiments.{program}"]
+  done = subprocess.run([*command, "--helpp"], capture_output=True, text=True)
+  assert done.returncode == 2
+  assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--recipe=digit"], "recipe .* 'digit', did you mean 'digits'"),
+    (["--dataset=digitz"], "dataset must be one of .* 'digitz'"),
+    (["--model=resnet"], "model must be one of .* 'resnet'"),
+    (["--width=0"], "width .* got 0.0"),
+    (["--forget_classes=11"], "11"),
+    (["--forget_classes"], "forget_classes must name a class"),
+    (["--num_train=0"], "num_train .* got 0"),
+    (["--num_train=99999"], "num_train must be at most the 1437 images"),
+    (["--num_devices=99"], "num_devices .* got 99"),
+    (["--training.learning_rate=-1"], "training.learning_rate .* got -1.0"),
+    (["--training.num_epochs=0"], "training.num_epochs .* got 0"),
+    (["--unlearning.step_size=0"], "unlearning.step_size .* got 0.0"),
+    (["--unlearning.retain_weight=nan"], "unlearning.retain_weight .* got nan"),
+    (["--unlearning.max_distance=-1"], "unlearning.max_distance .* got -1"),
+    (["--weights=none.pt"], "weights must be a file, got none.pt"),
+    (["--recipe=fashion_mnist", "--data_dir=nowhere"], "data_dir .* nowhere"),
+    (["--resume", "--overwrite"], "overwrite must be off to resume"),
+  ],
+)
+def test_bad_options_leave_nothing_behind(
+  arguments, message, tmp_path, capsys, data_dir
+):
+  folder = tmp_path / "runs"
+  line = failing(capsys, demo, f"--runs_dir={folder}", *arguments)
+  assert re.search(message, line), line
+  assert line.startswith("error: ")
+  assert not folder.exists()
+
+
+def test_runs_that_exist_or_do_not(runs, tmp_path, capsys):
+  same = [f"--runs_dir={runs}", "--name=first"]
+  assert "which exists" in failing(capsys, demo, *SMALL, *same)
+  changed = [*SMALL, *same, "--resume", "--seed=7"]
+  assert "seed must be as in the run" in failing(capsys, demo, *changed)
+  first = f"--run={runs / 'first'}"
+  assert "must not have been unlearned" in failing(capsys, unlearn, first)
+  missing = f"--run={tmp_path / 'none'}"
+  assert "run must be a run folder" in failing(capsys, unlearn, missing)
+  assert "error: " in failing(capsys, report, str(tmp_path / "none"))
+  assert "export must end in" in failing(
+    capsys, unlearn, first, "--name=third", "--export=model.pt"
+  )
+  assert not (runs / "third").exists()
+  other = tmp_path / "other"
+  other.mkdir()
+  (other / "keep.txt").write_text("mine")
+  line = failing(
+    capsys, demo, f"--runs_dir={tmp_path}", "--name=other", "--overwrite"
+  )
+  assert "no config.json" in line
+  assert (other / "keep.txt").read_text() == "mine"
+
+
+def test_weights_of_another_model(runs, tmp_path, capsys):
+  weights = tmp_path / "original.safetensors"
+  restored = checkpoints.restore_run(runs / "first", "original")
+  torch_weights.save(weights, restored["variables"], model_name="all_cnn")
+  arguments = [f"--runs_dir={tmp_path}", "--name=x", f"--weights={weights}"]
+  line = failing(capsys, unlearn, *arguments, "--width=0.1")
+  assert "weights must be those of all_cnn at width 0.1" in line
+  assert not (tmp_path / "x").exists()
+
+
+def test_checkpoint_of_another_model(runs):
+  context = jobs.prepare(cli.read_job(runs / "first"), is_known_run=True)
+  other = dataclasses.replace(context.job, width=0.1)
+  wider = context._replace(job=other)._replace(
+    model=jobs.models.create(
+      "all_cnn",
+      num_classes=10,
+      num_channels=1,
+      width=0.1,
+      mean=0.5,
+      std=0.5,
+    )
+  )
+  with pytest.raises(ValueError, match="block_0"):
+    jobs.original(wider)
+
+
+def test_recipes_are_complete():
+  for name, job in recipes.JOBS.items():
+    assert job.recipe == name
+    jobs.check(job)
+  assert recipes.UNLEARNING["released"].retain_weight == 0
