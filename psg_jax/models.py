@@ -244,6 +244,7 @@ def _create(
       custom_message=f"images must be [B, H, W, {num_channels}]",
     )
 
+  @jax.jit
   def init(key: jax.Array, images: jax.Array) -> types.Variables:
     check(images)
     return network.init(key, images)

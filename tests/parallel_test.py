@@ -23,7 +23,13 @@ def job():
   )
   variables = model.init(KEY, jnp.zeros((1, 8, 8, 1)))
   variables, _ = training.fit(
-    model, variables, dataset, KEY, num_epochs=3, show_progress=False
+    model,
+    variables,
+    dataset,
+    KEY,
+    optimizer=training.sgd(0.05),
+    num_epochs=40,
+    show_progress=False,
   )
   return model, variables, dataset
 
