@@ -6,7 +6,12 @@ VENV ?= .venv
 EXTRAS ?= experiments,dev
 
 BIN := $(VENV)/bin
-WANTED := $(shell $(PYTHON) --version 2>&1) with $(EXTRAS)
+# pyenv's shims fail for versions that are installed but not made global: then
+# the interpreter behind the shim is taken.
+INTERPRETER := $(shell $(PYTHON) --version >/dev/null 2>&1 && echo $(PYTHON) \
+  || ls $${PYENV_ROOT:-$$HOME/.pyenv}/versions/*/bin/$(PYTHON) 2>/dev/null \
+  | sort -V | tail -n 1)
+WANTED := $(shell $(INTERPRETER) --version 2>&1) with $(EXTRAS)
 
 .PHONY: setup demo test lint format clean FORCE
 
@@ -14,13 +19,15 @@ setup: $(VENV)/.installed
 
 # Holds what the environment was made with, and is renewed when that changes.
 $(VENV)/.wanted: FORCE
+	@test -n "$(INTERPRETER)" || \
+	  { echo "error: PYTHON must be an interpreter, got $(PYTHON)" >&2; exit 2; }
 	@mkdir -p $(VENV)
 	@echo "$(WANTED)" | cmp -s - $@ || echo "$(WANTED)" > $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.wanted
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: PYTHON must be 3.11 or newer, got $(WANTED)" >&2; exit 2; }
-	$(PYTHON) -m venv --clear $(VENV)
+	@$(INTERPRETER) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: PYTHON must be 3.11 or newer, got $(PYTHON)" >&2; exit 2; }
+	$(INTERPRETER) -m venv --clear $(VENV)
 	@echo "$(WANTED)" > $(VENV)/.wanted
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt --editable ".[$(EXTRAS)]"
