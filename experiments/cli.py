@@ -1,18 +1,22 @@
 """What the programs share: reading options, and ending when they are wrong."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
 from experiments import recipes
 
 _JobT = TypeVar("_JobT", bound=recipes.Job)
+_OptionsT = TypeVar("_OptionsT")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -28,6 +32,8 @@ def run(main: Callable[[], None]) -> None:
   try:
     main()
   except ValueError as error:
+    _leave(2, f"error: {error}")
+  except OSError as error:
     _leave(2, f"error: {error}")
   except FloatingPointError as error:
     _leave(1, f"error: {error}")
@@ -69,12 +75,42 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
   values = {
     field.name: getattr(job, field.name) for field in dataclasses.fields(job)
   }
-  return tyro.cli(
-    options,
-    default=options(**values),
-    description=description,
-    use_underscores=True,
-  )
+  return parse(options, default=options(**values), description=description)
+
+
+def parse(
+  options: type[_OptionsT],
+  *,
+  default: _OptionsT | None = None,
+  description: str,
+) -> _OptionsT:
+  """Reads options from the command line; what is wrong there is one line.
+
+  Args:
+    options: A dataclass.
+    default: The values of what is not given.
+    description: What the program does, for `--help`.
+
+  Returns:
+    The options.
+
+  Raises:
+    ValueError: If an option does not exist or its value cannot be read.
+  """
+  said = io.StringIO()
+  defaults: dict[str, Any] = {} if default is None else {"default": default}
+  try:
+    with contextlib.redirect_stderr(said):
+      given: _OptionsT = tyro.cli(
+        options, description=description, use_underscores=True, **defaults
+      )
+      return given
+  except SystemExit as stop:
+    if not stop.code:
+      raise
+    # Tyro draws a box, of which this is what it says.
+    words = " ".join(re.sub(r"[^\x20-\x7e]+", " ", said.getvalue()).split())
+    raise ValueError(words or "the options cannot be read") from None
 
 
 def read_job(run_dir: pathlib.Path) -> recipes.Job:
@@ -92,7 +128,17 @@ def read_job(run_dir: pathlib.Path) -> recipes.Job:
   path = run_dir / "config.json"
   if not path.is_file():
     raise ValueError(f"run must be a run folder, got {run_dir}: no config.json")
-  stored = json.loads(path.read_text())["job"]
+  try:
+    stored = json.loads(path.read_text())["job"]
+    return _job(stored, run_dir)
+  except (KeyError, TypeError, json.JSONDecodeError) as error:
+    raise ValueError(
+      f"run must be a run folder of this version, got {run_dir}: its"
+      f" config.json cannot be read ({error})"
+    ) from None
+
+
+def _job(stored: dict[str, Any], run_dir: pathlib.Path) -> recipes.Job:
   for name, value in stored.items():
     if isinstance(value, list):
       stored[name] = tuple(value)

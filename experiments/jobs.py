@@ -115,6 +115,9 @@ def check(job: recipes.Job) -> None:
     checks.number(f"unlearning.{name}", value, at_least=0)
   if options.max_distance is not None:
     checks.number("unlearning.max_distance", options.max_distance, above=0)
+  if options.confidence is not None:
+    confidence = options.confidence
+    checks.number("unlearning.confidence", confidence, at_least=0, at_most=1)
   if not job.forget_classes:
     raise ValueError("forget_classes must name a class, got none")
 
@@ -124,6 +127,7 @@ def prepare(
   *,
   is_known_run: bool = False,
   may_change: tuple[str, ...] = (),
+  source: pathlib.Path | None = None,
 ) -> Context:
   """Loads the data, splits it, and makes the run folder.
 
@@ -131,6 +135,7 @@ def prepare(
     job: The options.
     is_known_run: Whether the run folder is expected to exist.
     may_change: Options that may differ from those of the run that exists.
+    source: Another run, whose trained models a new run folder starts with.
 
   Returns:
     What the steps share.
@@ -178,13 +183,26 @@ def prepare(
     ),
     mesh=mesh if mesh.size > 1 else None,
   )
+  unlearning.check_labels(
+    job.unlearning.labels, job.unlearning.top_k, train.num_classes
+  )
   if job.weights is not None:
     _imported(context)
-  if folder.exists() and not job.overwrite:
+  if source is not None:
+    _check_same_job(source, job, may_change)
+  elif folder.exists() and not job.overwrite:
     _check_same_job(folder, job, may_change)
   config, record = _config(job), _data_record(context)
   if job.overwrite and folder.exists():
+    if job.weights is not None and folder.resolve() in (
+      pathlib.Path(job.weights).resolve().parents
+    ):
+      raise ValueError(
+        f"weights must not lie in the run to overwrite, got {job.weights}"
+      )
     _remove_run(folder)
+  if source is not None and not folder.exists():
+    _copy_run(source, folder)
   folder.mkdir(parents=True, exist_ok=True)
   write_json(folder / "config.json", config)
   write_json(folder / "data.json", record)
@@ -276,8 +294,11 @@ def search_fn(context: Context) -> unlearning.SearchFn | None:
 def unlearn_options(context: Context) -> dict[str, Any]:
   """Keyword arguments of `unlearning.unlearn` that the job sets."""
   options = dataclasses.asdict(context.job.unlearning)
-  for name in ("search", "learning_rate", "momentum", "weight_decay"):
+  for name in ("learning_rate", "momentum", "weight_decay"):
     del options[name]
+  # The released search depends on its minibatch, which is that of its update.
+  if options.pop("search") == "released":
+    options["search_batch_size"] = options["batch_size"]
   return {**options, "search_fn": search_fn(context)}
 
 
@@ -517,6 +538,25 @@ def _imported(context: Context) -> types.Variables:
       f" others in {job.weights}"
     )
   return variables
+
+
+def _copy_run(source: pathlib.Path, folder: pathlib.Path) -> None:
+  """Copies the trained models of a run, wholly or not at all."""
+  partial = folder.with_name(f".{folder.name}.partial")
+  shutil.rmtree(partial, ignore_errors=True)
+  for name, path in checkpoints.run_checkpoints(source).items():
+    if name != "unlearned":
+      shutil.copytree(path, partial / "checkpoints" / name)
+  history = read_json(source / "history.json")
+  write_json(
+    partial / "history.json",
+    {
+      name: value
+      for name, value in history.items()
+      if not name.startswith("unlearned")
+    },
+  )
+  partial.rename(folder)
 
 
 def _remove_run(folder: pathlib.Path) -> None:

@@ -155,7 +155,7 @@ JOBS: dict[str, Job] = {
     dataset="cifar10",
     num_train=10000,
     width=0.25,
-    training=Training(num_epochs=12, augmentation="crop_flip"),
+    training=Training(num_epochs=8, augmentation="flip"),
   ),
 }
 

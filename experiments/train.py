@@ -8,6 +8,7 @@ from there.
 """
 
 from experiments import cli, jobs, recipes, report
+from psg_jax import checkpoints
 
 
 def main() -> None:
@@ -17,6 +18,8 @@ def main() -> None:
   variables = {"original": jobs.original(context)}
   if job.retrained:
     variables["retrained"] = jobs.retrained(context)
+  if "unlearned" in checkpoints.run_checkpoints(context.run_dir):
+    variables["unlearned"] = jobs.unlearned(context, variables["original"])
   print(jobs.table(jobs.evaluate(context, variables)))
   print(report.build(context.run_dir))
 

@@ -16,7 +16,6 @@ on two cores.
 
 import dataclasses
 import pathlib
-import shutil
 
 from experiments import cli, jobs, recipes, report
 from psg_jax import checkpoints, torch_weights
@@ -37,21 +36,23 @@ class Options(recipes.Job):
 def main() -> None:
   """Unlearns, compares and reports."""
   options = cli.parse_job(Options, "Take the forget set out of a model.")
-  if options.overwrite and options.run is not None:
-    raise ValueError("overwrite must be off with run, got both")
-  if options.export and not options.export.endswith(".safetensors"):
-    raise ValueError(f"export must end in .safetensors, got {options.export}")
-  is_new_run = options.run is None
-  if options.run is not None:
-    is_new_run = _start_from(pathlib.Path(options.run), options)
+  _check_export(options.export)
+  source = None if options.run is None else pathlib.Path(options.run)
+  target = jobs.run_dir(options)
+  is_copy = source is not None and target.resolve() != source.resolve()
+  if source is not None:
+    _check_source(source, options, is_copy=is_copy)
+  is_finished = "unlearned" in checkpoints.run_checkpoints(target)
   context = jobs.prepare(
     options,
-    is_known_run=not is_new_run,
-    may_change=("unlearning", "retrained"),
+    is_known_run=source is not None and not is_copy,
+    # What was unlearned stays as its options say.
+    may_change=("retrained",) if is_finished else ("retrained", "unlearning"),
+    source=source if is_copy else None,
   )
   variables = {"original": jobs.original(context)}
   if "retrained" in checkpoints.run_checkpoints(context.run_dir) or (
-    options.run is None and options.retrained
+    source is None and options.retrained
   ):
     variables["retrained"] = jobs.retrained(context)
   variables["unlearned"] = jobs.unlearned(context, variables["original"])
@@ -64,51 +65,36 @@ def main() -> None:
   print(report.build(context.run_dir))
 
 
-def _start_from(source: pathlib.Path, options: Options) -> bool:
-  """Checks the run to start from, and copies it where a new name is given.
+def _check_export(path: str | None) -> None:
+  if path is None:
+    return
+  if not path.endswith(".safetensors"):
+    raise ValueError(f"export must end in .safetensors, got {path}")
+  if not pathlib.Path(path).absolute().parent.is_dir():
+    raise ValueError(f"export must be in a folder that exists, got {path}")
 
-  Returns:
-    False: the run folder exists.
+
+def _check_source(
+  source: pathlib.Path, options: Options, *, is_copy: bool
+) -> None:
+  """Checks the run to start from.
 
   Raises:
     ValueError: If the run has no original model, or has been unlearned.
   """
+  if options.overwrite:
+    raise ValueError("overwrite must be off with run, got both")
   found = checkpoints.run_checkpoints(source)
   if "original" not in found:
     raise ValueError(
       f"run must have an original model, got {source} with"
       f" {', '.join(found) or 'none'}"
     )
-  target = jobs.run_dir(options)
-  if target.resolve() == source.resolve():
-    if "unlearned" in found and not options.resume:
-      raise ValueError(
-        f"run must not have been unlearned, got {source}: give the new result"
-        " a --name of its own"
-      )
-    return False
-  if target.exists() and not options.resume:
+  if "unlearned" in found and not is_copy and not options.resume:
     raise ValueError(
-      f"name must be that of a new run, got {target}, which exists"
+      f"run must not have been unlearned, got {source}: give the new result"
+      " a --name of its own"
     )
-  if not target.exists():
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name in ("original", "retrained"):
-      if name in found:
-        shutil.copytree(found[name], partial / "checkpoints" / name)
-    history = jobs.read_json(source / "history.json")
-    jobs.write_json(
-      partial / "history.json",
-      {
-        name: value
-        for name, value in history.items()
-        if not name.startswith("unlearned")
-      },
-    )
-    shutil.copyfile(source / "config.json", partial / "config.json")
-    partial.rename(target)
-  return False
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ DISTANCE_TERMS = ("penalty", "reward")
 _EXPONENTIAL_STEPS = 10.0
 _GREY_LEVELS = 255.0
 
-# δ, logits and gradient at the point, steps taken.
-_Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+# δ; logits, gradient and log-odds at the point; steps taken.
+_Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 @types.pytree
@@ -464,46 +464,49 @@ def _search_one(
 
   def point(delta: jax.Array) -> jax.Array:
     moved = image + delta
-    return _round_to_grey_levels(moved) if is_rounded else moved
+    if is_rounded:
+      moved = jnp.clip(_round_to_grey_levels(moved), *bounds)
+    return moved
 
   def log_odds(at: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits = apply_fn(variables, at[None])[0]
     return _log_odds_against(logits, label), logits
 
-  def evaluate(delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Logits at the point, and the gradient that the sign is taken of."""
+  def evaluate(delta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Logits, gradient of the log-odds and log-odds at the point."""
     # The gradient with respect to δ is the one at the point; rounding passes
     # it on unchanged.
     (odds, logits), gradient = jax.value_and_grad(log_odds, has_aux=True)(
       point(delta)
     )
-    if not is_plain:
-      # ∇CE = (1 - p_y) ∇(log-odds), and 1 - p_y is the sigmoid of the latter.
-      gradient = jax.nn.sigmoid(odds) * gradient
-    return logits, gradient
+    return logits, gradient, odds
 
   def direction(
-    delta: jax.Array, gradient: jax.Array, step: jax.Array
+    delta: jax.Array, gradient: jax.Array, odds: jax.Array, step: jax.Array
   ) -> jax.Array:
     if is_plain:
       return gradient
     weight = distance_weight * _distance_decay(distance_decay, step, num_steps)
     sign = -1.0 if distance_term == "penalty" else 1.0
     draw = NOISES[noise](jax.random.fold_in(key, step), delta.shape)
-    return gradient + sign * weight * delta + noise_scale * draw
+    others = sign * weight * delta + noise_scale * draw
+    # ∇CE = (1 - p_y) ∇(log-odds), and 1 - p_y is the sigmoid of the log-odds.
+    # Dividing by it keeps the sign where it vanishes.
+    share = jnp.maximum(jax.nn.sigmoid(odds), jnp.finfo(odds.dtype).tiny)
+    return gradient + others / share
 
   def is_running(carry: _Carry) -> jax.Array:
-    _, logits, _, step = carry
+    _, logits, _, _, step = carry
     is_done = jnp.argmax(logits) != label
     if confidence is not None:
       is_done |= jax.nn.softmax(logits)[label] <= confidence
     return ~is_done & (step < num_steps)
 
   def advance(carry: _Carry) -> _Carry:
-    delta, _, gradient, step = carry
+    delta, _, gradient, odds, step = carry
     step = step + 1
     size = step_size / jnp.sqrt(step) if step_decay == "sqrt" else step_size
-    delta = delta + size * jnp.sign(direction(delta, gradient, step))
+    delta = delta + size * jnp.sign(direction(delta, gradient, odds, step))
     if max_distance is not None:
       delta = _project(delta, max_distance, norm)
     # Clipping moves each pixel towards the image: it stays in the ball.
@@ -511,7 +514,7 @@ def _search_one(
     return delta, *evaluate(delta), step
 
   start = jnp.zeros_like(image)
-  delta, logits, _, step = jax.lax.while_loop(
+  delta, logits, _, _, step = jax.lax.while_loop(
     is_running, advance, (start, *evaluate(start), jnp.int32(0))
   )
   others = jnp.where(jnp.arange(len(logits)) == label, -jnp.inf, logits)
@@ -520,7 +523,8 @@ def _search_one(
     # Where another class leads, the best of the others is the one predicted.
     labels=jnp.argmax(others).astype(jnp.int32),
     logits=logits,
-    is_crossed=jnp.argmax(logits) != label,
+    # Logits that are NaN say nothing of a class.
+    is_crossed=(jnp.argmax(logits) != label) & jnp.isfinite(logits).all(),
     distance=_length(point(delta) - image, norm),
     num_steps=step,
   )

@@ -30,7 +30,10 @@ def number(
   """Raises ValueError unless all of `value` is finite and within the limits."""
   if is_traced(value):
     return
-  values = np.asarray(value, np.float64)
+  try:
+    values = np.asarray(value, np.float64)
+  except (TypeError, ValueError):
+    raise ValueError(f"{name} must be a number, got {value!r}") from None
   limits = []
   is_good = np.isfinite(values)
   if above is not None:

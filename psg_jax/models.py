@@ -3,17 +3,16 @@
 Flax stays inside this module: everything else sees a `types.Model`.
 """
 
-import difflib
 import functools
 import math
 from collections.abc import Callable, Sequence
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from psg_jax import convolution, types
+from psg_jax import checks, convolution, types
 
 # PyTorch's constants and default initialisation: weights and the head's bias
 # are uniform within 1 / sqrt(fan_in), a third of LeCun's variance.
@@ -191,18 +190,10 @@ def create(
     Springenberg et al., Striving for Simplicity: The All Convolutional Net,
     2015.
   """
-  if name not in _NETWORKS:
-    close = difflib.get_close_matches(str(name), _NETWORKS, n=1)
-    hint = f", did you mean {close[0]!r}?" if close else ""
-    raise ValueError(
-      f"name must be one of {', '.join(_NETWORKS)}, got {name!r}{hint}"
-    )
-  if num_classes < 2:
-    raise ValueError(f"num_classes must be 2 or more, got {num_classes}")
-  if num_channels < 1:
-    raise ValueError(f"num_channels must be positive, got {num_channels}")
-  if not (math.isfinite(width) and width > 0):
-    raise ValueError(f"width must be positive and finite, got {width}")
+  checks.one_of("name", name, _NETWORKS)
+  checks.integer("num_classes", num_classes, at_least=2)
+  checks.integer("num_channels", num_channels, at_least=1)
+  checks.number("width", width, above=0)
   channel_mean = _per_channel("mean", mean, num_channels)
   channel_std = _per_channel("std", std, num_channels)
   if min(channel_std) <= 0:
@@ -215,11 +206,11 @@ def create(
 def _per_channel(
   name: str, values: float | Sequence[float], num_channels: int
 ) -> tuple[float, ...]:
-  given = [values] if isinstance(values, (int, float)) else list(values)
-  channels = tuple(float(value) for value in given)
+  checks.number(name, values)
+  channels = tuple(float(value) for value in np.ravel(values))
   if len(channels) == 1:
     channels = channels * num_channels
-  if len(channels) != num_channels or not all(map(math.isfinite, channels)):
+  if len(channels) != num_channels:
     raise ValueError(
       f"{name} must be finite, one value or {num_channels}, got {values}"
     )
@@ -238,11 +229,10 @@ def _create(
   network = _NETWORKS[name](num_classes, width, mean, std)
 
   def check(images: jax.Array) -> None:
-    chex.assert_shape(
-      images,
-      (None, None, None, num_channels),
-      custom_message=f"images must be [B, H, W, {num_channels}]",
-    )
+    if images.ndim != 4 or images.shape[-1] != num_channels:
+      raise ValueError(
+        f"images must be [B, H, W, {num_channels}], got {list(images.shape)}"
+      )
 
   @jax.jit
   def init(key: jax.Array, images: jax.Array) -> types.Variables:

@@ -427,9 +427,12 @@ def fit(
   checks.key(key)
   if not len(dataset):
     raise ValueError("dataset must not be empty, got 0 images")
+  check_classes(model, variables, dataset)
   optimizer = sgd(0.01) if optimizer is None else optimizer
   if state is None:
     state = init_state(variables, optimizer, key)
+  else:
+    state = jax.tree.map(jnp.copy, state)  # The caller keeps theirs.
   num_steps = -(-len(dataset) // batch_size)
   order_key = jax.random.fold_in(state.key, np.iinfo(np.int32).max)
   first_epoch = int(state.step) // num_steps
@@ -467,7 +470,27 @@ def fit(
       )
       if callback is not None:
         callback(state, history[-1])
+  check_variables(state)
   return state.variables, history
+
+
+def check_classes(
+  model: types.Model, variables: types.Variables, dataset: types.Dataset
+) -> None:
+  """Raises ValueError if the data has labels that the model has not."""
+  image = jax.ShapeDtypeStruct((1, *dataset.images.shape[1:]), jnp.float32)
+  num_classes = jax.eval_shape(model.apply, variables, image).shape[-1]
+  checks.labels(dataset.labels, len(dataset), num_classes)
+
+
+def check_variables(state: TrainState) -> None:
+  """Raises FloatingPointError if the last step left NaN or infinity."""
+  for leaf in jax.tree.leaves(state.variables):
+    if not bool(jnp.isfinite(leaf).all()):
+      raise FloatingPointError(
+        f"the variables are not finite after step {int(state.step)}: lower the"
+        " learning rate"
+      )
 
 
 def summarise(

@@ -190,10 +190,15 @@ def unlearn(
     With Applications On Medical Images, 2025, Algorithms 1 to 3.
   """
   check_split(split, retain_weight)
+  for part in split:
+    if len(part):
+      training.check_classes(model, variables, part)
   check_labels(labels, top_k, split.forget.num_classes)
   if retain_labels is None:
     retain_labels = "hard" if labels == "soft_other" else labels
   checks.one_of("retain_labels", retain_labels, RETAIN_LABELS)
+  checks.one_of("batch_stats", batch_stats, BATCH_STATS)
+  checks.key(key)
   checks.integer("batch_size", batch_size, at_least=1)
   if num_epochs is None:
     num_epochs = default_num_epochs(len(split.forget), batch_size)
@@ -201,10 +206,7 @@ def unlearn(
   checks.integer("search_batch_size", search_batch_size, at_least=1)
   can_change = search_fn is not None or noise_scale > 0
   if search_fn is None:
-    search_fn = functools.partial(
-      boundary.search
-      if mesh is None
-      else functools.partial(parallel.search, mesh=mesh),
+    search_options: dict[str, Any] = dict(  # noqa: C408
       num_steps=num_steps,
       step_size=step_size,
       step_decay=step_decay,
@@ -218,6 +220,22 @@ def unlearn(
       confidence=confidence,
       bounds=bounds,
       is_rounded=is_rounded,
+    )
+    search_fn = functools.partial(
+      boundary.search
+      if mesh is None
+      else functools.partial(parallel.search, mesh=mesh),
+      **search_options,
+    )
+    # One image is enough to check the options before any work.
+    one = split.forget.take([0])
+    boundary.prepare(
+      model.apply,
+      variables,
+      training.to_float(jnp.asarray(one.images)),
+      jnp.asarray(one.labels),
+      key,
+      **search_options,
     )
   search_key, update_key = jax.random.split(key)
   retain_targets = split.retain.labels
@@ -307,6 +325,8 @@ def relabel(
   """
   checks.integer("batch_size", batch_size, at_least=1)
   checks.key(key)
+  if not len(dataset):
+    raise ValueError("dataset must not be empty, got 0 images")
   batch_size = min(batch_size, len(dataset))
   found = []
   with progress.bar(
@@ -447,6 +467,8 @@ def update(
   checks.key(key)
   num_classes = split.forget.num_classes
   targets = _checked_targets("targets", targets, split.forget)
+  for part in split if retain_weight > 0 else split[:1]:
+    training.check_classes(model, variables, part)
   optimizer = training.sgd(1e-3) if optimizer is None else optimizer
   pool, pool_targets = split.forget.images, targets
   if retain_weight > 0:
@@ -462,6 +484,8 @@ def update(
     pool_targets = np.concatenate([targets, retain_targets])
   if state is None:
     state = training.init_state(variables, optimizer, key)
+  else:
+    state = jax.tree.map(jnp.copy, state)  # The caller keeps theirs.
   num_forget, num_retain = len(split.forget), len(split.retain)
   num_steps = -(-num_forget // batch_size)
   first_epoch = int(state.step) // num_steps
@@ -512,6 +536,7 @@ def update(
       history.append(record)
       if callback is not None:
         callback(state, record)
+  training.check_variables(state)
   return state, history
 
 

@@ -204,6 +204,11 @@ def test_help_and_typos_from_the_command_line(program):
     (["--unlearning.step_size=0"], "unlearning.step_size .* got 0.0"),
     (["--unlearning.retain_weight=nan"], "unlearning.retain_weight .* got nan"),
     (["--unlearning.max_distance=-1"], "unlearning.max_distance .* got -1"),
+    (["--unlearning.confidence=2"], "unlearning.confidence .* got 2.0"),
+    (["--unlearning.top_k=3"], "top_k must be None with hard labels, got 3"),
+    (["--unlearning.noise=gaussian"], "noise.*gaussian"),
+    (["--unlearning.norm=l1"], "norm.*l1"),
+    (["--width=abc"], "width.*abc"),
     (["--weights=none.pt"], "weights must be a file, got none.pt"),
     (["--recipe=fashion_mnist", "--data_dir=nowhere"], "data_dir .* nowhere"),
     (["--resume", "--overwrite"], "overwrite must be off to resume"),
@@ -217,6 +222,61 @@ def test_bad_options_leave_nothing_behind(
   assert re.search(message, line), line
   assert line.startswith("error: ")
   assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    ["--unlearning.step_size=0"],
+    ["--forget_classes=11"],
+    ["--width=0.1"],
+    ["--export=/nowhere/model.safetensors"],
+    ["--method=releasd"],
+  ],
+)
+def test_bad_options_leave_no_copy_of_a_run(arguments, runs, capsys):
+  line = failing(
+    capsys, unlearn, f"--run={runs / 'first'}", "--name=copy", *arguments
+  )
+  assert line.startswith("error: ")
+  assert not list(runs.glob("*copy*"))
+
+
+def test_a_finished_run_keeps_its_options(runs, capsys):
+  line = failing(
+    capsys, unlearn, f"--run={runs / 'first'}", "--resume", "--method=released"
+  )
+  assert "unlearning must be as in the run" in line
+  job = read(runs / "first", "config.json")["job"]
+  assert job["unlearning"]["search"] == "multi_step"
+
+
+def test_interrupted_training_goes_on(tmp_path, data_dir, monkeypatch):
+  arguments = [*SMALL, f"--runs_dir={tmp_path}", "--no-retrained"]
+  call(train, *arguments, "--name=whole")
+  save, calls = checkpoints.save, []
+
+  def stop(*args, **kwargs):
+    save(*args, **kwargs)
+    calls.append(1)
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(checkpoints, "save", stop)
+  with pytest.raises(SystemExit) as caught:
+    call(train, *arguments, "--name=parts")
+  assert caught.value.code == 130
+  assert len(calls) == 1
+  monkeypatch.undo()
+  monkeypatch.setenv("PSG_JAX_DATA", str(data_dir))
+  call(train, *arguments, "--name=parts", "--resume")
+  whole, parts = (
+    checkpoints.restore_run(tmp_path / name, "original")
+    for name in ("whole", "parts")
+  )
+  jax.tree.map(
+    np.testing.assert_array_equal, whole["variables"], parts["variables"]
+  )
+  assert len(read(tmp_path / "parts", "history.json")["original"]) == 2
 
 
 def test_runs_that_exist_or_do_not(runs, tmp_path, capsys):
