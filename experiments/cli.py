@@ -109,7 +109,8 @@ def parse(
     if not stop.code:
       raise
     # Tyro draws a box, of which this is what it says.
-    words = " ".join(re.sub(r"[^\x20-\x7e]+", " ", said.getvalue()).split())
+    plain = re.sub(r"[^\x20-\x7e]+|-{3,}", " ", said.getvalue())
+    words = " ".join(plain.split())
     raise ValueError(words or "the options cannot be read") from None
 
 

@@ -42,7 +42,9 @@ def main() -> None:
   is_copy = source is not None and target.resolve() != source.resolve()
   if source is not None:
     _check_source(source, options, is_copy=is_copy)
-  is_finished = "unlearned" in checkpoints.run_checkpoints(target)
+  is_finished = target.is_dir() and (
+    "unlearned" in checkpoints.run_checkpoints(target)
+  )
   context = jobs.prepare(
     options,
     is_known_run=source is not None and not is_copy,

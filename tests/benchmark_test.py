@@ -1,5 +1,6 @@
 """The benchmark, and that its PyTorch side does the same work as ours."""
 
+import functools
 import json
 import sys
 
@@ -33,8 +34,9 @@ def smooth_images(num_images, *, channels=1, seed=0):
   return np.asarray(255 * jnp.clip(fine, 0, 1)).astype(np.uint8)
 
 
-def trained_model(channels=1):
-  """A small network that no longer gives every image the same class."""
+@functools.cache
+def varied_model(channels=1):
+  """A small network that does not give all images the same class."""
   model = models.create(
     "all_cnn",
     num_classes=4,
@@ -43,13 +45,25 @@ def trained_model(channels=1):
     mean=MEAN,
     std=STD,
   )
-  images = jnp.asarray(smooth_images(64, channels=channels, seed=1))
-  variables = model.init(KEY, training.to_float(images))
-  # Statistics of real activations: at the initial ones all logits are alike.
-  apply_train = jax.jit(model.apply_train)
+  pixels = to_pixels(smooth_images(64, channels=channels, seed=1))
+  variables = model.init(KEY, pixels)
+  # Statistics of real activations, and logits around the same mean: at first
+  # all images are nearly alike.
   for _ in range(30):
-    _, variables = apply_train(variables, training.to_float(images), KEY)
-  return model, variables
+    _, variables = train_mode(model.apply_train, variables, pixels)
+  head = variables["params"]["head"]
+  centred = head["bias"] - model.apply(variables, pixels).mean(0)
+  params = {**variables["params"], "head": {**head, "bias": centred}}
+  return model, {**variables, "params": params}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train_mode(apply_train, variables, pixels):
+  return apply_train(variables, pixels, KEY)
+
+
+def to_pixels(images):
+  return training.to_float(jnp.asarray(images))
 
 
 def exported(torch_loop, folder, variables, **options):
@@ -68,7 +82,7 @@ def inputs_of(torch_loop, images, **options):
 def test_network_gives_the_same_logits(
   torch_loop, tmp_path, channels, is_channels_last
 ):
-  model, variables = trained_model(channels)
+  model, variables = varied_model(channels)
   images = smooth_images(20, channels=channels)
   options = {"is_channels_last": is_channels_last}
   network = exported(torch_loop, tmp_path, variables, **options)
@@ -77,16 +91,16 @@ def test_network_gives_the_same_logits(
   assert inputs.stride(1) == (1 if is_channels_last else 32 * 32)
   np.testing.assert_allclose(
     torch_loop.predict(network, inputs),
-    model.apply(variables, training.to_float(jnp.asarray(images))),
+    model.apply(variables, to_pixels(images)),
     atol=1e-4,
   )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_search_reaches_the_same_labels(torch_loop, tmp_path, channels):
-  model, variables = trained_model(channels)
+  model, variables = varied_model(channels)
   images = smooth_images(200, channels=channels)
-  pixels = training.to_float(jnp.asarray(images))
+  pixels = to_pixels(images)
   labels = np.asarray(model.apply(variables, pixels).argmax(-1), np.int32)
   ours = boundary.released_code_search(
     model.apply, variables, pixels, labels, KEY, model_mean=MEAN, model_std=STD
@@ -104,7 +118,7 @@ def test_search_reaches_the_same_labels(torch_loop, tmp_path, channels):
 
 
 def test_update_gives_the_same_weights(torch_loop, tmp_path):
-  model, variables = trained_model()
+  model, variables = varied_model()
   images = smooth_images(50)
   labels = np.arange(50, dtype=np.int32) % 4
   network = exported(torch_loop, tmp_path, variables)
@@ -149,7 +163,7 @@ def test_update_gives_the_same_weights(torch_loop, tmp_path):
 
 
 def test_unlearning_is_training_on_the_labels_found(torch_loop, tmp_path):
-  _, variables = trained_model()
+  _, variables = varied_model()
   inputs = inputs_of(torch_loop, smooth_images(20))
   labels = torch_loop.to_integers(np.zeros(20))
   network = exported(torch_loop, tmp_path, variables)
@@ -296,7 +310,7 @@ def test_bad_options(monkeypatch, capsys, argument, message):
 def test_weights_of_another_width(
   torch_loop, synthetic, monkeypatch, tmp_path, capsys
 ):
-  _, variables = trained_model()
+  _, variables = varied_model()
   path = tmp_path / "weights.safetensors"
   torch_weights.save(path, variables, model_name="all_cnn")
   with pytest.raises(SystemExit):
