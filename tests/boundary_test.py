@@ -97,6 +97,42 @@ def test_certain_model_still_moves():
   np.testing.assert_allclose(output.distance, 0.1, atol=0.0201)
 
 
+@pytest.mark.parametrize("weight", [0.0, 1e-3])
+def test_weights_that_are_traced_change_nothing(weight):
+  variables = two_classes(16, margin=1600.0, slope=1000.0)
+
+  def search(distance_weight):
+    return boundary.search(
+      fakes.linear_apply,
+      variables,
+      grey(1),
+      zeros(1),
+      KEY,
+      num_steps=20,
+      step_size=0.02,
+      distance_weight=distance_weight,
+    )
+
+  known, traced = search(weight), jax.jit(search)(weight)
+  chex.assert_trees_all_close(known, traced, atol=1e-6)
+  if not weight:
+    assert known.is_crossed.all()
+
+
+def test_network_of_nan_crosses_nothing():
+  variables = jax.tree.map(lambda x: x * np.nan, two_classes(16, margin=1.0))
+  output = boundary.search(
+    fakes.linear_apply,
+    variables,
+    grey(2),
+    jnp.array([0, 1]),
+    KEY,
+    num_steps=3,
+    step_size=0.1,
+  )
+  assert not output.is_crossed.any()
+
+
 def test_image_already_across_takes_no_step():
   output = boundary.search(
     fakes.linear_apply,

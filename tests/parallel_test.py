@@ -177,6 +177,42 @@ def test_unlearning_on_eight_devices_equals_one(job):
   chex.assert_trees_all_close(one.variables, eight.variables, atol=1e-5)
 
 
+def test_work_is_cut_over_the_devices(job, monkeypatch):
+  """Each device holds an eighth of every batch, and the search is mapped."""
+  model, variables, dataset = job
+  shard, shapes = parallel.shard, []
+
+  def spy(tree, mesh, **options):
+    placed = shard(tree, mesh, **options)
+    shapes.extend(
+      (leaf.shape, leaf.addressable_shards[0].data.shape)
+      for leaf in jax.tree.leaves(placed)
+      if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    )
+    return placed
+
+  monkeypatch.setattr(parallel, "shard", spy)
+  unlearning.unlearn(
+    model,
+    variables,
+    fakes.split_class(dataset),
+    KEY,
+    num_steps=2,
+    step_size=0.02,
+    optimizer=training.sgd(0.01),
+    num_epochs=1,
+    batch_size=8,
+    mesh=parallel.create_mesh(8),
+    show_progress=False,
+  )
+  searched = [both for both in shapes if len(both[0]) == 4]
+  assert searched
+  assert all(whole[0] == 8 * part[0] for whole, part in searched)
+  updated = [both for both in shapes if len(both[0]) == 2]
+  assert updated
+  assert all(whole[1] == 8 * part[1] == 16 for whole, part in updated)
+
+
 def test_prediction_on_eight_devices_equals_one(job):
   model, variables, dataset = job
   one = inference.predict(model.apply, variables, dataset.images)

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from psg_jax import augment, training
+from psg_jax import augment, models, training
 from tests import fakes
 
 KEY = jax.random.key(0)
@@ -90,6 +90,39 @@ def test_same_seed_same_weights_and_input_is_left_alone():
   assert np.any(first["params"]["kernel"] != other["params"]["kernel"])
 
 
+def test_augmentation_reaches_the_steps():
+  dataset = fakes.blobs(50)
+  plain, _ = fit(dataset)
+  flipped, _ = fit(dataset, augment_fn=augment.flip())
+  assert np.any(plain["params"]["kernel"] != flipped["params"]["kernel"])
+
+
+def test_padding_leaves_batch_statistics_alone():
+  dataset = fakes.blobs(3, size=8)
+  model = models.create(
+    "all_cnn", num_classes=3, num_channels=1, width=0.02, mean=0.5, std=0.5
+  )
+  variables = model.init(KEY, jnp.zeros((1, 8, 8, 1)))
+  options = {"num_epochs": 1, "show_progress": False}
+  exact, _ = training.fit(
+    model, variables, dataset, KEY, batch_size=3, **options
+  )
+  padded, _ = training.fit(
+    model, variables, dataset, KEY, batch_size=8, **options
+  )
+  # Sums of another batch size may differ in the last bits.
+  chex.assert_trees_all_close(exact, padded, atol=1e-5)
+
+
+def test_resumed_state_is_left_alone():
+  dataset = fakes.blobs(20)
+  optimizer = training.sgd(0.1)
+  state = training.init_state(start(), optimizer, KEY)
+  first, _ = fit(dataset, optimizer=optimizer, state=state)
+  again, _ = fit(dataset, optimizer=optimizer, state=state)
+  chex.assert_trees_all_equal(first, again)
+
+
 def test_every_image_counts_once_an_epoch():
   rows, is_real = training.shuffled_rows(KEY, 21, 8)
   assert rows.shape == (3, 8)
@@ -141,6 +174,8 @@ def test_divergence_names_the_step():
   )
   with pytest.raises(FloatingPointError, match="not finite at step 6"):
     fit(fakes.blobs(64), optimizer=optimizer)
+  with pytest.raises(FloatingPointError, match="not finite after step 5"):
+    fit(fakes.blobs(40), optimizer=optimizer, num_epochs=1)
 
 
 def test_soft_targets_cross_entropy():
@@ -183,6 +218,10 @@ def test_augmentation_known_answers():
     ({"batch_size": -1}, "batch_size must be .* got -1"),
     ({"key": jax.random.PRNGKey(0)}, "key must be made by jax.random.key"),
     ({"dataset": fakes.blobs(4).take([])}, "dataset must not be empty"),
+    (
+      {"dataset": fakes.blobs(40, num_classes=4)},
+      r"labels must be in \[0, 3\)",
+    ),
   ],
 )
 def test_bad_arguments(options, message):

@@ -200,7 +200,7 @@ def test_labels_are_searched_once_unless_noise_can_change_them(trained):
   calls = []
 
   def counting(apply_fn, variables, images, labels, key):
-    calls.append(len(images))
+    calls.append(tuple(np.ravel(jax.random.key_data(key))))
     return boundary.search(
       apply_fn, variables, images, labels, key, noise_scale=0.5, **SEARCH
     )
@@ -220,6 +220,8 @@ def test_labels_are_searched_once_unless_noise_can_change_them(trained):
   num_once = len(calls)
   unlearn(trained, num_epochs=3, search_fn=counting, refresh_labels=True)
   assert len(calls) == num_once * 4
+  # Each pass draws its own noise.
+  assert len(set(calls)) == num_once * 3
 
 
 def test_refreshing_continues_one_run(trained):
@@ -306,7 +308,11 @@ def test_one_compilation_for_each_phase(small_cnn):
     ({"norm": "l0"}, "norm must be one of"),
   ],
 )
-def test_bad_options(trained, options, message):
+def test_bad_options(trained, options, message, monkeypatch):
+  def never(*args, **kwargs):
+    raise AssertionError("the search began before the options were checked")
+
+  monkeypatch.setattr(unlearning, "relabel", never)
   with pytest.raises(ValueError, match=message):
     unlearn(trained, **options)
 
