@@ -10,6 +10,7 @@ import os
 import pathlib
 import pickle
 import pickletools
+import re
 import sys
 import uuid
 import zipfile
@@ -69,6 +70,7 @@ _STORAGES = {
 }
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIX = "module."
+_COUNT = ".num_batches_tracked"
 _NUM_SHOWN = 3
 _MAX_COUNT = np.iinfo(np.int32).max
 
@@ -91,23 +93,64 @@ class _Entry(NamedTuple):
   shape: tuple[int | str, ...]
 
 
+class _Layout(NamedTuple):
+  """A network in both worlds.
+
+  Attributes:
+    entries: Its arrays, under the keys that `save` gives them by default.
+    head: Start of the keys of the linear head.
+    pretrained: Name of torchvision's weights and their file, if there are any.
+  """
+
+  entries: tuple[_Entry, ...]
+  head: str
+  pretrained: tuple[str, str] | None = None
+
+
+class _Spelling(NamedTuple):
+  """How one file spells the keys of a network.
+
+  Attributes:
+    prefix: What all keys start with.
+    head: Start of the keys of the linear head, after the prefix.
+    has_counts: Whether it has `num_batches_tracked`, which files from before
+      PyTorch 0.4.1 lack.
+  """
+
+  prefix: str
+  head: str
+  has_counts: bool
+
+
 def _conv_block(
-  name: str, conv: str, norm: str, inputs: str, size: int
+  block: tuple[str, ...],
+  conv: str,
+  norm: str,
+  lengths: tuple[str, str],
+  size: int,
 ) -> list[_Entry]:
-  """A convolution without bias and its batch normalisation."""
-  vector = (name,)
-  params, stats = ("params", name), ("batch_stats", name)
+  """A convolution without bias and its batch normalisation.
+
+  Args:
+    block: Path of the block in a collection.
+    conv: Key of the convolution.
+    norm: Key of the normalisation.
+    lengths: Names of the numbers of input and of output channels.
+    size: Rows and columns of the kernel.
+  """
+  inputs, outputs = lengths
+  params, stats = ("params", *block), ("batch_stats", *block)
   return [
     _Entry(
       f"{conv}.weight",
       (*params, "kernel"),
       "conv",
-      (name, inputs, size, size),
+      (outputs, inputs, size, size),
     ),
-    _Entry(f"{norm}.weight", (*params, "scale"), "vector", vector),
-    _Entry(f"{norm}.bias", (*params, "bias"), "vector", vector),
-    _Entry(f"{norm}.running_mean", (*stats, "mean"), "vector", vector),
-    _Entry(f"{norm}.running_var", (*stats, "var"), "vector", vector),
+    _Entry(f"{norm}.weight", (*params, "scale"), "vector", (outputs,)),
+    _Entry(f"{norm}.bias", (*params, "bias"), "vector", (outputs,)),
+    _Entry(f"{norm}.running_mean", (*stats, "mean"), "vector", (outputs,)),
+    _Entry(f"{norm}.running_var", (*stats, "var"), "vector", (outputs,)),
     _Entry(f"{norm}.num_batches_tracked", (*stats, "count"), "count", ()),
   ]
 
@@ -122,26 +165,91 @@ def _head(linear: str, inputs: str) -> list[_Entry]:
   ]
 
 
-def _all_cnn() -> tuple[_Entry, ...]:
+def _all_cnn() -> _Layout:
   """Eight blocks; PyTorch's indices 3 and 7 are its dropout layers."""
   entries, inputs = [], "channels"
   for i, position in enumerate((0, 1, 2, 4, 5, 6, 8, 9)):
     name, layer = f"block_{i}", f"features.{position}"
     size = 1 if i == 7 else 3
-    entries += _conv_block(name, f"{layer}.0", f"{layer}.1", inputs, size)
+    entries += _conv_block(
+      (name,), f"{layer}.0", f"{layer}.1", (inputs, name), size
+    )
     inputs = name
-  return (*entries, *_head("classifier.0", inputs))
+  head = "classifier.0"
+  return _Layout((*entries, *_head(head, inputs)), head)
 
 
-_NETWORKS: dict[str, Callable[[], tuple[_Entry, ...]]] = {"all_cnn": _all_cnn}
+def _resnet(
+  num_blocks: tuple[int, ...],
+  kernel_sizes: tuple[int, ...],
+  pretrained: tuple[str, str],
+) -> _Layout:
+  """The layout of torchvision: a stem and four layers of residual blocks.
+
+  Args:
+    num_blocks: Blocks of each layer.
+    kernel_sizes: Of the convolutions of a block.
+    pretrained: As in `_Layout`.
+  """
+  entries = _conv_block(
+    ("stem", "conv1"), "conv1", "bn1", ("channels", "stem"), 7
+  )
+  inputs = "stem"
+  is_bottleneck = len(kernel_sizes) == 3
+  for i, number in enumerate(num_blocks, 1):
+    # The first layer of a ResNet-18 adds its blocks to what the stem gives.
+    outputs = inputs if i == 1 and not is_bottleneck else f"layer{i}"
+    for j in range(number):
+      key = f"layer{i}.{j}"
+      entries += _residual_block(key, (inputs, outputs), kernel_sizes)
+      inputs = outputs
+  return _Layout((*entries, *_head("fc", inputs)), "fc", pretrained)
+
+
+def _residual_block(
+  key: str, lengths: tuple[str, str], kernel_sizes: tuple[int, ...]
+) -> list[_Entry]:
+  name = key.replace(".", "_")
+  inner = [f"{key}.conv{n}" for n in range(1, len(kernel_sizes))]
+  channels = [lengths[0], *inner, lengths[1]]
+  entries = []
+  for n, size in enumerate(kernel_sizes, 1):
+    entries += _conv_block(
+      (name, f"conv{n}"),
+      f"{key}.conv{n}",
+      f"{key}.bn{n}",
+      (channels[n - 1], channels[n]),
+      size,
+    )
+  if lengths[0] != lengths[1]:
+    shortcut = f"{key}.downsample"
+    entries += _conv_block(
+      (name, "downsample"), f"{shortcut}.0", f"{shortcut}.1", lengths, 1
+    )
+  return entries
+
+
+_NETWORKS: dict[str, Callable[[], _Layout]] = {
+  "all_cnn": _all_cnn,
+  "resnet18": lambda: _resnet(
+    (2, 2, 2, 2), (3, 3), ("IMAGENET1K_V1", "resnet18-f37072fd.pth")
+  ),
+  "resnet50": lambda: _resnet(
+    (3, 4, 6, 3), (1, 3, 1), ("IMAGENET1K_V2", "resnet50-11ad3fa6.pth")
+  ),
+}
 
 
 def load(path: str | os.PathLike[str], *, model_name: str) -> types.Variables:
   """Reads a PyTorch state dict as variables.
 
-  Every value keeps its bits; `save` gives back the same state dict. A prefix
-  `module.` on all keys is dropped, and a dictionary that holds the state dict
-  under `state_dict`, `model_state_dict`, `model` or `net` is opened.
+  Every value keeps its bits; `save` gives back the same state dict. The keys
+  are those of the paper's released code for the All-CNN and torchvision's for
+  the ResNets. A prefix `module.` on all keys is dropped, the head may be the
+  only linear layer of an `nn.Sequential` (`fc.1.weight` for `fc.weight`), and
+  a dictionary that holds the state dict under `state_dict`,
+  `model_state_dict`, `model` or `net` is opened. Where no layer has a
+  `num_batches_tracked`, as in files from before PyTorch 0.4.1, all are 0.
 
   Args:
     path: A `.safetensors` file, or a `.pt` or `.pth` file written by
@@ -158,33 +266,101 @@ def load(path: str | os.PathLike[str], *, model_name: str) -> types.Variables:
       dict or asks for anything else than one, or if an entry is missing,
       surplus, of the wrong type or of the wrong shape.
   """
-  entries = _entries(model_name)
-  path = pathlib.Path(path)
-  readers = {".safetensors": _read_safetensors, ".pt": _read_pt}
-  readers[".pth"] = _read_pt
-  if path.suffix not in readers:
-    raise ValueError(
-      f"path must end in {', '.join(readers)}, got {str(path)!r}"
-    )
-  if not path.is_file():
-    raise ValueError(f"path must be a file, got {str(path)!r}")
-  state = readers[path.suffix](path)
-  if state and all(key.startswith(_PREFIX) for key in state):
-    state = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+  layout = _layout(model_name)
+  state = _read(path)
+  spelling = _spelling(state, layout)
   source = f"path {str(path)!r} is not a state dict of {model_name!r}"
-  _check_names(source, state, [entry.key for entry in entries])
-  _check_arrays(source, {entry: state[entry.key] for entry in entries})
-  variables: dict[str, Any] = {}
+  return _variables(
+    source, _spelled(layout, spelling), state, spelling.has_counts
+  )
+
+
+def load_backbone(
+  path: str | os.PathLike[str],
+  variables: types.Variables,
+  *,
+  model_name: str,
+) -> types.Variables:
+  """Reads all but the head from a PyTorch state dict.
+
+  For weights learned on other classes, such as torchvision's of ImageNet.
+
+  Args:
+    path: As for `load`; the file may have any head or none.
+    variables: As `models.create` makes them; they give the head, and the shape
+      and type of every array.
+    model_name: As in `models.create`.
+
+  Returns:
+    Variables with the head of `variables` and the rest of the file, converted
+    to the types of `variables`.
+
+  Raises:
+    ValueError: As `load`, and if an array differs from that of `variables` in
+      shape, or the variables are not those of the network. If there is no such
+      file, the line says where torchvision's is to be had.
+  """
+  layout = _layout(model_name)
+  if not pathlib.Path(path).is_file():
+    raise ValueError(f"path must be a file, got {str(path)!r}{_hint(layout)}")
+  leaves = _leaves(variables, layout, model_name)
+  state = _read(path)
+  spelling = _spelling(state, layout)
+  root = f"{spelling.prefix}{layout.head.partition('.')[0]}."
+  state = {k: array for k, array in state.items() if not k.startswith(root)}
+  entries = [
+    entry for entry in _spelled(layout, spelling) if entry.path[1] != "head"
+  ]
+  source = f"path {str(path)!r} is not a state dict of {model_name!r}"
+  loaded = _variables(source, entries, state, spelling.has_counts)
+  return _like_variables(f"path {str(path)!r}", loaded, leaves, entries)
+
+
+def _hint(layout: _Layout) -> str:
+  """Says where torchvision's weights for a network are to be had."""
+  if layout.pretrained is None:
+    return ""
+  weights, name = layout.pretrained
+  return (
+    f": for torchvision's weights {weights}, get {name} from"
+    f" https://download.pytorch.org/models/{name} and pass where it lies as"
+    " path"
+  )
+
+
+def _like_variables(
+  source: str,
+  loaded: types.Variables,
+  leaves: dict[str, Any],
+  entries: list[_Entry],
+) -> types.Variables:
+  """Fills variables from those loaded, and from `leaves` where none are."""
+  given = {name: np.asarray(leaf) for name, leaf in _flatten((), loaded)}
+  faults = []
   for entry in entries:
-    node = variables
-    for name in entry.path[:-1]:
-      node = node.setdefault(name, {})
-    node[entry.path[-1]] = _to_jax(_from_torch(entry, state[entry.key]))
-  return variables
+    name = "/".join(entry.path)
+    have, want = (
+      list(_to_torch(entry, np.asarray(tree[name])).shape)
+      for tree in (given, leaves)
+    )
+    if have != want:
+      faults.append(f"{entry.key} has shape {have} where variables have {want}")
+  if faults:
+    raise ValueError(f"{source} does not fit variables: {_few(faults)}")
+  result: dict[str, Any] = {}
+  for name, leaf in leaves.items():
+    if name in given:
+      leaf = _to_jax(given[name].astype(leaf.dtype))
+    _insert(result, tuple(name.split("/")), leaf)
+  return result
 
 
 def save(
-  path: str | os.PathLike[str], variables: types.Variables, *, model_name: str
+  path: str | os.PathLike[str],
+  variables: types.Variables,
+  *,
+  model_name: str,
+  like: str | os.PathLike[str] | None = None,
 ) -> None:
   """Writes variables as a PyTorch state dict.
 
@@ -196,13 +372,16 @@ def save(
       of this name is replaced.
     variables: As `models.create` makes them.
     model_name: As in `models.create`.
+    like: A file as for `load`, of the same network, whose spelling of the keys
+      is used: a prefix `module.`, where the head is, and whether there is a
+      `num_batches_tracked`. Its values play no part.
 
   Raises:
     ValueError: If the name is unknown, the path has another ending or no
       folder, or an entry is missing, surplus, of the wrong type or of the
-      wrong shape.
+      wrong shape, or if `like` is no state dict of this network.
   """
-  entries = _entries(model_name)
+  layout = _layout(model_name)
   path = pathlib.Path(path)
   if path.suffix != ".safetensors":
     raise ValueError(
@@ -211,20 +390,124 @@ def save(
     )
   if not path.parent.is_dir():
     raise ValueError(f"path must be in an existing folder, got {str(path)!r}")
-  leaves = {name: np.asarray(leaf) for name, leaf in _flatten((), variables)}
-  source = f"variables are not those of {model_name!r}"
-  names = {"/".join(entry.path): entry for entry in entries}
-  _check_names(source, leaves, list(names))
+  spelling = _Spelling("", layout.head, True)
+  if like is not None:
+    spelling = _spelling_of_file(like, layout, model_name)
+  leaves = _leaves(variables, layout, model_name)
   state = {
-    entry: _to_torch(entry, leaves[name]) for name, entry in names.items()
+    entry: _to_torch(entry, np.asarray(leaves["/".join(entry.path)]))
+    for entry in _spelled(layout, spelling)
   }
+  source = f"variables are not those of {model_name!r}"
   _check_arrays(source, state, by_path=True)
-  _write(path, {entry.key: array for entry, array in state.items()})
+  keys = _expected_keys(state, spelling.has_counts)
+  _write(
+    path, {entry.key: state[entry] for entry in state if entry.key in keys}
+  )
 
 
-def _entries(model_name: str) -> tuple[_Entry, ...]:
+def _layout(model_name: str) -> _Layout:
   checks.one_of("model_name", model_name, _NETWORKS)
   return _NETWORKS[model_name]()
+
+
+def _read(
+  path: str | os.PathLike[str], argument: str = "path"
+) -> dict[str, np.ndarray]:
+  """Reads the arrays of a state dict, under the keys of the file."""
+  path = pathlib.Path(path)
+  readers = {".safetensors": _read_safetensors, ".pt": _read_pt}
+  readers[".pth"] = _read_pt
+  if path.suffix not in readers:
+    raise ValueError(
+      f"{argument} must end in {', '.join(readers)}, got {str(path)!r}"
+    )
+  if not path.is_file():
+    raise ValueError(f"{argument} must be a file, got {str(path)!r}")
+  return readers[path.suffix](path)
+
+
+def _spelling(keys: Iterable[str], layout: _Layout) -> _Spelling:
+  """Finds out how a file spells the keys of a network."""
+  keys = list(keys)
+  is_prefixed = keys and all(key.startswith(_PREFIX) for key in keys)
+  prefix = _PREFIX if is_prefixed else ""
+  names = {key.removeprefix(prefix) for key in keys}
+  pattern = re.compile(rf"({re.escape(layout.head)}\.\d+)\.(weight|bias)")
+  nested = {found[1] for found in map(pattern.fullmatch, names) if found}
+  has_plain = not names.isdisjoint(
+    {f"{layout.head}.weight", f"{layout.head}.bias"}
+  )
+  # Two linear layers are another head than ours, to be named as unexpected.
+  is_nested = len(nested) == 1 and not has_plain
+  head = nested.pop() if is_nested else layout.head
+  has_counts = any(name.endswith(_COUNT) for name in names)
+  return _Spelling(prefix, head, has_counts)
+
+
+def _spelling_of_file(
+  like: str | os.PathLike[str], layout: _Layout, model_name: str
+) -> _Spelling:
+  keys = _read(like, "like").keys()
+  spelling = _spelling(keys, layout)
+  expected = _expected_keys(_spelled(layout, spelling), spelling.has_counts)
+  _check_names(
+    f"like {str(like)!r} is not a state dict of {model_name!r}", keys, expected
+  )
+  return spelling
+
+
+def _spelled(layout: _Layout, spelling: _Spelling) -> list[_Entry]:
+  """The entries of a network under the keys of a file."""
+
+  def spelled(entry: _Entry) -> _Entry:
+    key = entry.key
+    if entry.path[1] == "head":
+      key = spelling.head + key.removeprefix(layout.head)
+    return entry._replace(key=spelling.prefix + key)
+
+  return [spelled(entry) for entry in layout.entries]
+
+
+def _expected_keys(entries: Iterable[_Entry], has_counts: bool) -> list[str]:
+  return [entry.key for entry in entries if has_counts or entry.kind != "count"]
+
+
+def _variables(
+  source: str,
+  entries: list[_Entry],
+  state: dict[str, np.ndarray],
+  has_counts: bool,
+) -> types.Variables:
+  """Checks the arrays of a file and puts them where the network has them."""
+  _check_names(source, state, _expected_keys(entries, has_counts))
+  none = np.zeros((), np.int64)
+  arrays = {entry: state.get(entry.key, none) for entry in entries}
+  _check_arrays(source, arrays)
+  variables: dict[str, Any] = {}
+  for entry, array in arrays.items():
+    _insert(variables, entry.path, _to_jax(_from_torch(entry, array)))
+  return variables
+
+
+def _insert(tree: dict[str, Any], path: tuple[str, ...], leaf: Any) -> None:
+  """Puts a leaf into nested dictionaries, making those on the way."""
+  for name in path[:-1]:
+    tree = tree.setdefault(name, {})
+  tree[path[-1]] = leaf
+
+
+def _leaves(
+  variables: types.Variables, layout: _Layout, model_name: str
+) -> dict[str, Any]:
+  """The leaves of variables by their path, if they are this network's."""
+  leaves = dict(_flatten((), variables))
+  _check_names(
+    f"variables are not those of {model_name!r}",
+    leaves,
+    ["/".join(entry.path) for entry in layout.entries],
+  )
+  return leaves
 
 
 def _write(path: pathlib.Path, state: dict[str, np.ndarray]) -> None:
@@ -438,9 +721,15 @@ def _rebuild_tensor(
   return _Tensor(storage, start, shape, strides)
 
 
+def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+  """Takes the arguments of PyTorch's function; the rest is about gradients."""
+  return tensor
+
+
 _GLOBALS: dict[str, Any] = {
   "collections.OrderedDict": _Call(_OrderedDict),
   "torch._utils._rebuild_tensor_v2": _Call(_rebuild_tensor),
+  "torch._utils._rebuild_parameter": _Call(_rebuild_parameter),
   **{f"torch.{name}": _StorageType(dtype) for name, dtype in _STORAGES.items()},
   **{f"torch.{name}": _DType(name) for name in _DTYPES},
 }

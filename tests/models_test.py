@@ -125,7 +125,29 @@ def test_same_arguments_give_the_same_functions():
   assert models.create("all_cnn", **SMALL) is model
   same = {**SMALL, "mean": (0.5, 0.5, 0.5)}
   assert models.create("all_cnn", **same) is model
-  assert models.create("all_cnn", **SMALL, width=0.1) is not model
+  for other in (
+    {"width": 0.1},
+    {"dropout": 0.1},
+    {"dtype": "bfloat16"},
+    {"is_rematerialised": True},
+  ):
+    assert models.create("all_cnn", **SMALL, **other) is not model
+
+
+def test_dropout_is_active_in_training_alone():
+  images = jax.random.uniform(KEY, (2, 32, 32, 3))
+  plain, model = small(), small(dropout=0.3)
+  variables = plain.init(KEY, images)
+  np.testing.assert_array_equal(
+    model.apply(variables, images), plain.apply(variables, images)
+  )
+  keys = jax.random.split(KEY, 2)
+  first, again, second = (
+    model.apply_train(variables, images, key)[0]
+    for key in (keys[0], keys[0], keys[1])
+  )
+  np.testing.assert_array_equal(first, again)
+  assert not np.allclose(first, second)
 
 
 def test_prediction_of_a_data_set_equals_apply():
@@ -164,6 +186,9 @@ def test_imported_reference_has_this_structure(reference_dir):
     ({"width": 0.0}, "width .* got 0.0"),
     ({"width": float("inf")}, "width .* got inf"),
     ({"std": 0.0}, "std .* got 0.0"),
+    ({"dropout": -0.1}, "dropout .* got -0.1"),
+    ({"dropout": 1.0}, "dropout .* got 1.0"),
+    ({"dtype": "bfloat"}, "dtype .* got 'bfloat', did you mean 'bfloat16'"),
     ({"mean": (0.1, 0.2)}, "mean must be finite, one value or 3"),
   ],
 )

@@ -201,6 +201,253 @@ def test_reference_logits(reference_dir):
   np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3)
 
 
+# The ResNets, in torchvision's layout.
+
+COUNT = "num_batches_tracked"
+
+
+def add_conv(state, rng, conv, norm, shape):
+  state[f"{conv}.weight"] = rng.normal(size=shape).astype(np.float32)
+  for name in ("weight", "bias", "running_mean", "running_var"):
+    state[f"{norm}.{name}"] = rng.normal(size=shape[0]).astype(np.float32)
+  state[f"{norm}.{COUNT}"] = np.array(len(state), np.int64)
+
+
+def make_resnet_state(name, classes=4):
+  """A state dict of a narrow ResNet, of 2, 4, 8 and 16 filters."""
+  rng = np.random.default_rng(0)
+  state = {}
+  add_conv(state, rng, "conv1", "bn1", (2, 3, 7, 7))
+  inputs = 2
+  blocks = (2, 2, 2, 2) if name == "resnet18" else (3, 4, 6, 3)
+  for i, number in enumerate(blocks):
+    for j in range(number):
+      layer, filters = f"layer{i + 1}.{j}", 2 ** (i + 1)
+      shapes = [(filters, inputs, 3, 3), (filters, filters, 3, 3)]
+      if name == "resnet50":
+        shapes = [(filters, inputs, 1, 1), (filters, filters, 3, 3)]
+        shapes.append((4 * filters, filters, 1, 1))
+      for n, shape in enumerate(shapes, 1):
+        add_conv(state, rng, f"{layer}.conv{n}", f"{layer}.bn{n}", shape)
+      outputs = shapes[-1][0]
+      if j == 0 and (i > 0 or name == "resnet50"):
+        shortcut = f"{layer}.downsample"
+        add_conv(
+          state, rng, f"{shortcut}.0", f"{shortcut}.1", (outputs, inputs, 1, 1)
+        )
+      inputs = outputs
+  state["fc.weight"] = rng.normal(size=(classes, inputs)).astype(np.float32)
+  state["fc.bias"] = rng.normal(size=classes).astype(np.float32)
+  return state
+
+
+def respelled(state, prefix="", head="fc", has_counts=True):
+  return {
+    prefix + (head + key[2:] if key.startswith("fc.") else key): array
+    for key, array in state.items()
+    if has_counts or not key.endswith(COUNT)
+  }
+
+
+@pytest.fixture(params=["resnet18", "resnet50"])
+def resnet(request):
+  return request.param
+
+
+def test_number_of_keys_is_torchvisions(resnet):
+  # Counted on torchvision's state dicts.
+  expected = {"resnet18": 122, "resnet50": 320}
+  assert len(make_resnet_state(resnet)) == expected[resnet]
+
+
+def test_resnet_layout_is_that_of_the_network(tmp_path, resnet):
+  model = models.create(resnet, num_classes=4, width=1 / 32, mean=0.5, std=0.5)
+  expected = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+  )
+  state = make_resnet_state(resnet)
+  path = save_state(tmp_path / "a.safetensors", state)
+  loaded = torch_weights.load(path, model_name=resnet)
+  assert jax.eval_shape(lambda: loaded) == expected
+  np.testing.assert_array_equal(
+    loaded["params"]["layer2_0"]["downsample"]["kernel"][0, 0, 1],
+    state["layer2.0.downsample.0.weight"][:, 1, 0, 0],
+  )
+  stats = loaded["batch_stats"]["layer3_1"]["conv2"]
+  np.testing.assert_array_equal(
+    stats["mean"], state["layer3.1.bn2.running_mean"]
+  )
+
+
+@pytest.mark.parametrize("head", ["fc", "fc.1", "fc.0"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("has_counts", [True, False])
+def test_resnet_round_trip(tmp_path, resnet, head, prefix, has_counts):
+  state = make_resnet_state(resnet)
+  given = respelled(state, prefix, head, has_counts)
+  path = save_state(tmp_path / "a.safetensors", given)
+  variables = torch_weights.load(path, model_name=resnet)
+  torch_weights.save(
+    tmp_path / "b.safetensors", variables, model_name=resnet, like=path
+  )
+  assert_same_bits(
+    safetensors_numpy.load_file(tmp_path / "b.safetensors"), given
+  )
+  # Without a model to follow: torchvision's own keys.
+  torch_weights.save(tmp_path / "c.safetensors", variables, model_name=resnet)
+  if not has_counts:
+    state = {
+      key: np.array(0) if key.endswith(COUNT) else array
+      for key, array in state.items()
+    }
+  assert_same_bits(
+    safetensors_numpy.load_file(tmp_path / "c.safetensors"), state
+  )
+
+
+def test_all_cnn_is_saved_like_a_wrapped_one(tmp_path):
+  given = {f"module.{key}": array for key, array in make_state().items()}
+  path = save_state(tmp_path / "a.safetensors", given)
+  torch_weights.save(
+    tmp_path / "b.safetensors", load(path), model_name="all_cnn", like=path
+  )
+  assert_same_bits(
+    safetensors_numpy.load_file(tmp_path / "b.safetensors"), given
+  )
+
+
+def test_like_takes_no_other_network(tmp_path):
+  path = save_state(tmp_path / "a.safetensors", make_state())
+  variables = load(path)
+  other = save_state(tmp_path / "b.safetensors", make_resnet_state("resnet18"))
+
+  def save_like(like):
+    torch_weights.save(
+      tmp_path / "c.safetensors", variables, model_name="all_cnn", like=like
+    )
+
+  fails(lambda: save_like(other), "like", "missing features.0.0.weight")
+  fails(lambda: save_like(tmp_path / "no.pt"), "like must be a file", "no.pt")
+  assert not (tmp_path / "c.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+  ("change", "parts"),
+  [
+    (lambda s: s.pop("fc.bias"), ["missing fc.bias"]),
+    (lambda s: s.pop("bn1.num_batches_tracked"), ["missing bn1.num_batches"]),
+    (
+      lambda s: s.update({"fc.3.weight": s["fc.weight"]}),
+      ["unexpected fc.3.weight"],
+    ),
+    (
+      lambda s: s.update(
+        {
+          f"fc.{i}.{n}": s[f"fc.{n}"]
+          for i in (0, 2)
+          for n in ("weight", "bias")
+        }
+      ),
+      ["unexpected fc.0.bias"],
+    ),
+    (
+      lambda s: s.update({"layer1.0.conv1.weight": s["conv1.weight"]}),
+      ["layer1.0.conv1.weight has shape [2, 3, 7, 7]", "3, 3] is due"],
+    ),
+    (
+      lambda s: s.update(
+        {"layer1.1.conv2.weight": np.zeros((3, 2, 3, 3), np.float32)}
+      ),
+      ["layer1.1.conv2.weight has shape [3, 2, 3, 3]", "[2, 2, 3, 3]"],
+    ),
+    (
+      lambda s: s.update({"layer1.0.downsample.0.weight": s["conv1.weight"]}),
+      ["unexpected layer1.0.downsample.0.weight"],
+    ),
+  ],
+)
+def test_resnet_load_names_the_entry_that_is_wrong(tmp_path, change, parts):
+  state = make_resnet_state("resnet18")
+  change(state)
+  path = save_state(tmp_path / "a.safetensors", state)
+  fails(lambda: torch_weights.load(path, model_name="resnet18"), "path", *parts)
+
+
+@pytest.mark.parametrize("head", ["fc", "fc.1", "module", None])
+def test_backbone_keeps_the_head_of_the_variables(tmp_path, resnet, head):
+  state = make_resnet_state(resnet, classes=7)
+  if head == "module":
+    given = respelled(state, "module.")
+  elif head is None:
+    given = {k: x for k, x in state.items() if not k.startswith("fc.")}
+  else:
+    given = respelled(state, head=head)
+  path = save_state(tmp_path / "a.safetensors", given)
+  whole = torch_weights.load(
+    save_state(tmp_path / "b.safetensors", state), model_name=resnet
+  )
+  fresh = jax.tree.map(lambda x: jnp.full(x.shape, 3, x.dtype), dict(whole))
+  fresh["params"]["head"] = {
+    "kernel": jnp.full((len(whole["params"]["head"]["kernel"]), 2), 5.0),
+    "bias": jnp.full(2, 6.0),
+  }
+  loaded = torch_weights.load_backbone(path, fresh, model_name=resnet)
+  expected = {
+    **whole,
+    "params": {**whole["params"], "head": fresh["params"]["head"]},
+  }
+  jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+  assert jax.tree.map(jnp.dtype, loaded) == jax.tree.map(jnp.dtype, expected)
+
+
+def test_backbone_takes_the_types_of_the_variables(tmp_path):
+  state = make_state()
+  variables = load(save_state(tmp_path / "a.safetensors", state))
+  half = {
+    key: x.astype(np.float16) if x.ndim else x for key, x in state.items()
+  }
+  path = save_state(tmp_path / "b.safetensors", half)
+  loaded = torch_weights.load_backbone(path, variables, model_name="all_cnn")
+  bias = loaded["params"]["block_0"]["bias"]
+  assert bias.dtype == jnp.float32
+  np.testing.assert_array_equal(bias, half["features.0.1.bias"])
+
+
+def test_backbone_says_what_is_wrong(tmp_path, resnet):
+  state = make_resnet_state(resnet)
+  path = save_state(tmp_path / "a.safetensors", state)
+  variables = torch_weights.load(path, model_name=resnet)
+
+  def load_backbone(path, variables=variables):
+    torch_weights.load_backbone(path, variables, model_name=resnet)
+
+  name, weights = {
+    "resnet18": ("resnet18-f37072fd.pth", "IMAGENET1K_V1"),
+    "resnet50": ("resnet50-11ad3fa6.pth", "IMAGENET1K_V2"),
+  }[resnet]
+  fails(
+    lambda: load_backbone(tmp_path / "no.pth"),
+    "path must be a file",
+    "no.pth",
+    f"https://download.pytorch.org/models/{name}",
+    weights,
+  )
+  other = {**state, "conv1.weight": np.zeros((2, 1, 7, 7), np.float32)}
+  grey = save_state(tmp_path / "b.safetensors", other)
+  fails(
+    lambda: load_backbone(grey),
+    "conv1.weight has shape [2, 1, 7, 7] where variables have [2, 3, 7, 7]",
+  )
+  fails(
+    lambda: load_backbone(path, {"params": variables["params"]}),
+    "variables",
+    "missing batch_stats/stem/conv1/mean",
+  )
+  del other["bn1.bias"]
+  broken = save_state(tmp_path / "c.safetensors", other)
+  fails(lambda: load_backbone(broken), "path", "missing bn1.bias")
+
+
 # The .pt reader, against PyTorch itself.
 
 
@@ -224,6 +471,30 @@ def test_pt_equals_safetensors(torch, tmp_path):
     tmp_path / "b.safetensors"
   )
   for key, tensor in to_torch(torch, state).items():
+    assert loaded[key].dtype == tensor.dtype
+    assert torch.equal(loaded[key], tensor)
+
+
+def test_pt_of_a_resnet_and_of_parameters(torch, tmp_path, resnet):
+  state = make_resnet_state(resnet)
+  tensors = to_torch(torch, respelled(state, "module.", "fc.1"))
+  # Some published files hold parameters where others hold tensors.
+  for key, tensor in tensors.items():
+    if key.endswith((".weight", ".bias")):
+      tensors[key] = torch.nn.Parameter(tensor)
+  torch.save(tensors, tmp_path / "a.pt")
+  variables = torch_weights.load(tmp_path / "a.pt", model_name=resnet)
+  torch_weights.save(
+    tmp_path / "b.safetensors",
+    variables,
+    model_name=resnet,
+    like=tmp_path / "a.pt",
+  )
+  loaded = pytest.importorskip("safetensors.torch").load_file(
+    tmp_path / "b.safetensors"
+  )
+  assert loaded.keys() == tensors.keys()
+  for key, tensor in tensors.items():
     assert loaded[key].dtype == tensor.dtype
     assert torch.equal(loaded[key], tensor)
 
