@@ -3,6 +3,8 @@
     python -m data_prep.prepare digits
     python -m data_prep.prepare fashion_mnist            # about 20 seconds
     python -m data_prep.prepare cifar10 --source cifar10-jpeg.zip
+    python -m data_prep.prepare brain_tumor_mri@64 --source brain-tumor-mri.zip
+    python -m data_prep.prepare image_folder --source my.zip --name my_eyes
 
 Raw files are downloaded where the network allows; else the message says which
 file to put where. Prepared sets go to `--data_dir`, else to the folder of the
@@ -25,17 +27,37 @@ class Options:
   """Prepares a data set for training and unlearning.
 
   Attributes:
-    name: The data set: digits, fashion_mnist or cifar10.
+    dataset: The data set: digits, phantom_fundus, fashion_mnist, cifar10,
+      brain_tumor_mri, fundus, or image_folder for images of your own; all but
+      the first and those of 32 pixels may be followed by @SIZE.
     source: Raw file or folder; looked for or downloaded where not given.
     data_dir: Folder of all prepared sets; the environment variable
       PSG_JAX_DATA, or else ~/.cache/psg_jax, where not given.
     overwrite: Redo a set that is already prepared.
+    name: What to call a set of your own.
+    size: Pixels a side of the images, from 8 to 4096.
+    fit: How images become square: letterbox (black bars), stretch or crop.
+    metadata: CSV file with the column file (the image's path in the source) and
+      any others; metadata.csv in the source where not given.
+    encoding: Of that file, such as latin-1; UTF-8 or UTF-16 where not given.
+    group: Column of it whose images stay on one side of the split, such as
+      patient_id.
+    seed: Of the split and of the order of the images.
+    skip_corrupt: Leave out images that cannot be decoded.
   """
 
-  name: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
+  dataset: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="NAME")]
   source: pathlib.Path | None = None
   data_dir: pathlib.Path | None = None
   overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+  name: str | None = None
+  size: int | None = None
+  fit: str | None = None
+  metadata: pathlib.Path | None = None
+  encoding: str | None = None
+  group: str | None = None
+  seed: int | None = None
+  skip_corrupt: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def main() -> None:
@@ -46,13 +68,21 @@ def main() -> None:
   start = time.monotonic()
   try:
     prepared = base.prepare(
-      options.name,
+      options.dataset,
       data_dir=options.data_dir,
       source=options.source,
       is_overwriting=options.overwrite,
       is_shown=True,
+      set_name=options.name,
+      size=options.size,
+      fit=options.fit,
+      metadata=options.metadata,
+      encoding=options.encoding,
+      group=options.group,
+      seed=options.seed,
+      is_skipping_corrupt=options.skip_corrupt,
     )
-  except ValueError as error:
+  except (OSError, ValueError) as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(2) from None
   except KeyboardInterrupt:
@@ -61,16 +91,17 @@ def main() -> None:
   counts = ", ".join(
     f"{count:,} {split}" for split, count in prepared.num_images.items()
   )
+  notes = "".join(f"; {note}" for note in prepared.notes)
   if prepared.is_new:
     seconds = time.monotonic() - start
     print(
-      f"prepared {options.name} ({counts}) from {prepared.source} in"
-      f" {seconds:.1f} s: {prepared.folder}"
+      f"prepared {prepared.name} ({counts}) from {prepared.source} in"
+      f" {seconds:.1f} s: {prepared.folder}{notes}"
     )
   else:
     print(
-      f"{options.name} ({counts}) is already prepared from {prepared.source}:"
-      f" {prepared.folder}; --overwrite redoes it"
+      f"{prepared.name} ({counts}) is already prepared from {prepared.source}:"
+      f" {prepared.folder}; --overwrite redoes it{notes}"
     )
 
 

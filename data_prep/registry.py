@@ -10,13 +10,28 @@ from typing import Any
 
 MODULES = {
   "digits": ("data_prep.digits", "PsgDigits"),
+  "phantom_fundus": ("data_prep.phantom_fundus", "PsgPhantomFundus"),
   "fashion_mnist": ("data_prep.fashion_mnist", "PsgFashionMnist"),
   "cifar10": ("data_prep.cifar10", "PsgCifar10"),
+  "brain_tumor_mri": ("data_prep.brain_tumor_mri", "PsgBrainTumorMri"),
+  "fundus": ("data_prep.fundus", "PsgFundus"),
+  "image_folder": ("data_prep.image_folder", "PsgImageFolder"),
 }
 """Public name -> module and class of its builder, imported when needed."""
 
-EMBEDDED = frozenset({"digits"})
+EMBEDDED = frozenset({"digits", "phantom_fundus"})
 """Sets that need neither a file nor a network, so prepare themselves."""
+
+NEED_SOURCE = frozenset({"brain_tumor_mri", "fundus", "image_folder"})
+"""Sets whose raw files only the user can name."""
+
+SIZES = {
+  "phantom_fundus": 64,
+  "brain_tumor_mri": 224,
+  "fundus": 224,
+  "image_folder": 224,
+}
+"""Sets whose images can have any size -> pixels a side where none is given."""
 
 
 def builder_class(name: str) -> Any:

@@ -16,6 +16,14 @@ from psg_jax import progress
 IMAGE_SUFFIXES = frozenset(
   {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 )
+MAX_FILE_BYTES = 512 << 20
+"""Of one image or table, whether in a folder or unpacked from a zip."""
+MAX_TOTAL_BYTES = 1 << 40
+"""Of all images and tables in a zip, unpacked."""
+MAX_RATIO = 200
+"""Unpacked to packed bytes of a zip of more than `MIN_RATIO_BYTES`; files of
+images are compressed themselves, so that a zip makes them hardly smaller."""
+MIN_RATIO_BYTES = 256 << 20
 _CHUNK = 1 << 20
 _TIMEOUT = 30.0
 
@@ -63,17 +71,9 @@ def open_tree(source: pathlib.Path, top_folders: Sequence[str]) -> Tree:
 
   Raises:
     ValueError: If it is neither, cannot be read, has an entry that leaves its
-      folder, or lacks one of `top_folders`.
+      folder, would unpack to too much, or lacks one of `top_folders`.
   """
-  if source.is_dir():
-    tree = _folder_tree(source)
-  elif zipfile.is_zipfile(source):
-    tree = _zip_tree(source)
-  else:
-    raise ValueError(
-      f"source must be a folder or a zip of images, got {str(source)!r}"
-    )
-  tree = _strip_root(tree, top_folders)
+  tree = _strip_root(list_files(source), top_folders)
   missing = [name for name in top_folders if name not in tree.folders]
   if missing:
     raise ValueError(
@@ -81,6 +81,46 @@ def open_tree(source: pathlib.Path, top_folders: Sequence[str]) -> Tree:
       f" {tree.name!r} without {missing[0]}"
     )
   return tree
+
+
+def list_files(source: pathlib.Path) -> Tree:
+  """Lists a folder or zip, as `open_tree` without a look at its form."""
+  if source.is_dir():
+    return _folder_tree(source)
+  if zipfile.is_zipfile(source):
+    return _zip_tree(source)
+  raise ValueError(
+    f"source must be a folder or a zip of images, got {str(source)!r}"
+  )
+
+
+def strip_wrappers(tree: Tree, top_folders: Iterable[str]) -> Tree:
+  """Makes lone outer folders the root, down to the folders of classes.
+
+  Args:
+    tree: The files.
+    top_folders: Names, in lower case, of folders that stay; so does one that
+      has images directly in it, which is a class.
+
+  Returns:
+    The files below.
+  """
+  while True:
+    outer = {path.partition("/")[0] for path in (*tree.paths, *tree.folders)}
+    is_class = any(
+      path.count("/") == 1 and is_image(path) for path in tree.paths
+    )
+    if is_class or {name.lower() for name in outer} & set(top_folders):
+      return tree
+    inner = _strip_root(tree, ())
+    if inner is tree or not inner.paths:
+      return tree
+    tree = inner
+
+
+def is_image(path: str) -> bool:
+  """Whether a file is an image by its suffix."""
+  return pathlib.PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
 
 
 def images_by_class(
@@ -119,8 +159,7 @@ def images_by_class(
   images: dict[str, list[str]] = {name: [] for name in expected}
   for path in tree.paths:
     class_name, _, rest = path.removeprefix(prefix).partition("/")
-    is_image = pathlib.PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
-    if path.startswith(prefix) and rest and is_image:
+    if path.startswith(prefix) and rest and is_image(path):
       images[class_name].append(path)
   for name, paths in images.items():
     if not paths:
@@ -206,6 +245,15 @@ def _copy(
 
 
 def _folder_tree(source: pathlib.Path) -> Tree:
+  def read(path: str) -> bytes:
+    size = (source / path).stat().st_size
+    if size > MAX_FILE_BYTES:
+      raise ValueError(
+        f"source must hold files of at most {MAX_FILE_BYTES:,} bytes, got"
+        f" {path!r} of {size:,} in {str(source)!r}"
+      )
+    return (source / path).read_bytes()
+
   paths, folders = [], []
   for folder, subfolders, files in os.walk(source):
     relative = pathlib.Path(folder).relative_to(source)
@@ -215,7 +263,7 @@ def _folder_tree(source: pathlib.Path) -> Tree:
     name=str(source),
     paths=_visible(paths),
     folders=frozenset(_visible(folders)),
-    read=lambda path: (source / path).read_bytes(),
+    read=read,
   )
 
 
@@ -229,6 +277,7 @@ def _zip_tree(source: pathlib.Path) -> Tree:
   entries = archive.infolist()
   for entry in entries:
     check_entry(entry.filename, str(source))
+  _check_sizes(entries, str(source))
   folders = {entry.filename.rstrip("/") for entry in entries if entry.is_dir()}
   paths = [entry.filename for entry in entries if not entry.is_dir()]
   for path in [*paths, *folders]:
@@ -253,6 +302,33 @@ def _zip_tree(source: pathlib.Path) -> Tree:
       ) from error
 
   return Tree(str(source), _visible(paths), frozenset(_visible(folders)), read)
+
+
+def _check_sizes(entries: Iterable[zipfile.ZipInfo], archive: str) -> None:
+  """Raises ValueError if what is read of a zip would unpack to too much."""
+  wanted = [
+    entry
+    for entry in entries
+    if is_image(entry.filename) or entry.filename.lower().endswith(".csv")
+  ]
+  for entry in wanted:
+    if entry.file_size > MAX_FILE_BYTES:
+      raise ValueError(
+        f"source must hold files of at most {MAX_FILE_BYTES:,} bytes, got"
+        f" {entry.filename!r} of {entry.file_size:,} in {archive!r}"
+      )
+  total = sum(entry.file_size for entry in wanted)
+  packed = sum(entry.compress_size for entry in wanted)
+  if total > MAX_TOTAL_BYTES:
+    raise ValueError(
+      f"source must unpack to at most {MAX_TOTAL_BYTES:,} bytes, got {total:,}"
+      f" in {archive!r}"
+    )
+  if total > max(MIN_RATIO_BYTES, MAX_RATIO * packed):
+    raise ValueError(
+      f"source must unpack to at most {MAX_RATIO} times its size, got"
+      f" {total:,} bytes from {packed:,} in {archive!r}"
+    )
 
 
 def _visible(paths: Iterable[str]) -> tuple[str, ...]:

@@ -4,14 +4,18 @@
 (array_record files of PNG images); here it becomes a `types.Dataset`. Sets
 live in `<data_dir>/psg_<name>/<version>/`, where `data_dir` is the argument,
 else the environment variable `PSG_JAX_DATA`, else `~/.cache/psg_jax`.
+
+A name is that of a builder (`digits`), of a builder with another image size
+than its own (`brain_tumor_mri@64`, in `psg_brain_tumor_mri_64`), or one that
+the user gave to images of their own (`my_eyes`).
 """
 
 import io
 import math
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -29,11 +33,65 @@ _READ_SIZE = 2048
 _STATISTICS_SIZE = 64
 
 
-def names() -> tuple[str, ...]:
-  """Returns the names of the data sets that `load` and `prepare` know."""
-  from data_prep import registry
+class Table(NamedTuple):
+  """All that is known of a split's images but their pixels.
 
-  return tuple(registry.MODULES)
+  Attributes:
+    labels: int32 `[N]`.
+    class_names: One name a class.
+    ids: str `[N]`.
+    metadata: `N` rows, as `load` says.
+  """
+
+  labels: np.ndarray
+  class_names: tuple[str, ...]
+  ids: np.ndarray
+  metadata: pa.Table
+
+
+class OpenSet(NamedTuple):
+  """A split of a prepared set of which no image has been read.
+
+  Attributes:
+    builder: TFDS's.
+    folder: Of the set's version.
+    split: `"train"` or `"test"`.
+    image_shape: `(H, W, C)`.
+  """
+
+  builder: tfds.core.DatasetBuilder
+  folder: pathlib.Path
+  split: str
+  image_shape: tuple[int, int, int]
+
+  def read_table(self) -> Table:
+    """Reads labels, ids and metadata."""
+    return _read(self, None)
+
+
+def names(
+  data_dir: str | os.PathLike[str] | None = None,
+) -> tuple[str, ...]:
+  """Returns the names of the data sets that there are.
+
+  Args:
+    data_dir: Folder of prepared sets; None lists the builders alone.
+
+  Returns:
+    The builders, and then what else is prepared in `data_dir`, sorted: other
+    sizes, and sets of the user's own.
+  """
+  from data_prep import naming, registry
+
+  found = []
+  if data_dir is not None:
+    for folder in sorted(root_dir(data_dir).glob(f"{_PREFIX}*")):
+      if _versions(folder):
+        found.append(naming.from_key(folder.name.removeprefix(_PREFIX)))
+  return (
+    *registry.MODULES,
+    *(name for name in found if name not in registry.MODULES),
+  )
 
 
 def root_dir(
@@ -56,8 +114,21 @@ def root_dir(
 def set_dir(
   name: str, data_dir: str | os.PathLike[str] | None = None
 ) -> pathlib.Path:
-  """Returns the folder that holds every version of a prepared set."""
-  return root_dir(data_dir) / f"{_PREFIX}{name}"
+  """Returns the folder that holds every version of a set, prepared or not.
+
+  Args:
+    name: Of a builder, with or without a size, or of a set of the user's own.
+    data_dir: Folder of all prepared sets; see `root_dir`.
+
+  Returns:
+    Its absolute path.
+
+  Raises:
+    ValueError: If `name` has not the form of a name.
+  """
+  from data_prep import naming
+
+  return root_dir(data_dir) / f"{_PREFIX}{naming.parse(name).key}"
 
 
 def is_prepared(version_dir: pathlib.Path) -> bool:
@@ -74,11 +145,12 @@ def load(
 ) -> types.Dataset:
   """Reads one split of a prepared data set into memory.
 
-  Sets that need no file (`digits`) prepare themselves on first use. Rows stand
-  in the order in which they were written, the same on every machine.
+  Sets that need no file (`digits`, `phantom_fundus`) prepare themselves on
+  first use. Rows stand in the order in which they were written, the same on
+  every machine.
 
   Args:
-    name: One of `names()`.
+    name: Of a builder, with or without a size, or of a set of the user's own.
     split: `"train"` or `"test"`.
     data_dir: Where the sets were prepared; see `root_dir`.
 
@@ -91,7 +163,76 @@ def load(
     ValueError: If `name` or `split` is unknown, `data_dir` is no folder, or
       the set is not prepared there or damaged.
   """
-  checks.one_of("name", name, names())
+  opened = open_set(name, split, data_dir=data_dir)
+  num_images = opened.builder.info.splits[split].num_examples
+  images = np.empty((num_images, *opened.image_shape), np.uint8)
+  return types.Dataset(images, *_read(opened, images))
+
+
+def open_set(
+  name: str,
+  split: str,
+  *,
+  data_dir: str | os.PathLike[str] | None = None,
+) -> OpenSet:
+  """Opens a split after all checks, as `load` without its images.
+
+  Args:
+    name: As in `load`.
+    split: `"train"` or `"test"`.
+    data_dir: Where the sets were prepared; see `root_dir`.
+
+  Returns:
+    The split.
+
+  Raises:
+    ValueError: As `load`.
+  """
+  builder = open_builder(name, split, data_dir=data_dir)
+  height, width, num_channels = builder.info.features["image"].shape
+  return OpenSet(
+    builder=builder,
+    folder=pathlib.Path(builder.data_dir),
+    split=split,
+    image_shape=(height, width, num_channels),
+  )
+
+
+def open_source(folder: pathlib.Path, split: str) -> Any:
+  """Opens a split's records for reading in any order.
+
+  Args:
+    folder: Of the set's version, as in `OpenSet`.
+    split: `"train"` or `"test"`.
+
+  Returns:
+    TFDS's data source; the image in a record is what `decode_image` takes.
+  """
+  return _records(tfds.builder_from_directory(folder), split)
+
+
+def open_builder(
+  name: str,
+  split: str,
+  *,
+  data_dir: str | os.PathLike[str] | None = None,
+) -> tfds.core.DatasetBuilder:
+  """Opens a prepared data set after all checks, without reading its images.
+
+  Args:
+    name: As in `load`.
+    split: The split that is to be read, `"train"` or `"test"`.
+    data_dir: Where the sets were prepared; see `root_dir`.
+
+  Returns:
+    The TFDS builder, whose `as_data_source` reads the records in any order.
+
+  Raises:
+    ValueError: As `load`.
+  """
+  from data_prep import naming
+
+  naming.parse(name)
   checks.one_of("split", split, SPLITS)
   version_dir = _find_version(name, data_dir)
   builder = tfds.builder_from_directory(version_dir)
@@ -100,9 +241,53 @@ def load(
   if missing:
     raise ValueError(
       f"data_dir holds a damaged {name!r}: {missing[0]} is missing in"
-      f" {version_dir}; run: {_command(name, data_dir)} --overwrite"
+      f" {version_dir}; run:"
+      f" {_command(name, data_dir, builder.info.metadata)} --overwrite"
     )
-  return _read(builder, split)
+  return builder
+
+
+def decode_image(content: bytes) -> np.ndarray:
+  """Reads the pixels of a prepared image, uint8 `[H, W, C]`.
+
+  Args:
+    content: A PNG file, grey or RGB, as the builders write it.
+
+  Returns:
+    The pixels; `C` is 1 or 3.
+  """
+  # The class itself, since Image.open asks each format in turn.
+  with PngImagePlugin.PngImageFile(io.BytesIO(content)) as image:
+    pixels = np.asarray(image)
+  return pixels if pixels.ndim == 3 else pixels[..., np.newaxis]
+
+
+def to_table(
+  builder: tfds.core.DatasetBuilder, columns: Mapping[str, Sequence[Any]]
+) -> pa.Table:
+  """Makes the metadata table of what was read from the records.
+
+  Args:
+    builder: From `open_builder`.
+    columns: Feature -> its values in the records, one a row, of all features
+      but the image: class numbers in `"label"`, text as bytes.
+
+  Returns:
+    The columns `"id"`, `"label"` (the class's name) and all others, with the
+    types that the builder states and empty text as null.
+  """
+  class_names = builder.info.features["label"].names
+  stated = (builder.info.metadata or {}).get("columns", {})
+  table = {
+    "id": _column(columns["id"], None),
+    "label": pa.array(
+      [class_names[label] for label in columns["label"]], pa.string()
+    ),
+  }
+  for key, values in columns.items():
+    if key not in table:
+      table[key] = _column(values, stated.get(key))
+  return pa.table(table)
 
 
 def mean_and_std(
@@ -129,11 +314,12 @@ def mean_and_std(
       f"dataset must have at least one image, got {list(images.shape)}"
     )
   num_channels = images.shape[-1]
-  rows = images.reshape(len(images), -1)
-  total = np.zeros(rows.shape[1], np.int64)
-  total_squares = np.zeros(rows.shape[1], np.int64)
-  for start in range(0, len(rows), _STATISTICS_SIZE):
-    part = rows[start : start + _STATISTICS_SIZE]
+  num_values = math.prod(images.shape[1:])
+  total = np.zeros(num_values, np.int64)
+  total_squares = np.zeros(num_values, np.int64)
+  for start in range(0, len(images), _STATISTICS_SIZE):
+    # Images on disk are read here, a part at a time.
+    part = images[start : start + _STATISTICS_SIZE].reshape(-1, num_values)
     total += part.sum(axis=0, dtype=np.uint32)
     # 255² fits in 16 bits.
     squares = np.square(part, dtype=np.uint16)
@@ -182,45 +368,69 @@ def subset(
   return dataset.take(np.sort(rows))
 
 
+def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
+  return [path for path in folder.glob("*.*.*") if is_prepared(path)]
+
+
 def _find_version(
   name: str, data_dir: str | os.PathLike[str] | None
 ) -> pathlib.Path:
   """Returns the newest prepared version, preparing an embedded set first."""
-  from data_prep import registry
+  from data_prep import naming, registry
 
   root = root_dir(data_dir)
-  folder = set_dir(name, data_dir)
-  versions = [path for path in folder.glob("*.*.*") if is_prepared(path)]
+  versions = _versions(set_dir(name, data_dir))
   if versions:
     return max(versions, key=lambda path: tfds.core.Version(path.name))
-  if name in registry.EMBEDDED:
+  parsed = naming.parse(name)
+  if parsed.builder in registry.EMBEDDED:
     from data_prep import base
 
     return base.prepare(name, data_dir=data_dir).folder
+  command = _command(name, data_dir)
+  if parsed.is_own:
+    known = [each for each in names(root) if each != naming.OWN_BUILDER]
+    try:
+      checks.one_of("name", name, known)
+    except ValueError as error:
+      raise ValueError(
+        f"{error}; for images of your own, run: {command}"
+      ) from None
   if not root.is_dir():
     raise ValueError(
       f"data_dir must be a folder of prepared sets, got {str(root)!r}, which"
       f" {'is a file' if root.exists() else 'does not exist'}; to make it,"
-      f" run: {_command(name, data_dir)}"
+      f" run: {command}"
     )
   raise ValueError(
     f"name must be a set prepared in data_dir {str(root)!r}, got {name!r};"
-    f" run: {_command(name, data_dir)}"
+    f" run: {command}"
   )
 
 
-def _command(name: str, data_dir: str | os.PathLike[str] | None) -> str:
+def _command(
+  name: str,
+  data_dir: str | os.PathLike[str] | None,
+  metadata: Mapping[str, Any] | None = None,
+) -> str:
+  """Returns the line that prepares a set, as it once was where `metadata`."""
+  from data_prep import naming
+
+  command = naming.command(name, (metadata or {}).get("settings"))
   place = "" if data_dir is None else f" --data_dir {os.fspath(data_dir)}"
-  return f"python -m data_prep.prepare {name}{place}"
+  return f"{command}{place}"
 
 
-def _read(builder: tfds.core.DatasetBuilder, split: str) -> types.Dataset:
-  """Reads a split, a part of the records at a time."""
-  features = builder.info.features
-  source = builder.as_data_source(
+def _records(builder: tfds.core.DatasetBuilder, split: str) -> Any:
+  return builder.as_data_source(
     split, decoders={"image": tfds.decode.SkipDecoding()}
   )
-  images = np.empty((len(source), *features["image"].shape), np.uint8)
+
+
+def _read(opened: OpenSet, images: np.ndarray | None) -> Table:
+  """Reads a split, a part at a time, and its pixels into `images` if given."""
+  features = opened.builder.info.features
+  source = _records(opened.builder, opened.split)
   columns: dict[str, list[Any]] = {
     key: [] for key in features if key != "image"
   }
@@ -228,35 +438,24 @@ def _read(builder: tfds.core.DatasetBuilder, split: str) -> types.Dataset:
     rows = range(start, min(start + _READ_SIZE, len(source)))
     records = source.__getitems__(list(rows))
     for row, record in zip(rows, records, strict=True):
-      images[row] = _decode(record["image"]).reshape(images.shape[1:])
+      if images is not None:
+        images[row] = decode_image(record["image"])
       for key, values in columns.items():
         values.append(record[key])
-  class_names = tuple(features["label"].names)
-  labels = np.asarray(columns.pop("label"), np.int32)
-  ids = _column(columns.pop("id"))
-  table = {
-    "id": ids,
-    "label": pa.array([class_names[label] for label in labels], pa.string()),
-    **{key: _column(values) for key, values in columns.items()},
-  }
-  return types.Dataset(
-    images=images,
-    labels=labels,
-    class_names=class_names,
-    ids=np.asarray(ids.to_pylist()),
-    metadata=pa.table(table),
+  metadata = to_table(opened.builder, columns)
+  return Table(
+    labels=np.asarray(columns["label"], np.int32),
+    class_names=tuple(features["label"].names),
+    ids=np.asarray(metadata["id"].to_pylist()),
+    metadata=metadata,
   )
 
 
-def _decode(content: bytes) -> np.ndarray:
-  """Reads the pixels of a PNG file."""
-  # The class itself, since Image.open asks each format in turn.
-  with PngImagePlugin.PngImageFile(io.BytesIO(content)) as image:
-    return np.asarray(image)
+def _column(values: Sequence[Any], stated: str | None) -> pa.Array:
+  """Makes a column of text (empty as null), of its stated type, or numbers."""
+  if len(values) and isinstance(values[0], bytes):
+    from data_prep import columns
 
-
-def _column(values: Sequence[Any]) -> pa.Array:
-  """Makes a column of text (empty as null) or of numbers."""
-  if isinstance(values[0], bytes):
-    return pa.array([value.decode() or None for value in values], pa.string())
+    text = pa.array([value.decode() or None for value in values], pa.string())
+    return text if stated is None else text.cast(columns.TYPES[stated])
   return pa.array(np.asarray(values))

@@ -226,3 +226,37 @@ def test_subset_bad_input(num_images, seed, words):
   whole = _dataset(np.zeros((20, 1, 1, 1), np.uint8))
   with pytest.raises(ValueError, match=words):
     data.subset(whole, num_images, seed=seed)
+
+
+def test_open_builder_reads_what_load_reads(digits_dir):
+  builder = data.open_builder("digits", "test", data_dir=digits_dir)
+  source = builder.as_data_source(
+    "test", decoders={"image": data.tfds.decode.SkipDecoding()}
+  )
+  loaded = data.load("digits", "test", data_dir=digits_dir)
+  assert len(source) == len(loaded)
+  records = source.__getitems__([3, 70])
+  for record, row in zip(records, (3, 70), strict=True):
+    pixels = data.decode_image(record["image"])
+    np.testing.assert_array_equal(pixels, loaded.images[row])
+  columns = {
+    key: [record[key] for record in records] for key in ("row", "label", "id")
+  }
+  table = data.to_table(builder, columns)
+  assert table.equals(loaded.metadata.take([3, 70]).select(table.column_names))
+  with pytest.raises(ValueError, match="split"):
+    data.open_builder("digits", "val", data_dir=digits_dir)
+
+
+def test_open_set_reads_no_image(digits_dir, monkeypatch):
+  loaded = data.load("digits", "test", data_dir=digits_dir)
+  monkeypatch.setattr(data, "decode_image", None)
+  opened = data.open_set("digits", "test", data_dir=digits_dir)
+  assert opened.image_shape == (32, 32, 1)
+  table = opened.read_table()
+  np.testing.assert_array_equal(table.labels, loaded.labels)
+  np.testing.assert_array_equal(table.ids, loaded.ids)
+  assert table.class_names == loaded.class_names
+  assert table.metadata.equals(loaded.metadata)
+  source = data.open_source(opened.folder, "test")
+  assert source[5]["id"].decode() == loaded.ids[5]
