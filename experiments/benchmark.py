@@ -5,7 +5,7 @@
 on the reference protocol: class 0 of the first 12,000 training images of
 Fashion-MNIST, All-CNN at quarter width. Both sides work on the same images and
 weights with as many threads as there are cores, and take turns, so that what
-else the machine does falls on both. RUNTIME
+else the machine does falls on both. Six minutes on two cores.
 """
 
 import dataclasses
@@ -512,7 +512,7 @@ def _jax_steps(
 ) -> Callable[[], None]:
   """Returns steps on these rows, with the images on the device already."""
   optimizer = training.sgd(**sgd_options)
-  images, labels = jnp.asarray(dataset.images), jnp.asarray(dataset.labels)
+  pool = training.resident_pool(dataset.images, dataset.labels)
   weights = (is_real / is_real.sum(1, keepdims=True)).astype(np.float32)
   key = jax.random.key(setup.options.seed)
 
@@ -520,7 +520,7 @@ def _jax_steps(
     # The state is donated to the steps, so each call starts from a copy.
     state = training.init_state(setup.variables, optimizer, key)
     state, _ = training.run_epoch(
-      setup.model, optimizer, state, images, labels, rows, weights
+      setup.model, optimizer, state, pool, rows, weights
     )
     jax.block_until_ready(state.variables)
 

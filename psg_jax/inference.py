@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psg_jax import checks, parallel, training, types
+from psg_jax import checks, parallel, streaming, training, types
 
 
 def predict(
   fn: Callable[[types.Variables, jax.Array], jax.Array],
   variables: types.Variables,
-  images: np.ndarray,
+  images: np.ndarray | streaming.Images,
   *,
   batch_size: int = 256,
   mesh: jax.sharding.Mesh | None = None,
@@ -23,7 +23,7 @@ def predict(
   Args:
     fn: `Model.apply`, for logits, or `Model.features`.
     variables: The network's variables.
-    images: uint8 `[N, H, W, C]`.
+    images: uint8 `[N, H, W, C]`, in memory or on disk.
     batch_size: Images at a time, positive.
     mesh: Devices to cut each batch over; None for one.
 
@@ -42,18 +42,20 @@ def predict(
   batch_size = parallel.padded_size(batch_size, mesh)
   variables = parallel.replicate(variables, mesh)
   outputs = []
-  for start in range(0, len(images), batch_size):
-    batch = images[start : start + batch_size]
+  plan = [
+    np.arange(start, min(start + batch_size, len(images)))
+    for start in range(0, len(images), batch_size)
+  ]
+  for batch in streaming.batches(images, plan):
     padding = batch_size - len(batch)
     padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
     output = _predict(fn, variables, parallel.shard(jnp.asarray(padded), mesh))
     # Kept on the device until the end, so that the next batch need not wait.
     outputs.append(output[: len(batch)])
   if not outputs:
-    shape = jax.eval_shape(
-      functools.partial(_predict, fn), variables, images
-    ).shape
-    return np.zeros(shape, np.float32)
+    none = np.zeros(images.shape, np.uint8)
+    shape = jax.eval_shape(functools.partial(_predict, fn), variables, none)
+    return np.zeros(shape.shape, np.float32)
   return np.concatenate([np.asarray(output) for output in outputs])
 
 

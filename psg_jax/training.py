@@ -5,11 +5,13 @@ rows of a pool of images that lies on the device as uint8, each row with a
 target and a weight in the loss. A row of weight 0 is padding.
 """
 
+import contextlib
 import functools
 import inspect
+import math
 import time
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import chex
 import jax
@@ -17,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from psg_jax import augment, checks, parallel, progress, types
+from psg_jax import augment, checks, parallel, progress, streaming, types
 
 # A longer epoch is cut into equal calls of one program, so that the bar moves
 # and the program can be interrupted.
 _MAX_STEPS_PER_CALL = 32
+# Images from disk that wait on the device for one call.
+_STREAM_BYTES = 2**26
 
 History: TypeAlias = list[dict[str, Any]]
 
@@ -139,6 +143,7 @@ def run_steps(
   augment_fn: augment.AugmentFn | None = None,
   batch_stats: str = "update",
   is_masked: bool = True,
+  num_parts: int = 1,
 ) -> tuple[TrainState, StepMetrics]:
   """Takes one optimiser step a minibatch, as a scan; pure.
 
@@ -155,6 +160,10 @@ def run_steps(
     batch_stats: `"update"`: BatchNorm normalises with the minibatch and moves
       its statistics; `"frozen"`: inference mode.
     is_masked: Whether minibatches may hold padding among their rows.
+    num_parts: Gradient accumulation: parts of a minibatch that are computed one
+      after the other, to save memory; divides `B`. Part `p` has the rows `p`,
+      `p + num_parts`, and so on. The gradient is the same, but that BatchNorm
+      normalises each part by itself.
 
   Returns:
     The new state and what the steps report.
@@ -162,38 +171,52 @@ def run_steps(
 
   def take(state: TrainState, batch: Batches) -> tuple[TrainState, StepMetrics]:
     key = jax.random.fold_in(state.key, state.step)
-    augment_key, apply_key = jax.random.split(key)
-    pixels = to_float(images[batch.rows])
-    if augment_fn is not None:
-      pixels = augment_fn(augment_key, pixels)
-    target = targets[batch.rows]
-    mask = batch.weights > 0 if is_masked else None
 
-    def loss_fn(params: chex.ArrayTree) -> tuple[jax.Array, Any]:
-      variables: types.Variables = {**state.variables, "params": params}
+    def loss_fn(
+      params: chex.ArrayTree,
+      others: types.Variables,
+      part: Batches,
+      key: jax.Array,
+    ) -> tuple[jax.Array, tuple[types.Variables, StepMetrics]]:
+      augment_key, apply_key = jax.random.split(key)
+      pixels = to_float(images[part.rows])
+      if augment_fn is not None:
+        pixels = augment_fn(augment_key, pixels)
+      target = targets[part.rows]
+      variables: types.Variables = {**others, "params": params}
       if batch_stats == "frozen":
         logits = model.apply(variables, pixels)
       else:
+        mask = part.weights > 0 if is_masked else None
         logits, variables = _apply_train(
           model, variables, pixels, apply_key, mask
         )
       losses = cross_entropy(logits, target)
-      return jnp.sum(losses * batch.weights), (variables, logits, losses)
+      classes = target if target.ndim == 1 else jnp.argmax(target, -1)
+      is_correct = jnp.argmax(logits, -1) == classes
+      others = {k: v for k, v in variables.items() if k != "params"}
+      reported = StepMetrics(loss=losses, is_correct=is_correct)
+      return jnp.sum(losses * part.weights), (others, reported)
 
-    gradients, (variables, logits, losses) = jax.grad(loss_fn, has_aux=True)(
-      state.variables["params"]
-    )
     params = state.variables["params"]
+    others: types.Variables = {
+      k: v for k, v in state.variables.items() if k != "params"
+    }
+    gradient_fn = jax.grad(loss_fn, has_aux=True)
+    if num_parts == 1:
+      gradients, (others, reported) = gradient_fn(params, others, batch, key)
+    else:
+      gradients, others, reported = _accumulate(
+        gradient_fn, params, others, batch, key, num_parts
+      )
     updates, opt_state = optimizer.update(gradients, state.opt_state, params)
     state = TrainState(
-      variables={**variables, "params": optax.apply_updates(params, updates)},
+      variables={**others, "params": optax.apply_updates(params, updates)},
       opt_state=opt_state,
       key=state.key,
       step=state.step + 1,
     )
-    classes = target if target.ndim == 1 else jnp.argmax(target, -1)
-    is_correct = jnp.argmax(logits, -1) == classes
-    return state, StepMetrics(loss=losses, is_correct=is_correct)
+    return state, reported
 
   def skip(state: TrainState, batch: Batches) -> tuple[TrainState, StepMetrics]:
     losses = jnp.zeros_like(batch.weights)
@@ -213,9 +236,39 @@ _jitted_run_steps = jax.jit(
     "augment_fn",
     "batch_stats",
     "is_masked",
+    "num_parts",
   ),
   donate_argnames="state",
 )
+
+
+def _accumulate(
+  gradient_fn: Callable[..., Any],
+  params: chex.ArrayTree,
+  others: types.Variables,
+  batch: Batches,
+  key: jax.Array,
+  num_parts: int,
+) -> tuple[chex.ArrayTree, types.Variables, StepMetrics]:
+  """Adds up the gradients of the parts of a minibatch."""
+
+  def add(carry: Any, inputs: tuple[Batches, jax.Array]) -> tuple[Any, Any]:
+    total, others = carry
+    part, index = inputs
+    gradients, (others, reported) = gradient_fn(
+      params, others, part, jax.random.fold_in(key, index)
+    )
+    return (jax.tree.map(jnp.add, total, gradients), others), reported
+
+  # Strided, so that forget and retain images, which lie side by side, are in
+  # every part.
+  parts = jax.tree.map(lambda x: x.reshape(-1, num_parts).T, batch)
+  (gradients, others), reported = jax.lax.scan(
+    add,
+    (jax.tree.map(jnp.zeros_like, params), others),
+    (parts, jnp.arange(num_parts)),
+  )
+  return gradients, others, jax.tree.map(lambda x: x.T.reshape(-1), reported)
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
@@ -285,19 +338,136 @@ def epoch_batches(
   return rows, weights.astype(np.float32)
 
 
+class Pool(Protocol):
+  """Where the minibatches of an epoch get their images and targets from."""
+
+  @property
+  def max_steps(self) -> int:
+    """How many minibatches to fetch at most at a time."""
+    ...
+
+  def fetch(
+    self, rows: np.ndarray, num_real: int
+  ) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    """Returns images, targets and the places of `rows` `[S, B]` in them.
+
+    Only the first `num_real` steps are asked for; those behind are padding.
+    """
+    ...
+
+
+class _Resident(NamedTuple):
+  """All images on the device."""
+
+  images: jax.Array
+  targets: jax.Array
+  max_steps: int
+
+  def fetch(
+    self, rows: np.ndarray, num_real: int
+  ) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    del num_real
+    return self.images, self.targets, rows
+
+
+class _Streamed:
+  """Images from disk, some minibatches at a time, in the order of a plan."""
+
+  def __init__(
+    self,
+    images: streaming.Images,
+    targets: np.ndarray,
+    plan: Sequence[np.ndarray],
+    mesh: jax.sharding.Mesh | None,
+  ) -> None:
+    self._shape, self._targets, self._mesh = images.shape[1:], targets, mesh
+    self._batches = streaming.batches(images, plan)
+    size = max((len(rows) for rows in plan), default=1)
+    num_bytes = size * math.prod(self._shape)
+    self.max_steps = min(
+      _MAX_STEPS_PER_CALL, max(1, _STREAM_BYTES // num_bytes)
+    )
+
+  def fetch(
+    self, rows: np.ndarray, num_real: int
+  ) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    num_steps, batch_size = rows.shape
+    # As many places as the steps could need: one program for all calls.
+    pool = np.zeros((num_steps, batch_size, *self._shape), np.uint8)
+    places = np.arange(rows.size, dtype=np.int32).reshape(rows.shape)
+    for step in range(num_real):
+      batch = next(self._batches)
+      pool[step, : len(batch)] = batch
+      # Devices that the batch does not divide get its first rows again.
+      places[step] = places[step, np.arange(batch_size) % len(batch)]
+    images = pool.reshape(-1, *self._shape)
+    return (
+      parallel.replicate(jnp.asarray(images), self._mesh),
+      parallel.replicate(jnp.asarray(self._targets[rows.ravel()]), self._mesh),
+      places,
+    )
+
+  def close(self) -> None:
+    """Ends the readers."""
+    self._batches.close()
+
+
+def resident_pool(
+  images: np.ndarray | jax.Array,
+  targets: np.ndarray | jax.Array,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Pool:
+  """Puts all images and targets onto the device, or on each of a mesh."""
+  return _Resident(
+    parallel.replicate(jnp.asarray(images), mesh),
+    parallel.replicate(jnp.asarray(targets), mesh),
+    _MAX_STEPS_PER_CALL,
+  )
+
+
+@contextlib.contextmanager
+def open_pool(
+  images: np.ndarray | streaming.Images,
+  targets: np.ndarray,
+  plan: Iterable[np.ndarray],
+  mesh: jax.sharding.Mesh | None = None,
+) -> Iterator[Pool]:
+  """Puts images and targets where `run_epoch` takes them from.
+
+  Args:
+    images: uint8 `[N, H, W, C]`: an array goes onto the device as a whole,
+      images on disk are read some minibatches at a time.
+    targets: int `[N]` or float `[N, K]`.
+    plan: The rows `[B]` of each minibatch of all epochs to come, in order; of
+      use for images on disk alone.
+    mesh: Devices; None for one.
+
+  Yields:
+    The pool.
+  """
+  if not isinstance(images, streaming.Images):
+    yield resident_pool(images, targets, mesh)
+    return
+  with contextlib.closing(
+    _Streamed(images, np.asarray(targets), list(plan), mesh)
+  ) as pool:
+    yield pool
+
+
 def run_epoch(
   model: types.Model,
   optimizer: optax.GradientTransformation,
   state: TrainState,
-  images: jax.Array,
-  targets: jax.Array,
+  pool: Pool,
   rows: np.ndarray,
   weights: np.ndarray,
   *,
   augment_fn: augment.AugmentFn | None = None,
   batch_stats: str = "update",
+  num_parts: int = 1,
   mesh: jax.sharding.Mesh | None = None,
   bar: progress.Bar | None = None,
+  step_callback: Callable[[TrainState], None] | None = None,
 ) -> tuple[TrainState, dict[str, np.ndarray]]:
   """Runs the minibatches of an epoch through the compiled `run_steps`.
 
@@ -305,14 +475,16 @@ def run_epoch(
     model: The network.
     optimizer: Any Optax optimiser.
     state: Where to start; donated, and deleted.
-    images: uint8 `[N, H, W, C]`, the pool.
-    targets: int `[N]` or float `[N, K]`.
+    pool: Images and targets, of `open_pool`.
     rows: int32 `[S, B]`.
     weights: float32 `[S, B]`.
     augment_fn: As for `run_steps`.
     batch_stats: As for `run_steps`.
+    num_parts: As for `run_steps`.
     mesh: Devices to cut each minibatch over; None for one.
     bar: Moved by each step.
+    step_callback: Called with the state after each call of the program, which
+      takes up to 32 steps.
 
   Returns:
     The new state, and `loss` and `is_correct` `[S, B]` per row.
@@ -321,11 +493,12 @@ def run_epoch(
     FloatingPointError: If the loss is NaN or infinite, with the step.
   """
   num_steps, batch_size = rows.shape
-  num_calls = -(-num_steps // _MAX_STEPS_PER_CALL)
+  num_calls = -(-num_steps // pool.max_steps)
   steps_per_call = -(-num_steps // num_calls)
+  unit = parallel.size(mesh) * num_parts
   padding = (
     (0, num_calls * steps_per_call - num_steps),
-    (0, parallel.padded_size(batch_size, mesh) - batch_size),
+    (0, -batch_size % unit),
   )
   is_masked = bool(padding[1][1] or np.any(weights == 0))
   # Padding repeats images, for the sake of networks without a mask.
@@ -334,8 +507,10 @@ def run_epoch(
   reported = []
   for call in range(num_calls):
     part = slice(call * steps_per_call, (call + 1) * steps_per_call)
+    num_real = min(steps_per_call, num_steps - call * steps_per_call)
+    images, targets, places = pool.fetch(rows[part], num_real)
     batches = Batches(
-      rows=jnp.asarray(rows[part]), weights=jnp.asarray(weights[part])
+      rows=jnp.asarray(places), weights=jnp.asarray(weights[part])
     )
     state, metrics = _jitted_run_steps(
       model,
@@ -347,6 +522,7 @@ def run_epoch(
       augment_fn=augment_fn,
       batch_stats=batch_stats,
       is_masked=is_masked,
+      num_parts=num_parts,
     )
     numbers = jax.tree.map(np.asarray, metrics)
     _check_finite(numbers.loss, weights[part], int(state.step))
@@ -354,10 +530,12 @@ def run_epoch(
     if bar is not None:
       real = weights[part] > 0
       bar.advance(
-        int(real.any(1).sum()),
+        num_real,
         loss=float(numbers.loss[real].mean()),
         accuracy=float(numbers.is_correct[real].mean()),
       )
+    if step_callback is not None:
+      step_callback(state)
 
   def join(name: str) -> np.ndarray:
     parts = np.concatenate([getattr(numbers, name) for numbers in reported])
@@ -389,6 +567,8 @@ def fit(
   batch_size: int = 64,
   augment_fn: augment.AugmentFn | None = None,
   callback: Callable[[TrainState, dict[str, Any]], None] | None = None,
+  step_callback: Callable[[TrainState], None] | None = None,
+  num_parts: int = 1,
   state: TrainState | None = None,
   mesh: jax.sharding.Mesh | None = None,
   description: str = "training",
@@ -399,7 +579,8 @@ def fit(
   Args:
     model: The network.
     variables: Where to start; left as they are.
-    dataset: The training images, put on the device as uint8.
+    dataset: The training images, put on the device as uint8, or read from disk
+      as they are needed (`streaming.load`); the result is the same.
     key: One typed key, for order and augmentation.
     optimizer: Any Optax optimiser; None for `sgd(0.01)`.
     num_epochs: Passes over the data, positive.
@@ -407,8 +588,11 @@ def fit(
     augment_fn: Augmentation `(key, images) -> images`, on float images.
     callback: Called after each epoch with the state (to be copied or saved
       before it returns: the next step takes its memory) and the epoch's record.
+    step_callback: Called with the state every few steps, likewise.
+    num_parts: Gradient accumulation; see `run_steps`.
     state: A state of an earlier run with the same arguments, from which to go
-      on; `variables` and `key` are then taken from it.
+      on, within an epoch too: its step is the position in the data.
+      `variables` and `key` are then taken from it.
     mesh: Devices to train on; None for one.
     description: Name of the progress bar.
     show_progress: Whether to show the bar.
@@ -416,7 +600,7 @@ def fit(
   Returns:
     The trained variables, and one record an epoch: `epoch` from 1, mean `loss`
     (nats) and `accuracy` over the epoch as it went, `seconds`, and
-    `step_losses`, one a step.
+    `step_losses`, one a step. An epoch that was gone on with counts from there.
 
   Raises:
     ValueError: If an argument is out of its range.
@@ -424,6 +608,7 @@ def fit(
   """
   checks.integer("num_epochs", num_epochs, at_least=1)
   checks.integer("batch_size", batch_size, at_least=1)
+  checks.integer("num_parts", num_parts, at_least=1)
   checks.key(key)
   if not len(dataset):
     raise ValueError("dataset must not be empty, got 0 images")
@@ -435,31 +620,41 @@ def fit(
     state = jax.tree.map(jnp.copy, state)  # The caller keeps theirs.
   num_steps = -(-len(dataset) // batch_size)
   order_key = jax.random.fold_in(state.key, np.iinfo(np.int32).max)
-  first_epoch = int(state.step) // num_steps
-  images = parallel.replicate(jnp.asarray(dataset.images), mesh)
-  labels = parallel.replicate(jnp.asarray(dataset.labels), mesh)
+  first_epoch, first_step = divmod(int(state.step), num_steps)
+
+  def plan(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    rows, weights = epoch_batches(
+      jax.random.fold_in(order_key, epoch), len(dataset), batch_size
+    )
+    start = first_step if epoch == first_epoch else 0
+    return rows[start:], weights[start:]
+
+  epochs = range(first_epoch, num_epochs)
+  all_rows = (rows for epoch in epochs for rows in plan(epoch)[0])
   state = parallel.replicate(state, mesh)
   history: History = []
-  total = (num_epochs - first_epoch) * num_steps
-  with progress.bar(
-    description, total, unit="step", is_shown=show_progress
-  ) as bar:
-    for epoch in range(first_epoch, num_epochs):
+  total = num_epochs * num_steps - int(state.step)
+  with (
+    open_pool(dataset.images, dataset.labels, all_rows, mesh) as pool,
+    progress.bar(
+      description, total, unit="step", is_shown=show_progress
+    ) as bar,
+  ):
+    for epoch in epochs:
       start = time.perf_counter()
-      rows, weights = epoch_batches(
-        jax.random.fold_in(order_key, epoch), len(dataset), batch_size
-      )
+      rows, weights = plan(epoch)
       state, reported = run_epoch(
         model,
         optimizer,
         state,
-        images,
-        labels,
+        pool,
         rows,
         weights,
         augment_fn=augment_fn,
+        num_parts=num_parts,
         mesh=mesh,
         bar=bar,
+        step_callback=step_callback,
       )
       history.append(
         {

@@ -2,7 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar, dataclass_transform
+from typing import (
+  Any,
+  NamedTuple,
+  Protocol,
+  TypeAlias,
+  TypeVar,
+  dataclass_transform,
+)
 
 import chex
 import jax
@@ -25,6 +32,24 @@ _T = TypeVar("_T")
 def pytree(cls: type[_T]) -> type[_T]:
   """Makes a frozen `chex.dataclass`, in a form that type checkers follow."""
   return chex.dataclass(frozen=True)(cls)
+
+
+class LazyImages(Protocol):
+  """Images that are read when they are asked for (`streaming.Images`)."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  ndim: int
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, rows: Any) -> np.ndarray:
+    """Reads these rows, as an array's."""
+    ...
+
+  def take(self, rows: np.ndarray) -> "LazyImages":
+    """Chooses rows without reading them."""
+    ...
 
 
 class Model(NamedTuple):
@@ -50,10 +75,11 @@ class Model(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
-  """Labelled images in host memory, never changed in place.
+  """Labelled images, never changed in place.
 
   Attributes:
-    images: uint8 `[N, H, W, C]`.
+    images: uint8 `[N, H, W, C]`, an array, or `streaming.Images` on disk, which
+      are typed as an array since they are used as one.
     labels: int32 `[N]`, in `[0, len(class_names))`.
     class_names: One name a class.
     ids: str `[N]`, one unique name an image; row numbers where none are given.
@@ -71,7 +97,12 @@ class Dataset:
   metadata: Any = None
 
   def __post_init__(self) -> None:
-    images, labels = np.asarray(self.images), np.asarray(self.labels)
+    labels = np.asarray(self.labels)
+    # What can choose rows without reading them must not be read here.
+    is_lazy = not hasattr(self.images, "__array__") and hasattr(
+      self.images, "take"
+    )
+    images = self.images if is_lazy else np.asarray(self.images)
     if images.ndim != 4 or images.dtype != np.uint8:
       raise ValueError(
         "images must be uint8 [N, H, W, C], got"
@@ -126,7 +157,11 @@ class Dataset:
     rows = np.asarray(rows)
     rows = np.flatnonzero(rows) if rows.dtype == bool else rows.astype(np.int64)
     return Dataset(
-      images=self.images[rows],
+      images=(
+        self.images[rows]
+        if isinstance(self.images, np.ndarray)
+        else self.images.take(rows)
+      ),
       labels=self.labels[rows],
       class_names=self.class_names,
       ids=None if self.ids is None else self.ids[rows],

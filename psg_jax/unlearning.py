@@ -21,6 +21,7 @@ from psg_jax import (
   inference,
   parallel,
   progress,
+  streaming,
   training,
   types,
 )
@@ -38,6 +39,8 @@ RETAIN_LABELS = ("hard", "soft", "raw_logits")
 _MIN_STEPS = 60
 _MIN_EPOCHS = 3
 BATCH_STATS = ("update", "frozen")
+# Most images are across the boundary by then.
+_FIRST_STEPS = 8
 
 
 class SearchFn(Protocol):
@@ -123,6 +126,7 @@ def unlearn(
   top_k: int | None = None,
   batch_stats: str = "update",
   refresh_labels: bool = False,
+  num_parts: int = 1,
   callback: Callable[[training.TrainState, dict[str, Any]], None] | None = None,
   mesh: jax.sharding.Mesh | None = None,
   show_progress: bool = True,
@@ -174,6 +178,7 @@ def unlearn(
       `retain_weight` is 0.
     refresh_labels: Whether to search again before each pass, with new noise.
       Without noise the labels cannot change and are searched once.
+    num_parts: Gradient accumulation; see `training.run_steps`.
     callback: Called after each pass with the state and the pass's record.
     mesh: Devices to work on; None for one.
     show_progress: Whether to show progress bars.
@@ -200,11 +205,18 @@ def unlearn(
   checks.one_of("batch_stats", batch_stats, BATCH_STATS)
   checks.key(key)
   checks.integer("batch_size", batch_size, at_least=1)
+  checks.integer("num_parts", num_parts, at_least=1)
   if num_epochs is None:
     num_epochs = default_num_epochs(len(split.forget), batch_size)
   checks.integer("num_epochs", num_epochs, at_least=1)
   checks.integer("search_batch_size", search_batch_size, at_least=1)
   can_change = search_fn is not None or noise_scale > 0
+  # The linear schedule knows the number of steps.
+  is_staged = (
+    search_fn is None
+    and num_steps >= 2 * _FIRST_STEPS
+    and distance_decay != "linear"
+  )
   if search_fn is None:
     search_options: dict[str, Any] = dict(  # noqa: C408
       num_steps=num_steps,
@@ -256,6 +268,7 @@ def unlearn(
       jax.random.fold_in(search_key, first_epoch),
       search_fn=search_fn,
       batch_size=search_batch_size,
+      first_steps=_FIRST_STEPS if is_staged else None,
       show_progress=show_progress,
     )
     search_seconds = time.perf_counter() - start
@@ -279,6 +292,7 @@ def unlearn(
       batch_size=batch_size,
       retain_weight=retain_weight,
       batch_stats=batch_stats,
+      num_parts=num_parts,
       callback=callback,
       state=state,
       mesh=mesh,
@@ -303,6 +317,7 @@ def relabel(
   *,
   search_fn: SearchFn,
   batch_size: int = 128,
+  first_steps: int | None = None,
   show_progress: bool = True,
 ) -> Relabelling:
   """Searches the nearest class across the boundary for a whole data set.
@@ -315,6 +330,11 @@ def relabel(
       batch size.
     search_fn: A search with its options bound.
     batch_size: Images at a time, positive; the last batch is filled up.
+    first_steps: Saves time with a search that takes `num_steps`: all images are
+      given so many steps first, and only those that need more are searched
+      again, from the start, so that a batch does not wait for its slowest
+      image. The result is the same where no option depends on `num_steps`.
+      None to search once.
     show_progress: Whether to show a progress bar.
 
   Returns:
@@ -327,36 +347,51 @@ def relabel(
   checks.key(key)
   if not len(dataset):
     raise ValueError("dataset must not be empty, got 0 images")
-  batch_size = min(batch_size, len(dataset))
-  found = []
-  with progress.bar(
-    "boundary search", len(dataset), unit="image", is_shown=show_progress
-  ) as bar:
-    for start in range(0, len(dataset), batch_size):
-      rows = np.arange(start, start + batch_size)
-      # The last batch is filled up from the first image on: one program.
-      batch = rows % len(dataset)
-      num_real = min(batch_size, len(dataset) - start)
-      output = search_fn(
+  num_images = len(dataset)
+  batch_size = min(batch_size, num_images)
+  found: dict[str, np.ndarray] = {}
+
+  def run(rows: np.ndarray, fn: SearchFn) -> None:
+    """Searches these rows, and keeps what was found."""
+    # The last batch is filled up from the first image on: one program.
+    plan = [
+      rows[np.arange(start, start + batch_size) % len(rows)]
+      for start in range(0, len(rows), batch_size)
+    ]
+    starts = range(0, len(rows), batch_size)
+    for start, chosen, images in zip(
+      starts, plan, streaming.batches(dataset.images, plan), strict=True
+    ):
+      real = chosen[: len(rows) - start]
+      output = fn(
         apply_fn,
         variables,
-        training.to_float(jnp.asarray(dataset.images[batch])),
-        jnp.asarray(dataset.labels[batch]),
-        boundary.sample_keys(key, jnp.asarray(batch)),
+        training.to_float(jnp.asarray(images)),
+        jnp.asarray(dataset.labels[chosen]),
+        boundary.sample_keys(key, jnp.asarray(chosen)),
       )
-      found.append(
-        {
-          name: np.asarray(getattr(output, name))[:num_real]
-          for name in _RELABELLING_FIELDS
-        }
-      )
-      bar.advance(num_real, crossed=float(found[-1]["is_crossed"].mean()))
-  return Relabelling(
-    **{
-      name: np.concatenate([part[name] for part in found])
-      for name in _RELABELLING_FIELDS
-    }
-  )
+      for name in _RELABELLING_FIELDS:
+        values = np.asarray(getattr(output, name))[: len(real)]
+        if name not in found:
+          shape = (num_images, *values.shape[1:])
+          found[name] = np.zeros(shape, values.dtype)
+        found[name][real] = values
+      num_done = len(real)
+      if fn is not search_fn:
+        num_done = int((found["num_steps"][real] < first_steps).sum())
+      bar.advance(num_done, crossed=float(found["is_crossed"][real].mean()))
+
+  with progress.bar(
+    "boundary search", num_images, unit="image", is_shown=show_progress
+  ) as bar:
+    rows = np.arange(num_images)
+    if first_steps is not None:
+      search: Callable[..., boundary.SearchOutput] = search_fn
+      run(rows, functools.partial(search, num_steps=first_steps))
+      rows = np.flatnonzero(found["num_steps"] >= first_steps)
+    if rows.size:
+      run(rows, search_fn)
+  return Relabelling(**found)
 
 
 def default_num_epochs(num_forget: int, batch_size: int) -> int:
@@ -419,6 +454,7 @@ def update(
   batch_size: int = 64,
   retain_weight: float = 1.0,
   batch_stats: str = "update",
+  num_parts: int = 1,
   callback: Callable[[training.TrainState, dict[str, Any]], None] | None = None,
   state: training.TrainState | None = None,
   mesh: jax.sharding.Mesh | None = None,
@@ -439,9 +475,11 @@ def update(
     retain_targets: Of the retain set, likewise; None for its labels.
     optimizer: Any Optax optimiser; None for `training.sgd(1e-3)`.
     num_epochs: Passes over the forget set, as for `unlearn`.
-    batch_size: Forget images, and as many retain images, a step.
+    batch_size: Forget images (or all, where they are fewer), and retain images,
+      a step.
     retain_weight: `φ`, 0 or more; 0 uses no retain image.
     batch_stats: `"update"` or `"frozen"`, as for `unlearn`.
+    num_parts: Gradient accumulation; see `training.run_steps`.
     callback: Called after each pass with the state (to be copied or saved
       before it returns) and the pass's record.
     state: A state of an earlier run with the same arguments, to go on from.
@@ -460,6 +498,7 @@ def update(
   """
   check_split(split, retain_weight)
   checks.integer("batch_size", batch_size, at_least=1)
+  checks.integer("num_parts", num_parts, at_least=1)
   if num_epochs is None:
     num_epochs = default_num_epochs(len(split.forget), batch_size)
   checks.integer("num_epochs", num_epochs, at_least=1)
@@ -470,14 +509,15 @@ def update(
   for part in split if retain_weight > 0 else split[:1]:
     training.check_classes(model, variables, part)
   optimizer = training.sgd(1e-3) if optimizer is None else optimizer
-  pool, pool_targets = split.forget.images, targets
+  pool_images: np.ndarray | streaming.Images = split.forget.images
+  pool_targets = targets
   if retain_weight > 0:
     if retain_targets is None:
       retain_targets = split.retain.labels
     retain_targets = _checked_targets(
       "retain_targets", retain_targets, split.retain
     )
-    pool = np.concatenate([pool, split.retain.images])
+    pool_images = streaming.concatenate([pool_images, split.retain.images])
     if targets.ndim != retain_targets.ndim:
       targets = _as_probabilities(targets, num_classes)
       retain_targets = _as_probabilities(retain_targets, num_classes)
@@ -487,46 +527,56 @@ def update(
   else:
     state = jax.tree.map(jnp.copy, state)  # The caller keeps theirs.
   num_forget, num_retain = len(split.forget), len(split.retain)
-  num_steps = -(-num_forget // batch_size)
+  # A patient's few images need no batch of padding.
+  forget_size = min(batch_size, num_forget)
+  num_steps = -(-num_forget // forget_size)
   first_epoch = int(state.step) // num_steps
   order_key = jax.random.fold_in(state.key, np.iinfo(np.int32).max)
-  images = parallel.replicate(jnp.asarray(pool), mesh)
-  pool_targets = parallel.replicate(jnp.asarray(pool_targets), mesh)
+
+  def plan(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    forget_key, retain_key = jax.random.split(
+      jax.random.fold_in(order_key, epoch)
+    )
+    rows, weights = training.epoch_batches(forget_key, num_forget, forget_size)
+    if retain_weight == 0:
+      return rows, weights
+    retain_rows = _retain_rows(retain_key, num_retain, num_steps, batch_size)
+    retain_weights = np.full(
+      (num_steps, batch_size), retain_weight / batch_size, np.float32
+    )
+    return (
+      np.concatenate([rows, num_forget + retain_rows], 1),
+      np.concatenate([weights, retain_weights], 1),
+    )
+
+  epochs = range(first_epoch, num_epochs)
+  all_rows = (rows for epoch in epochs for rows in plan(epoch)[0])
   state = parallel.replicate(state, mesh)
   history: training.History = []
   total = (num_epochs - first_epoch) * num_steps
-  with progress.bar(
-    "unlearning", total, unit="step", is_shown=show_progress
-  ) as bar:
-    for epoch in range(first_epoch, num_epochs):
+  with (
+    training.open_pool(pool_images, pool_targets, all_rows, mesh) as pool,
+    progress.bar(
+      "unlearning", total, unit="step", is_shown=show_progress
+    ) as bar,
+  ):
+    for epoch in epochs:
       start = time.perf_counter()
-      forget_key, retain_key = jax.random.split(
-        jax.random.fold_in(order_key, epoch)
-      )
-      rows, weights = training.epoch_batches(forget_key, num_forget, batch_size)
-      if retain_weight > 0:
-        retain_rows = _retain_rows(
-          retain_key, num_retain, num_steps, batch_size
-        )
-        rows = np.concatenate([rows, num_forget + retain_rows], 1)
-        retain_weights = np.full(
-          (num_steps, batch_size), retain_weight / batch_size, np.float32
-        )
-        weights = np.concatenate([weights, retain_weights], 1)
+      rows, weights = plan(epoch)
       state, reported = training.run_epoch(
         model,
         optimizer,
         state,
-        images,
-        pool_targets,
+        pool,
         rows,
         weights,
         batch_stats=batch_stats,
+        num_parts=num_parts,
         mesh=mesh,
         bar=bar,
       )
       record: dict[str, Any] = {"epoch": epoch + 1}
-      is_forget = np.arange(rows.shape[1]) < batch_size
+      is_forget = np.arange(rows.shape[1]) < forget_size
       for name, is_part in (("forget", is_forget), ("retain", ~is_forget)):
         is_counted = (weights > 0) & is_part
         if is_counted.any():

@@ -132,8 +132,7 @@ def test_update_gives_the_same_weights(torch_loop, tmp_path):
     model,
     optimizer,
     training.init_state(variables, optimizer, KEY),
-    jnp.asarray(images),
-    jnp.asarray(labels),
+    training.resident_pool(images, labels),
     rows,
     weights.astype(np.float32),
   )

@@ -331,3 +331,37 @@ def test_bad_splits_and_targets(trained):
   ):
     with pytest.raises(ValueError, match=message):
       unlearning.update(model, variables, split, targets, KEY)
+
+
+@pytest.mark.parametrize("first_steps", [1, 11, 12])
+def test_searching_slow_images_again_changes_nothing(trained, first_steps):
+  model, variables, split = trained
+  calls = []
+
+  def search_fn(*args, num_steps=14):
+    calls.append(num_steps)
+    return boundary.search(
+      *args, num_steps=num_steps, step_size=0.05, noise_scale=0.3
+    )
+
+  def relabel(**options):
+    return unlearning.relabel(
+      model.apply,
+      variables,
+      split.forget,
+      KEY,
+      search_fn=search_fn,
+      batch_size=7,
+      show_progress=False,
+      **options,
+    )
+
+  once = relabel()
+  num_batches = len(calls)
+  assert once.num_steps.max() > 11 > once.num_steps.min() > 1
+  calls.clear()
+  staged = relabel(first_steps=first_steps)
+  chex.assert_trees_all_close(staged, once, atol=1e-6)
+  num_slow = int((once.num_steps >= first_steps).sum())
+  assert calls.count(first_steps) == num_batches
+  assert calls.count(14) == -(-num_slow // 7)
