@@ -15,6 +15,7 @@ import tyro
 
 from experiments import recipes
 
+_CRITERIA = ("where", "ids", "request")
 _JobT = TypeVar("_JobT", bound=recipes.Job)
 _OptionsT = TypeVar("_OptionsT")
 
@@ -63,8 +64,8 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
     ValueError: If a name is unknown or the run cannot be read.
   """
   first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  for name in ("recipe", "run", "method"):
-    first.add_argument(f"--{name}")
+  for name in ("recipe", "run", "method", *_CRITERIA, "forget_classes"):
+    first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
   given, _ = first.parse_known_args()
   extends = {field.name for field in dataclasses.fields(options)}
   job = recipes.find(given.recipe or options().recipe)
@@ -75,6 +76,11 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
   values = {
     field.name: getattr(job, field.name) for field in dataclasses.fields(job)
   }
+  if any(getattr(given, name) is not None for name in _CRITERIA):
+    # A request of one's own takes the place of the recipe's.
+    for name in ("forget_classes", *_CRITERIA, "group", "fraction"):
+      default = recipes.Job.__dataclass_fields__[name].default
+      values[name] = () if name == "forget_classes" else default
   return parse(options, default=options(**values), description=description)
 
 

@@ -29,14 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import psg_jax
-from experiments import recipes
+from experiments import recipes, requests, sets
 from psg_jax import (
   augment,
   boundary,
   checkpoints,
   checks,
   data,
-  forget,
   inference,
   metrics,
   models,
@@ -50,6 +49,9 @@ from psg_jax import (
 MODELS = ("original", "retrained", "unlearned")
 _NUM_EXAMPLES = 8
 _NUM_FEATURES = 600
+_NUM_TWINS = 8
+# A long epoch is also kept between its ends.
+_SAVE_SECONDS = 120.0
 _PACKAGES = (
   "jax",
   "jaxlib",
@@ -69,8 +71,7 @@ class Context(NamedTuple):
     run_dir: The run folder.
     train: The training set.
     test: The test set.
-    split: Forget and retain set of the training set.
-    test_split: The test images that the request matches, and the others.
+    asked: What is to be forgotten: the request, its split and preview.
     model: The network.
     mesh: The devices; None for one.
   """
@@ -79,10 +80,24 @@ class Context(NamedTuple):
   run_dir: pathlib.Path
   train: types.Dataset
   test: types.Dataset
-  split: types.Split
-  test_split: types.Split
+  asked: requests.Asked
   model: types.Model
   mesh: jax.sharding.Mesh | None
+
+  @property
+  def split(self) -> types.Split:
+    """Forget and retain set of the training set."""
+    return self.asked.split
+
+  @property
+  def parts(self) -> dict[str, types.Dataset]:
+    """The four parts that figures are computed of."""
+    return {
+      "train_forget": self.asked.split.forget,
+      "train_retain": self.asked.split.retain,
+      "test_forget": self.asked.test_split.forget,
+      "test_retain": self.asked.test_split.retain,
+    }
 
 
 def run_dir(job: recipes.Job) -> pathlib.Path:
@@ -92,7 +107,6 @@ def run_dir(job: recipes.Job) -> pathlib.Path:
 
 def check(job: recipes.Job) -> None:
   """Raises ValueError for what can be seen wrong before any work."""
-  checks.one_of("dataset", job.dataset, data.names())
   checks.one_of("model", job.model, models.names())
   checks.number("width", job.width, above=0)
   checks.integer("seed", job.seed, at_least=0)
@@ -107,6 +121,7 @@ def check(job: recipes.Job) -> None:
     if options.num_epochs is not None:
       checks.integer(f"{part}.num_epochs", options.num_epochs, at_least=1)
     checks.integer(f"{part}.batch_size", options.batch_size, at_least=1)
+    checks.integer(f"{part}.num_parts", options.num_parts, at_least=1)
   options = job.unlearning
   checks.integer("unlearning.num_steps", options.num_steps, at_least=1)
   checks.number("unlearning.step_size", options.step_size, above=0)
@@ -118,8 +133,7 @@ def check(job: recipes.Job) -> None:
   if options.confidence is not None:
     confidence = options.confidence
     checks.number("unlearning.confidence", confidence, at_least=0, at_most=1)
-  if not job.forget_classes:
-    raise ValueError("forget_classes must name a class, got none")
+  requests.build(job)
 
 
 def prepare(
@@ -156,8 +170,7 @@ def prepare(
   if job.weights is not None and not pathlib.Path(job.weights).is_file():
     raise ValueError(f"weights must be a file, got {job.weights}")
   mesh = parallel.create_mesh(job.num_devices)
-  train = data.load(job.dataset, "train", data_dir=job.data_dir)
-  test = data.load(job.dataset, "test", data_dir=job.data_dir)
+  train, test = sets.load(job)
   if job.num_train is not None:
     if job.num_train > len(train):
       raise ValueError(
@@ -171,13 +184,15 @@ def prepare(
     run_dir=folder,
     train=train,
     test=test,
-    split=forget.split(train, classes=job.forget_classes),
-    test_split=forget.split(test, classes=job.forget_classes),
+    asked=requests.ask(job, train, test),
     model=models.create(
       job.model,
       num_classes=train.num_classes,
       num_channels=train.images.shape[-1],
       width=job.width,
+      dropout=job.dropout,
+      dtype=job.precision,
+      is_rematerialised=job.rematerialise,
       mean=mean if job.mean is None else job.mean,
       std=std if job.std is None else job.std,
     ),
@@ -188,6 +203,8 @@ def prepare(
   )
   if job.weights is not None:
     _imported(context)
+  if job.pretrained is not None:
+    _fresh_state(context, "original")
   if source is not None:
     _check_same_job(source, job, may_change)
   elif folder.exists() and not job.overwrite:
@@ -206,6 +223,10 @@ def prepare(
   folder.mkdir(parents=True, exist_ok=True)
   write_json(folder / "config.json", config)
   write_json(folder / "data.json", record)
+  context.asked.request.to_json(folder / "request.json")
+  forget_ids = np.asarray(context.split.forget.ids).tolist()
+  write_json(folder / "forget_ids.json", forget_ids)
+  _save_twins(context)
   return context
 
 
@@ -314,12 +335,7 @@ def evaluate(
   Returns:
     The content of `metrics.json`.
   """
-  parts = {
-    "train_forget": context.split.forget,
-    "train_retain": context.split.retain,
-    "test_forget": context.test_split.forget,
-    "test_retain": context.test_split.retain,
-  }
+  parts = context.parts
   labels = {name: part.labels for name, part in parts.items()}
   logits = {
     name: {
@@ -337,6 +353,7 @@ def evaluate(
     compared = reference if name != "retrained" else None
     result[name] = {
       **metrics.evaluate(logits[name], labels, compared),
+      "by": _accuracy_by(context, logits[name]),
       "seconds": records[f"{name}_seconds"],
     }
   if "unlearned" in result:
@@ -432,6 +449,13 @@ def _fresh_state(context: Context, name: str) -> training.TrainState:
   init_key, train_key = jax.random.split(_key(context, name))
   shape = (1, *context.train.images.shape[1:])
   variables = context.model.init(init_key, jnp.zeros(shape))
+  if context.job.pretrained is not None:
+    try:
+      variables = torch_weights.load_backbone(
+        context.job.pretrained, variables, model_name=context.job.model
+      )
+    except ValueError as error:
+      raise ValueError(f"pretrained: {error}") from None
   return training.init_state(
     variables, _training_optimizer(context.job), train_key
   )
@@ -448,6 +472,7 @@ def _trained(
     "none": None,
     "flip": augment.flip(),
     "crop_flip": augment.chain(augment.crop(4), augment.flip()),
+    "medical": augment.medical(),
   }[options.augmentation]
   # Beside the finished ones, so that nobody takes it for one of them.
   partial = context.run_dir / f"{name}.partial"
@@ -456,12 +481,21 @@ def _trained(
     state = checkpoints.restore(partial, target=state)
     history = checkpoints.metadata(partial)["history"]
 
-  def keep(state: training.TrainState, record: dict[str, Any]) -> None:
-    history.append(record)
+  def save(state: training.TrainState) -> None:
     checkpoints.save(
       partial, state, metadata={"history": history}, overwrite=True
     )
+    saved[:] = [time.monotonic()]
 
+  def keep(state: training.TrainState, record: dict[str, Any]) -> None:
+    history.append(record)
+    save(state)
+
+  def keep_within(state: training.TrainState) -> None:
+    if time.monotonic() - saved[0] > _SAVE_SECONDS:
+      save(state)
+
+  saved = [time.monotonic()]
   if len(history) < options.num_epochs:
     training.fit(
       context.model,
@@ -473,6 +507,8 @@ def _trained(
       batch_size=options.batch_size,
       augment_fn=augment_fn,
       callback=keep,
+      step_callback=keep_within,
+      num_parts=options.num_parts,
       state=state,
       mesh=context.mesh,
       description=f"training {name}",
@@ -532,10 +568,11 @@ def _imported(context: Context) -> types.Variables:
   if jax.tree.map(jnp.shape, dict(variables)) != jax.tree.map(
     jnp.shape, dict(expected)
   ):
+    num_classes = int(variables["params"]["head"]["bias"].shape[0])
     raise ValueError(
       f"weights must be those of {job.model} at width {job.width} with"
       f" {context.train.num_classes} classes and {shape[-1]} channels, got"
-      f" others in {job.weights}"
+      f" others, of {num_classes} classes, in {job.weights}"
     )
   return variables
 
@@ -637,14 +674,58 @@ def _git_commit() -> str | None:
 def _data_record(context: Context) -> dict[str, Any]:
   return {
     "class_names": list(context.train.class_names),
-    "counts": {
-      "train_forget": len(context.split.forget),
-      "train_retain": len(context.split.retain),
-      "test_forget": len(context.test_split.forget),
-      "test_retain": len(context.test_split.retain),
-    },
-    "request": {"classes": list(context.job.forget_classes)},
+    "counts": {name: len(part) for name, part in context.parts.items()},
+    **requests.record(context.asked),
   }
+
+
+def _save_twins(context: Context) -> None:
+  """Keeps a few twins as pictures."""
+  found = context.asked.twins
+  pairs = [] if found is None else found.pairs[:_NUM_TWINS]
+  parts = {
+    "forget": context.split.forget,
+    "retain": context.split.retain,
+    "test": context.test,
+  }
+  rows = {
+    name: {each: row for row, each in enumerate(np.asarray(part.ids))}
+    for name, part in parts.items()
+  }
+
+  def image(part: str, image_id: str) -> np.ndarray:
+    # A twin that was moved is in the forget set now.
+    names = [part, "forget"] if image_id not in rows[part] else [part]
+    row = rows[names[-1]][image_id]
+    return np.asarray(parts[names[-1]].images[[row]])[0]
+
+  if pairs:
+    np.savez(
+      context.run_dir / "twins.npz",
+      left=np.stack([image(x.between[0], x.ids[0]) for x in pairs]),
+      right=np.stack([image(x.between[1], x.ids[1]) for x in pairs]),
+    )
+
+
+def _accuracy_by(
+  context: Context, logits: dict[str, np.ndarray]
+) -> dict[str, Any]:
+  """Accuracies by the values of the columns asked for, train and test."""
+  result: dict[str, Any] = {}
+  for side in ("train", "test"):
+    names = (f"{side}_forget", f"{side}_retain")
+    parts = [context.parts[name] for name in names]
+    joined = np.concatenate([logits[name] for name in names])
+    labels = np.concatenate([part.labels for part in parts])
+    result[side] = {
+      column: metrics.accuracy_by(
+        joined,
+        labels,
+        np.concatenate([requests.values(part, column) for part in parts]),
+      )
+      for column in context.asked.columns
+    }
+  return result
 
 
 def _save_examples(
@@ -720,24 +801,30 @@ def _relabelling_record(
 def _save_features(
   context: Context, variables: dict[str, types.Variables]
 ) -> None:
-  """Keeps penultimate features of test images, half of them to forget."""
+  """Keeps penultimate features of test images, many of them to forget.
+
+  Where no test image is to be forgotten, training images stand for them.
+  """
   rng = np.random.default_rng(context.job.seed)
-  test = context.test
-  is_forget = np.isin(test.labels, context.test_split.forget.labels)
+  parts = context.parts
+  forgotten = parts["test_forget"]
+  if not len(forgotten):
+    forgotten = parts["train_forget"]
   chosen = []
-  for rows in (np.flatnonzero(is_forget), np.flatnonzero(~is_forget)):
-    share = max(_NUM_FEATURES // 4, _NUM_FEATURES * len(rows) // len(test))
-    chosen.append(rng.permutation(rows)[:share])
-  rows = np.sort(np.concatenate(chosen))
+  num_test = len(context.test)
+  for part in (forgotten, parts["test_retain"]):
+    share = max(_NUM_FEATURES // 4, _NUM_FEATURES * len(part) // num_test)
+    chosen.append(part.take(np.sort(rng.permutation(len(part))[:share])))
+  images = np.concatenate([part.images[:] for part in chosen])
   features = {
     name: inference.predict(
-      context.model.features, each, test.images[rows], mesh=context.mesh
+      context.model.features, each, images, mesh=context.mesh
     )
     for name, each in variables.items()
   }
   arrays: dict[str, Any] = {
     **features,
-    "labels": test.labels[rows],
-    "is_forget": is_forget[rows],
+    "labels": np.concatenate([part.labels for part in chosen]),
+    "is_forget": np.arange(len(images)) < len(chosen[0]),
   }
   np.savez(context.run_dir / "features.npz", **arrays)

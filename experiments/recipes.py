@@ -4,7 +4,9 @@ A recipe's docstring-like comment gives what it measured, on two CPU cores.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
 
 from psg_jax import checks
 
@@ -18,7 +20,10 @@ class Training:
   weight_decay: float = 1e-4
   num_epochs: int = 15
   batch_size: int = 64
-  augmentation: Literal["none", "flip", "crop_flip"] = "none"
+  augmentation: Literal["none", "flip", "crop_flip", "medical"] = "none"
+  """medical: flip, rotation to 15 degrees, colour jitter, random crop."""
+  num_parts: int = 1
+  """Gradient accumulation: parts of a minibatch, one after the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +65,8 @@ class Unlearning:
   top_k: int | None = None
   batch_stats: Literal["update", "frozen"] = "update"
   refresh_labels: bool = False
+  num_parts: int = 1
+  """Gradient accumulation: parts of a minibatch, one after the other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,20 +83,53 @@ class Job:
   """Go on in a run folder that exists: what is finished is kept."""
   overwrite: bool = False
   """Replace a run folder that exists."""
-  dataset: str = "digits"
+  dataset: Annotated[str, tyro.conf.arg(aliases=["--data"])] = "digits"
+  """A prepared set (name, or name@size), or a folder or zip of images by
+  class, which is prepared on first use."""
   data_dir: str | None = None
   """Folder of the prepared data sets."""
+  metadata: str | None = None
+  """CSV with a column `file`, for a folder or zip that has none in it."""
+  image_size: int = 224
+  """Pixels a side, for a folder or zip."""
+  streaming: bool = False
+  """Read images from disk as they are needed, in worker processes."""
   num_train: int | None = None
   """Use only the first so many training images."""
   model: str = "all_cnn"
   width: float = 1.0
   """Multiplies the model's number of filters."""
+  dropout: float = 0.0
+  """Before the linear head, in training."""
+  precision: Literal["float32", "bfloat16"] = "float32"
+  """Of the computation; weights and logits are float32."""
+  rematerialise: bool = False
+  """Compute activations twice instead of keeping them: less memory."""
+  pretrained: str | None = None
+  """PyTorch state dict to start training from, all but the head."""
   weights: str | None = None
   """PyTorch state dict of the original model, instead of training it."""
   mean: tuple[float, ...] | None = None
   """The model's standardisation per channel; the training set's by default."""
   std: tuple[float, ...] | None = None
-  forget_classes: tuple[int, ...] = (0,)
+  forget_classes: tuple[int | str, ...] = (0,)
+  """Classes to forget, by number or name; with what follows: AND."""
+  where: str | None = None
+  """SQL condition over the metadata, such as "device = 'B' AND year < 2016"."""
+  ids: str | None = None
+  """File with an image id a line."""
+  fraction: float = 1.0
+  """Part of the matching images (with group: of the groups) to forget."""
+  request_seed: int = 0
+  """Of the random choice that a fraction needs."""
+  group: str | None = None
+  """Column, such as patient_id, whose groups are forgotten as a whole."""
+  request: str | None = None
+  """JSON file of a request, instead of the options above."""
+  twins: Literal["ignore", "report", "move"] = "report"
+  """Duplicates of forget images: report them, or forget them too."""
+  by: tuple[str, ...] = ()
+  """Columns to show results by; by default those with a few values."""
   retrained: bool = True
   """Also train the reference: a fresh model on the retained images alone."""
   seed: int = 2022
@@ -126,6 +166,15 @@ UNLEARNING: dict[str, Unlearning] = {
   "no_retain_data": NO_RETAIN_DATA,
 }
 
+# Medical sets at a size that two cores train in minutes.
+_SMALL_MEDICAL = Training(num_epochs=30, batch_size=32, augmentation="medical")
+_PHANTOM = Training(num_epochs=20, batch_size=32, augmentation="flip")
+_PAPER_MEDICAL = Training(
+  learning_rate=1e-3, num_epochs=15, batch_size=16, augmentation="medical"
+)
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
 JOBS: dict[str, Job] = {
   "digits": Job(
     recipe="digits",
@@ -139,7 +188,7 @@ JOBS: dict[str, Job] = {
     width=0.25,
     mean=(0.5,),
     std=(0.5,),
-    training=Training(num_epochs=6, augmentation="flip"),
+    training=Training(num_epochs=4, augmentation="flip"),
   ),
   "reference": Job(
     recipe="reference",
@@ -156,6 +205,86 @@ JOBS: dict[str, Job] = {
     num_train=10000,
     width=0.25,
     training=Training(num_epochs=8, augmentation="flip"),
+  ),
+  "mri": Job(
+    recipe="mri",
+    dataset="brain_tumor_mri@64",
+    width=0.125,
+    forget_classes=("glioma",),
+    training=_SMALL_MEDICAL,
+    unlearning=Unlearning(num_epochs=2, batch_size=32),
+  ),
+  "fundus_class": Job(
+    recipe="fundus_class",
+    dataset="fundus@64",
+    width=0.125,
+    forget_classes=("diabetic_retinopathy",),
+    training=_SMALL_MEDICAL,
+    unlearning=Unlearning(num_epochs=2, batch_size=32),
+  ),
+  "fundus_camera": Job(
+    recipe="fundus_camera",
+    dataset="fundus@64",
+    width=0.125,
+    forget_classes=(),
+    where="source = 'hrf-png'",
+    training=_SMALL_MEDICAL,
+    unlearning=Unlearning(batch_size=32),
+  ),
+  "phantom_patient": Job(
+    recipe="phantom_patient",
+    dataset="phantom_fundus",
+    width=0.125,
+    forget_classes=(),
+    where="patient_id = 'P0014'",
+    group="patient_id",
+    training=_PHANTOM,
+    unlearning=Unlearning(batch_size=16),
+  ),
+  "phantom_dates": Job(
+    recipe="phantom_dates",
+    dataset="phantom_fundus",
+    width=0.125,
+    forget_classes=(),
+    where="device = 'Cirrus 800 FA' AND exam_date < DATE '2016-01-01'",
+    training=_PHANTOM,
+    unlearning=Unlearning(batch_size=16),
+  ),
+  "phantom_threshold": Job(
+    recipe="phantom_threshold",
+    dataset="phantom_fundus",
+    width=0.125,
+    forget_classes=(),
+    where="(left_vert_pf + right_vert_pf) / 2 > 11",
+    training=_PHANTOM,
+    unlearning=Unlearning(batch_size=16),
+  ),
+  # The paper's own sizes, for a GPU: the weights are torchvision's, given with
+  # --pretrained resnet50.safetensors.
+  "mri_resnet50": Job(
+    recipe="mri_resnet50",
+    dataset="brain_tumor_mri@512",
+    model="resnet50",
+    mean=_IMAGENET_MEAN,
+    std=_IMAGENET_STD,
+    dropout=0.5,
+    streaming=True,
+    forget_classes=("glioma",),
+    training=_PAPER_MEDICAL,
+    unlearning=Unlearning(batch_size=16),
+  ),
+  "fundus_camera_resnet50": Job(
+    recipe="fundus_camera_resnet50",
+    dataset="fundus@512",
+    model="resnet50",
+    mean=_IMAGENET_MEAN,
+    std=_IMAGENET_STD,
+    dropout=0.5,
+    streaming=True,
+    forget_classes=(),
+    where="source = 'hrf-png'",
+    training=_PAPER_MEDICAL,
+    unlearning=Unlearning(batch_size=16),
   ),
 }
 

@@ -22,7 +22,7 @@ import markupsafe
 import numpy as np
 import tyro
 
-from experiments import cli, figures
+from experiments import cli, figures, request_page
 
 MODELS = figures.MODELS
 NOT_AVAILABLE = "not available"
@@ -53,6 +53,7 @@ class Run(NamedTuple):
     examples: Arrays of forget images and their boundary images, or None where
       nothing was unlearned.
     features: Penultimate features by model, `labels` and `is_forget`.
+    twins: Pictures of the first twins, or None.
   """
 
   config: Mapping[str, Any]
@@ -61,6 +62,7 @@ class Run(NamedTuple):
   data: Mapping[str, Any]
   examples: Mapping[str, np.ndarray] | None
   features: Mapping[str, np.ndarray]
+  twins: Mapping[str, np.ndarray] | None = None
 
 
 class Picture(NamedTuple):
@@ -123,6 +125,10 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
     models=_models(run),
     has_reference="retrained" in run.metrics,
     tiles=_tiles(run),
+    asked=request_page.asked(run.data),
+    twins=request_page.twins(run.data, run.twins),
+    by_column=request_page.by_column(run.metrics, percent),
+    distance=_distance(run),
     examples=_examples(run),
     relabelling=_relabelling(run),
     groups=_table(run),
@@ -183,6 +189,11 @@ def read(folder: pathlib.Path) -> Run:
       else None
     ),
     features=_read_arrays(folder / "features.npz", "labels", "is_forget"),
+    twins=(
+      _read_arrays(folder / "twins.npz", "left", "right")
+      if (folder / "twins.npz").is_file()
+      else None
+    ),
   )
   for key in ("class_names", "counts"):
     if key not in run.data:
@@ -421,6 +432,27 @@ def _sentence(run: Run, split: str, start: str, rival: str) -> str:
   if reference is not None:
     text += f" ({rival}: {percent(reference)})"
   return text + "."
+
+
+def _distance(run: Run) -> str:
+  """Says how far the unlearned model is from the right answer."""
+  split = _forget_split(run)
+  reference, after = (
+    _get(run, model, "accuracy", split) for model in ("retrained", "unlearned")
+  )
+  if reference is None or after is None:
+    return ""
+  text = (
+    f"The right answer on the forget images is the retrained model’s accuracy,"
+    f" {percent(reference)}"
+  )
+  if not request_page.is_class_request(run.data):
+    text += (
+      ", and not zero: a model that never saw them still knows others of their"
+      " kind"
+    )
+  points = 100 * (after - reference)
+  return f"{text}. The unlearned model is {points:+.1f} points from it."
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

@@ -61,7 +61,10 @@ def main() -> None:
   print(jobs.table(jobs.evaluate(context, variables)))
   if options.export:
     torch_weights.save(
-      options.export, variables["unlearned"], model_name=options.model
+      options.export,
+      variables["unlearned"],
+      model_name=options.model,
+      like=options.weights,
     )
     print(options.export)
   print(report.build(context.run_dir))

@@ -227,6 +227,32 @@ def split_request(dataset: types.Dataset, request: Request) -> types.Split:
   return types.Split(forget=dataset.take(rows), retain=dataset.take(~rows))
 
 
+def matching(dataset: types.Dataset, request: Request) -> np.ndarray:
+  """Finds what a request means in another data set, such as the test images.
+
+  Unlike `split_request` it may match no image, or all; ids that the data set
+  does not have match none; and the fraction is left aside, as the images
+  wanted are those of the same kind.
+
+  Args:
+    dataset: Images with the metadata that the request needs.
+    request: The request.
+
+  Returns:
+    bool `[N]`.
+
+  Raises:
+    ValueError: As `split_request`, for classes, conditions and columns.
+  """
+  rows = np.ones(len(dataset), bool)
+  for mask in _masks(dataset, request, _unique_ids(dataset), is_strict=False):
+    rows &= mask
+  if request.group is None or not rows.any():
+    return rows
+  codes = _group_codes(dataset, request.group)
+  return np.isin(codes, np.unique(codes[rows]))
+
+
 def request_hash(request: Request) -> str:
   """Returns the SHA-256 of a request's canonical JSON, in hexadecimal."""
   return _sha256(dataclasses.asdict(request))
@@ -467,30 +493,45 @@ def _unique_ids(dataset: types.Dataset) -> pa.Array:
 
 def _matches(dataset: types.Dataset, request: Request) -> np.ndarray:
   """Returns a bool for each image: whether all criteria are met, `[N]`."""
-  ids = _unique_ids(dataset)
+  matches = np.ones(len(dataset), bool)
+  for mask in _masks(dataset, request, _unique_ids(dataset)):
+    matches &= mask
+  if not matches.any():
+    raise ValueError(f"{_describe(request)} matches no image")
+  return matches
+
+
+def _masks(
+  dataset: types.Dataset,
+  request: Request,
+  ids: pa.Array,
+  *,
+  is_strict: bool = True,
+) -> list[np.ndarray]:
+  """Returns a bool `[N]` for each criterion.
+
+  Raises:
+    ValueError: If a criterion is wrong; if strict, also if an id is unknown or
+      the condition holds for all images.
+  """
   masks = []
   if request.classes is not None:
     wanted = _class_indices(dataset, request.classes)
     masks.append(np.isin(dataset.labels, wanted))
   if request.ids is not None:
-    masks.append(_has_id(ids, request.ids))
+    masks.append(_has_id(ids, request.ids, is_strict=is_strict))
   if request.where is not None:
     with _open(dataset) as connection:
       _columns(connection, dataset, request.where)
       rows = _run(connection, dataset, request.where)
-    if len(rows) == len(dataset) > 0:
+    if is_strict and len(rows) == len(dataset) > 0:
       raise ValueError(
         f"where is true for all {len(dataset)} images, got"
         f" {_short(request.where)!r}"
       )
     masks.append(np.zeros(len(dataset), bool))
     masks[-1][rows] = True
-  matches = np.ones(len(dataset), bool)
-  for mask in masks:
-    matches &= mask
-  if not matches.any():
-    raise ValueError(f"{_describe(request)} matches no image")
-  return matches
+  return masks
 
 
 def _class_indices(
@@ -521,10 +562,12 @@ def _hint(value: str, names: Iterable[str]) -> str:
   return f" (known: {_few(list(folded.values()))})"
 
 
-def _has_id(ids: pa.Array, wanted: tuple[str, ...]) -> np.ndarray:
+def _has_id(
+  ids: pa.Array, wanted: tuple[str, ...], *, is_strict: bool
+) -> np.ndarray:
   values = pa.array(wanted, ids.type)
   unknown = values.filter(pc.invert(pc.is_in(values, value_set=ids)))
-  if len(unknown):
+  if is_strict and len(unknown):
     raise ValueError(
       f"ids must be ids of the data set, got {len(unknown)} that are not:"
       f" {_few(unknown.to_pylist())}"

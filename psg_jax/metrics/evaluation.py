@@ -76,6 +76,38 @@ def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
   )
 
 
+def accuracy_by(
+  logits: np.ndarray, labels: np.ndarray, values: np.ndarray
+) -> dict[str, dict[str, float | int | None]]:
+  """Accuracy of each group of images, such as those of a device.
+
+  Args:
+    logits: float `[N, K]`.
+    labels: int `[N]`.
+    values: str `[N]`, the group of each image.
+
+  Returns:
+    For each value that occurs, sorted: `accuracy` in [0, 1] and `count`.
+
+  Raises:
+    ValueError: If the lengths differ.
+  """
+  _check(logits, labels)
+  if len(values) != len(labels):
+    raise ValueError(
+      f"values must be as many as labels: got {len(values)} values for"
+      f" {len(labels)} labels"
+    )
+  groups: dict[str, dict[str, float | int | None]] = {}
+  for value in np.unique(values):
+    here = values == value
+    groups[str(value)] = {
+      "accuracy": accuracy(logits[here], labels[here]),
+      "count": int(here.sum()),
+    }
+  return groups
+
+
 def agreement(logits: np.ndarray, reference: np.ndarray) -> float | None:
   """Share of images for which two models predict the same class, in [0, 1].
 

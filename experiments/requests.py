@@ -1,0 +1,196 @@
+"""From a job's options to the images to forget, with a preview and twins."""
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from experiments import recipes
+from psg_jax import forget, twins, types
+
+_MAX_VALUES = 12
+_MAX_COLUMNS = 4
+_NUM_KEPT = 200
+_NO_VALUE = "(none)"
+# Unique to an image, or said elsewhere.
+_NOT_GROUPS = frozenset({"id", "label", "file", "sha256"})
+
+
+class Asked(NamedTuple):
+  """What is to be forgotten, and all that is known of it before any work.
+
+  Attributes:
+    request: The request.
+    split: Forget and retain set of the training images.
+    test_split: The test images of the same kind, and the others.
+    preview: Counts of the split.
+    twins: Duplicates across the parts; None where they were not looked for.
+    num_moved: Twins that were moved into the forget set.
+    columns: Metadata columns by which results are shown.
+  """
+
+  request: forget.Request
+  split: types.Split
+  test_split: types.Split
+  preview: forget.Preview
+  twins: twins.Twins | None
+  num_moved: int
+  columns: tuple[str, ...]
+
+
+def build(job: recipes.Job) -> forget.Request:
+  """Returns the request that a job's options make.
+
+  Raises:
+    ValueError: If an option is out of range, a file cannot be read, or nothing
+      is asked for.
+  """
+  if job.request is not None:
+    others = (job.forget_classes, job.where, job.ids, job.group)
+    if any(others) or job.fraction != 1:
+      raise ValueError(
+        "request must be the only criterion, got others beside the file"
+        f" {job.request}"
+      )
+    return forget.Request.from_json(job.request)
+  ids = None
+  if job.ids is not None:
+    ids = _read_ids(pathlib.Path(job.ids))
+  classes: Any = tuple(job.forget_classes) or None
+  if (classes, job.where, ids) == (None, None, None) and job.fraction == 1:
+    raise ValueError(
+      "forget_classes, where, ids, fraction or request must say what to forget,"
+      " got none"
+    )
+  return forget.Request(
+    classes=classes,
+    where=job.where,
+    ids=ids,
+    fraction=job.fraction,
+    seed=job.request_seed,
+    group=job.group,
+  )
+
+
+def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
+  """Splits the data by a job's request, and looks for twins.
+
+  Args:
+    job: The options.
+    train: The training images.
+    test: The test images.
+
+  Returns:
+    What is to be forgotten.
+
+  Raises:
+    ValueError: As `forget.split`, and for unknown columns.
+  """
+  request = build(job)
+  split = forget.split_request(train, request)
+  is_asked = forget.matching(test, request)
+  columns = tuple(job.by) or group_columns(train)
+  for column in columns:
+    values(train, column)
+  found, num_moved = None, 0
+  if job.twins != "ignore":
+    found = twins.find(
+      {"forget": split.forget, "retain": split.retain, "test": test}
+    )
+    if job.twins == "move":
+      before = len(split.forget)
+      split = twins.move(split, found)
+      num_moved = len(split.forget) - before
+  return Asked(
+    request=request,
+    split=split,
+    test_split=types.Split(test.take(is_asked), test.take(~is_asked)),
+    preview=forget.preview(train, split, by=columns, request=request),
+    twins=found,
+    num_moved=num_moved,
+    columns=columns,
+  )
+
+
+def record(asked: Asked) -> dict[str, Any]:
+  """Returns what a run folder keeps of the request, for JSON."""
+  request = dataclasses.asdict(asked.request)
+  ids = request.pop("ids")
+  return {
+    "request": {**request, "num_ids": None if ids is None else len(ids)},
+    "request_sha256": forget.request_hash(asked.request),
+    "forget_ids_sha256": forget.ids_hash(np.asarray(asked.split.forget.ids)),
+    "preview": asked.preview.as_dict(),
+    "preview_text": str(asked.preview),
+    "twins": None if asked.twins is None else _twins_record(asked.twins),
+    "num_twins_moved": asked.num_moved,
+    "columns": list(asked.columns),
+  }
+
+
+def _twins_record(found: twins.Twins) -> dict[str, Any]:
+  """Returns the counts and the first pairs and groups."""
+  content = found.as_dict()
+  return {
+    **content,
+    "num_groups": len(content["groups"]),
+    "groups": content["groups"][:_NUM_KEPT],
+    "num_pairs": len(content["pairs"]),
+    "pairs": content["pairs"][:_NUM_KEPT],
+  }
+
+
+def group_columns(dataset: types.Dataset) -> tuple[str, ...]:
+  """Finds columns whose few values make groups to show results by."""
+  if dataset.metadata is None:
+    return ()
+  found = []
+  for name in dataset.metadata.column_names:
+    column = dataset.metadata.column(name)
+    is_text = (
+      pa.types.is_string(column.type)
+      or pa.types.is_large_string(column.type)
+      or pa.types.is_boolean(column.type)
+    )
+    if name in _NOT_GROUPS or not is_text:
+      continue
+    if 2 <= pc.count_distinct(column).as_py() <= _MAX_VALUES:
+      found.append(name)
+  return tuple(found[:_MAX_COLUMNS])
+
+
+def values(dataset: types.Dataset, column: str) -> np.ndarray:
+  """Returns a column's value of each image as text, `(none)` where missing.
+
+  Raises:
+    ValueError: If there is no such column.
+  """
+  names = [] if dataset.metadata is None else dataset.metadata.column_names
+  if column not in names:
+    raise ValueError(
+      f"by must be one of {', '.join(names) or 'no column'}, got {column!r}"
+    )
+  return np.array(
+    [
+      _NO_VALUE if value is None or value == "" else str(value)
+      for value in dataset.metadata.column(column).to_pylist()
+    ]
+  )
+
+
+def _read_ids(path: pathlib.Path) -> tuple[str, ...]:
+  try:
+    lines = path.read_text(encoding="utf-8").splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(
+      f"ids must be a text file with an id a line, got {path}: {error}"
+    ) from None
+  found = tuple(line.strip() for line in lines if line.strip())
+  if not found:
+    raise ValueError(
+      f"ids must be a file with an id a line, got none in {path}"
+    )
+  return found

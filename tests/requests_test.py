@@ -1,0 +1,268 @@
+"""Requests over metadata through the programs, on generated retinas."""
+
+import csv
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import demo, recipes, report, request_page, requests, unlearn
+from psg_jax import data, forget, models, torch_weights
+from tests import programs_test
+
+SMALL = [
+  "--num_train=150",
+  "--width=0.02",
+  "--training.num_epochs=1",
+  "--training.batch_size=50",
+  "--unlearning.num_epochs=1",
+  "--unlearning.num_steps=2",
+  "--num_devices=1",
+]
+WHERE = "device = 'Cirrus 800 FA' AND exam_date < DATE '2017-01-01'"
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  patch = pytest.MonkeyPatch()
+  patch.setenv("PSG_JAX_DATA", str(folder))
+  data.load("phantom_fundus@16", "test")
+  yield folder
+  patch.undo()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, data_dir):
+  """A device and a date range, whole patients, streamed, with twins moved."""
+  folder = tmp_path_factory.mktemp("runs")
+  programs_test.call(
+    demo,
+    "--recipe=phantom_patient",
+    "--dataset=phantom_fundus@16",
+    *SMALL,
+    f"--runs_dir={folder}",
+    "--name=asked",
+    f"--where={WHERE}",
+    "--group=patient_id",
+    "--twins=move",
+    "--streaming",
+    "--training.num_parts=2",
+    "--by",
+    "device",
+    "eye",
+  )
+  return folder / "asked"
+
+
+def read(path):
+  return json.loads(path.read_text())
+
+
+def test_forgets_what_was_asked(run):
+  train = data.subset(data.load("phantom_fundus@16", "train"), 150)
+  split = forget.split(train, where=WHERE, group="patient_id")
+  ids = read(run / "forget_ids.json")
+  assert set(split.forget.ids) <= set(ids)
+  stored = read(run / "data.json")
+  assert stored["forget_ids_sha256"] == forget.ids_hash(ids)
+  assert stored["counts"]["train_forget"] == len(ids)
+  request = forget.Request.from_json(run / "request.json")
+  assert request == forget.Request(where=WHERE, group="patient_id")
+  assert stored["request_sha256"] == forget.request_hash(request)
+  assert stored["request"]["classes"] is None
+
+
+def test_test_images_of_the_same_kind(run):
+  test = data.load("phantom_fundus@16", "test")
+  table = test.metadata.to_pylist()
+  asked = [
+    row["device"] == "Cirrus 800 FA"
+    and row["exam_date"] is not None
+    and row["exam_date"].year < 2017
+    for row in table
+  ]
+  patients = {
+    row["patient_id"]
+    for row, is_asked in zip(table, asked, strict=True)
+    if is_asked
+  }
+  expected = sum(
+    is_asked or (row["patient_id"] or "") in patients
+    for row, is_asked in zip(table, asked, strict=True)
+  )
+  assert read(run / "data.json")["counts"]["test_forget"] == expected > 0
+
+
+def test_results_by_group_add_up(run):
+  metrics = read(run / "metrics.json")
+  counts = read(run / "data.json")["counts"]
+  for figures in metrics.values():
+    for side in ("train", "test"):
+      total = counts[f"{side}_forget"] + counts[f"{side}_retain"]
+      assert list(figures["by"][side]) == ["device", "eye"]
+      for groups in figures["by"][side].values():
+        assert sum(group["count"] for group in groups.values()) == total
+    devices = figures["by"]["test"]["device"].values()
+    mean = sum(x["accuracy"] * x["count"] for x in devices) / sum(
+      x["count"] for x in devices
+    )
+    np.testing.assert_allclose(mean, figures["accuracy"]["test"], atol=1e-6)
+
+
+def test_report_shows_request_twins_and_groups(run):
+  page = (run / "report.html").read_text()
+  for words in (
+    "What was asked",
+    "device = &#39;Cirrus 800 FA&#39;",
+    "SHA-256 of the request",
+    "Twins",
+    "Test images by device",
+    "Visulux 200",
+    "and not zero",
+  ):
+    assert words in page, words
+
+
+def test_class_requests_are_told_apart():
+  base = {"where": None, "num_ids": None, "group": None, "fraction": 1.0}
+  assert request_page.is_class_request({"request": {**base, "classes": [0]}})
+  for other in (
+    {"where": "a"},
+    {"num_ids": 3},
+    {"group": "patient"},
+    {"fraction": 0.5},
+    {"classes": None},
+  ):
+    request = {**base, "classes": [0], **other}
+    assert not request_page.is_class_request({"request": request})
+
+
+def test_a_request_takes_the_place_of_the_recipes(monkeypatch, data_dir):
+  from experiments import cli
+
+  monkeypatch.setattr("sys.argv", ["program", "--where", "eye = 'OS'"])
+  job = cli.parse_job(recipes.Job, "test")
+  assert job.forget_classes == ()
+  both = ["program", "--where", "eye = 'OS'", "--forget_classes", "1", "a"]
+  monkeypatch.setattr("sys.argv", both)
+  assert cli.parse_job(recipes.Job, "test").forget_classes == (1, "a")
+  request = requests.build(cli.parse_job(recipes.Job, "test"))
+  assert request == forget.Request(classes=(1, "a"), where="eye = 'OS'")
+
+
+def test_request_and_ids_files(tmp_path, data_dir):
+  (tmp_path / "ids.txt").write_text("b\n\na\n")
+  job = recipes.Job(forget_classes=(), ids=str(tmp_path / "ids.txt"))
+  assert requests.build(job) == forget.Request(ids=("a", "b"))
+  forget.Request(classes=2).to_json(tmp_path / "request.json")
+  job = recipes.Job(forget_classes=(), request=str(tmp_path / "request.json"))
+  assert requests.build(job) == forget.Request(classes=2)
+  job = recipes.Job(request=str(tmp_path / "request.json"))
+  with pytest.raises(ValueError, match="request must be the only criterion"):
+    requests.build(job)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "parts"),
+  [
+    (["--where=devise = 'x'"], ["devise", "device"]),
+    (["--where=eye = 'none such'"], ["eye = 'none such'", "matches no image"]),
+    (["--where=1 = 1"], ["where is true for all"]),
+    (["--ids=/no/such/file"], ["ids", "/no/such/file"]),
+    (["--group=patientid"], ["patientid", "patient_id"]),
+    (["--by", "devise"], ["by", "devise"]),
+    (["--dataset=/no/such.zip"], ["dataset", "/no/such.zip"]),
+    (["--metadata=m.csv"], ["metadata", "m.csv"]),
+    (["--training.num_parts=0"], ["training.num_parts", "0"]),
+  ],
+)
+def test_bad_requests(capsys, tmp_path, data_dir, arguments, parts):
+  line = programs_test.failing(
+    capsys,
+    demo,
+    "--recipe=phantom_patient",
+    "--dataset=phantom_fundus@16",
+    f"--runs_dir={tmp_path}",
+    *arguments,
+  )
+  for part in parts:
+    assert part in line
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def users_folder(tmp_path_factory):
+  """Images by class, and what is known of them."""
+  folder = tmp_path_factory.mktemp("user") / "eyes"
+  rng = np.random.default_rng(0)
+  rows = []
+  for label, name in enumerate(("sick", "well")):
+    (folder / name).mkdir(parents=True)
+    for i in range(15):
+      pixels = rng.integers(0, 120, (20, 24, 3)) + 100 * label
+      file = f"{name}/{i}.png"
+      Image.fromarray(pixels.astype(np.uint8)).save(folder / file)
+      rows.append({"file": file, "clinic": "north" if i % 3 else "south"})
+  with (folder / "metadata.csv").open("w", newline="") as file:
+    writer = csv.DictWriter(file, ["file", "clinic"])
+    writer.writeheader()
+    writer.writerows(rows)
+  return folder
+
+
+def test_from_a_users_checkpoint_to_an_unlearned_one(
+  users_folder, data_dir, tmp_path, capsys
+):
+  model = models.create(
+    "resnet18", num_classes=2, num_channels=3, width=0.05, mean=0.5, std=0.25
+  )
+  variables = model.init(jax.random.key(3), jnp.zeros((1, 32, 32, 3)))
+  weights = tmp_path / "model.safetensors"
+  torch_weights.save(weights, variables, model_name="resnet18")
+  export = tmp_path / "unlearned.safetensors"
+  programs_test.call(
+    unlearn,
+    f"--data={users_folder}",
+    f"--runs_dir={tmp_path}",
+    "--name=own",
+    "--image_size=32",
+    "--model=resnet18",
+    "--width=0.05",
+    f"--weights={weights}",
+    "--where=clinic = 'south'",
+    "--no-retrained",
+    "--unlearning.num_epochs=1",
+    "--unlearning.num_steps=2",
+    "--unlearning.batch_size=8",
+    "--num_devices=1",
+    f"--export={export}",
+  )
+  stored = read(tmp_path / "own" / "data.json")
+  south = stored["preview"]["columns"]["clinic"]["south"]
+  assert south == {"forget": stored["counts"]["train_forget"], "retain": 0}
+  before = torch_weights.load(weights, model_name="resnet18")
+  after = torch_weights.load(export, model_name="resnet18")
+  assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
+  kernels = [x["params"]["head"]["kernel"] for x in (before, after)]
+  assert np.any(np.asarray(kernels[0]) != np.asarray(kernels[1]))
+  capsys.readouterr()
+  line = programs_test.failing(
+    capsys,
+    unlearn,
+    f"--data={users_folder}",
+    f"--runs_dir={tmp_path}",
+    "--name=other",
+    "--image_size=32",
+    "--model=resnet18",
+    "--width=0.1",
+    f"--weights={weights}",
+    "--where=clinic = 'south'",
+  )
+  assert "weights" in line
+  assert re.search(r"width 0\.1", line)
+  assert report.read(tmp_path / "own").data["class_names"] == ["sick", "well"]
