@@ -211,6 +211,7 @@ JOBS: dict[str, Job] = {
     dataset="brain_tumor_mri@64",
     width=0.125,
     forget_classes=("glioma",),
+    twins="move",
     training=_SMALL_MEDICAL,
     unlearning=Unlearning(num_epochs=2, batch_size=32),
   ),
