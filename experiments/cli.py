@@ -64,8 +64,10 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
     ValueError: If a name is unknown or the run cannot be read.
   """
   first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-  for name in ("recipe", "run", "method", *_CRITERIA, "forget_classes"):
-    first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
+  for name in ("recipe", "run", "method"):
+    first.add_argument(f"--{name}")
+  for name in _CRITERIA:
+    first.add_argument(f"--{name}", nargs="*")
   given, _ = first.parse_known_args()
   extends = {field.name for field in dataclasses.fields(options)}
   job = recipes.find(given.recipe or options().recipe)

@@ -133,6 +133,7 @@ def check(job: recipes.Job) -> None:
   if options.confidence is not None:
     confidence = options.confidence
     checks.number("unlearning.confidence", confidence, at_least=0, at_most=1)
+  sets.check(job)
   requests.build(job)
 
 

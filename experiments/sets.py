@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep import base
 from experiments import recipes
-from psg_jax import data, streaming, types
+from psg_jax import checks, data, streaming, types
 
 
 def load(job: recipes.Job) -> tuple[types.Dataset, types.Dataset]:
@@ -27,19 +27,32 @@ def load(job: recipes.Job) -> tuple[types.Dataset, types.Dataset]:
   Raises:
     ValueError: If the set is unknown, missing, not prepared or damaged.
   """
-  name = job.dataset
-  if is_path(name):
-    name = _prepare(job)
-  elif job.metadata is not None:
-    raise ValueError(
-      "metadata must be given with a folder or zip as dataset alone, got"
-      f" {job.metadata} with {job.dataset}"
-    )
+  check(job)
+  name = _prepare(job) if is_path(job.dataset) else job.dataset
   read = streaming.load if job.streaming else data.load
   train, test = (
     read(name, split, data_dir=job.data_dir) for split in data.SPLITS
   )
   return train, test
+
+
+def check(job: recipes.Job) -> None:
+  """Raises ValueError unless the job names a set, or a folder or zip."""
+  if is_path(job.dataset):
+    if not pathlib.Path(job.dataset).expanduser().exists():
+      raise ValueError(
+        "dataset must be a prepared set or an existing folder or zip, got"
+        f" {job.dataset}"
+      )
+    return
+  if job.metadata is not None:
+    raise ValueError(
+      "metadata must be given with a folder or zip as dataset alone, got"
+      f" {job.metadata} with {job.dataset}"
+    )
+  # The size is read where the set is looked up.
+  name = job.dataset.partition("@")[0]
+  checks.one_of("dataset", name, data.names(data.root_dir(job.data_dir)))
 
 
 def is_path(dataset: str) -> bool:
@@ -50,11 +63,6 @@ def is_path(dataset: str) -> bool:
 def _prepare(job: recipes.Job) -> str:
   """Prepares a folder or zip; returns the name of the set."""
   source = pathlib.Path(job.dataset).expanduser().resolve()
-  if not source.exists():
-    raise ValueError(
-      "dataset must be a prepared set or an existing folder or zip, got"
-      f" {job.dataset}"
-    )
   options: dict[str, Any] = {"size": job.image_size, "group": job.group}
   if job.metadata is not None:
     options["metadata"] = str(pathlib.Path(job.metadata).resolve())
