@@ -18,6 +18,7 @@ def main() -> None:
   """Runs all steps of a job; a resumed one goes on where it was."""
   job = cli.parse_job(recipes.Job, "Train, retrain, unlearn and compare.")
   context = jobs.prepare(job)
+  print(jobs.announce(context))
   variables = {"original": jobs.original(context)}
   if job.retrained:
     variables["retrained"] = jobs.retrained(context)

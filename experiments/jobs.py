@@ -231,6 +231,17 @@ def prepare(
   return context
 
 
+def announce(context: Context) -> str:
+  """Says what is about to be forgotten, and which images have twins."""
+  asked = context.asked
+  lines = [str(asked.preview)]
+  if asked.twins is not None and (asked.twins.pairs or asked.twins.groups):
+    lines.append(str(asked.twins))
+  if asked.num_moved:
+    lines.append(f"{asked.num_moved} twins were moved into the forget set")
+  return "\n".join(lines)
+
+
 def original(context: Context) -> types.Variables:
   """Trains the original model, or imports it, or finds it in the run."""
   job = context.job

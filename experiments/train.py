@@ -15,6 +15,7 @@ def main() -> None:
   """Trains both models and reports on them."""
   job = cli.parse_job(recipes.Job, "Train the original and retrained models.")
   context = jobs.prepare(job)
+  print(jobs.announce(context))
   variables = {"original": jobs.original(context)}
   if job.retrained:
     variables["retrained"] = jobs.retrained(context)

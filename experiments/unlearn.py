@@ -52,6 +52,7 @@ def main() -> None:
     may_change=("retrained",) if is_finished else ("retrained", "unlearning"),
     source=source if is_copy else None,
   )
+  print(jobs.announce(context))
   variables = {"original": jobs.original(context)}
   if "retrained" in checkpoints.run_checkpoints(context.run_dir) or (
     source is None and options.retrained

@@ -501,7 +501,7 @@ def test_released_code_is_reproduced(reference_dir):
   )
   images = jnp.asarray(stored["x"].transpose(0, 2, 3, 1) * 0.5 + 0.5)
   logits = model.apply(variables, images)
-  # Float32 sums in another order; the issue asks for 1e-3.
+  # Float32 sums in another order.
   np.testing.assert_allclose(logits, stored["logits"], atol=1e-4)
   output = boundary.released_code_search(
     model.apply,
