@@ -188,7 +188,7 @@ def run_steps(
         logits = model.apply(variables, pixels)
       else:
         mask = part.weights > 0 if is_masked else None
-        logits, variables = _apply_train(
+        logits, variables = apply_train(
           model, variables, pixels, apply_key, mask
         )
       losses = cross_entropy(logits, target)
@@ -286,7 +286,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
   return optax.softmax_cross_entropy(logits, targets)
 
 
-def _apply_train(
+def apply_train(
   model: types.Model,
   variables: types.Variables,
   images: jax.Array,
@@ -525,7 +525,7 @@ def run_epoch(
       num_parts=num_parts,
     )
     numbers = jax.tree.map(np.asarray, metrics)
-    _check_finite(numbers.loss, weights[part], int(state.step))
+    check_finite(numbers.loss, weights[part], int(state.step))
     reported.append(numbers)
     if bar is not None:
       real = weights[part] > 0
@@ -544,9 +544,16 @@ def run_epoch(
   return state, {"loss": join("loss"), "is_correct": join("is_correct")}
 
 
-def _check_finite(
+def check_finite(
   losses: np.ndarray, weights: np.ndarray, last_step: int
 ) -> None:
+  """Raises FloatingPointError, with the step, where a loss is not finite.
+
+  Args:
+    losses: float `[S, B]`.
+    weights: float `[S, B]`, 0 for rows that do not count.
+    last_step: Number of the last step, from 1.
+  """
   is_bad = (~np.isfinite(losses) & (weights > 0)).any(1)
   if is_bad.any():
     num_steps = int((weights > 0).any(1).sum())

@@ -676,7 +676,7 @@ def test_preview_bad_input(dataset):
 # Speed.
 
 
-def test_a_million_rows_take_seconds():
+def test_a_million_rows():
   num = 1_000_000
   rng = np.random.default_rng(0)
   ids = np.char.add("image_", np.arange(num).astype(str))
@@ -695,12 +695,12 @@ def test_a_million_rows_take_seconds():
       }
     ),
   )
-  start = time.perf_counter()
   split = forget.split(
     dataset, where="device = 'B' AND age > 60", group="patient_id"
   )
-  seconds = time.perf_counter() - start
   assert len(split.forget) + len(split.retain) == num
-  # About one second on two idle cores; the rest is for busy machines. A loop
-  # in Python over the rows would take longer.
-  assert seconds < 6
+  matches = np.asarray(dataset.metadata.column("device").to_numpy() == "B") & (
+    dataset.metadata.column("age").to_numpy() > 60
+  )
+  is_asked = np.isin(patients, np.unique(patients[matches]))
+  np.testing.assert_array_equal(split.forget.ids, ids[is_asked])

@@ -1,0 +1,127 @@
+"""Some layers of a network, by the names in its variables."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import chex
+import jax
+
+from psg_jax import checks, types
+
+# In network order: the stem, numbered blocks, the head.
+_NAME = re.compile(r"(stem|block_(\d+)|layer(\d+)_(\d+)|head)")
+
+
+def choose(
+  variables: types.Variables, num_layers: int, layers: Sequence[str] | None
+) -> tuple[str, ...]:
+  """Names the layers to train, as prefixes of paths in the variables.
+
+  A layer is a top-level entry of the parameters: a convolution block of the
+  All-CNN (`block_0` to `block_7`), the stem or a residual block of a ResNet
+  (`stem`, `layer1_0` to `layer4_2`), or the linear `head`, in this order.
+  Trees with other names need `layers`.
+
+  Args:
+    variables: The network's variables.
+    num_layers: `k`, how many layers at the end.
+    layers: Prefixes of paths, such as `("layer4", "head")` or
+      `("dense_3/kernel",)`, instead of the rule.
+
+  Returns:
+    The prefixes.
+
+  Raises:
+    ValueError: If a prefix names nothing, the tree has other names, or there
+      are not so many layers.
+  """
+  if layers is not None:
+    return _checked(variables, tuple(layers))
+  checks.integer("num_layers", num_layers, at_least=1)
+  names = list(variables["params"])
+  unknown = [name for name in names if not _NAME.fullmatch(name)]
+  if unknown:
+    raise ValueError(
+      "layers must be given for a network whose layers are not named stem,"
+      f" block_i, layer{{i}}_{{j}} and head, got {unknown[0]!r}"
+    )
+  if num_layers > len(names):
+    raise ValueError(
+      f"num_layers must be at most the {len(names)} layers there are, got"
+      f" {num_layers}"
+    )
+  # The slash keeps block_1 from naming block_10.
+  chosen = sorted(names, key=_position)[-num_layers:]
+  return tuple(f"{name}/" for name in chosen)
+
+
+def _position(name: str) -> tuple[int, ...]:
+  rank = {"stem": 0, "head": 2}.get(name, 1)
+  return (rank, *map(int, re.findall(r"\d+", name)))
+
+
+def _checked(
+  variables: types.Variables, layers: tuple[str, ...]
+) -> tuple[str, ...]:
+  paths = _leaf_names(variables["params"])
+  for prefix in layers:
+    if not any(path.startswith(prefix) for path in paths):
+      raise ValueError(
+        f"layers must be prefixes of parameters such as {paths[-1]!r}, got"
+        f" {prefix!r}"
+      )
+  if not layers:
+    raise ValueError("layers must not be empty, got no prefix")
+  return layers
+
+
+def _path_name(path: Any) -> str:
+  """Names a leaf, as `"block_7/kernel"`."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _leaf_names(tree: chex.ArrayTree) -> list[str]:
+  """Names all leaves."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [_path_name(path) for path, _ in leaves]
+
+
+def cut(
+  tree: chex.ArrayTree, layers: tuple[str, ...] | None
+) -> tuple[chex.ArrayTree, chex.ArrayTree]:
+  """Separates the leaves of these layers, by name, from the others."""
+  if layers is None:
+    return tree, {}
+  inside: dict[str, Any] = {}
+  outside: dict[str, Any] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = _path_name(path)
+    (inside if name.startswith(layers) else outside)[name] = leaf
+  return inside, outside
+
+
+def join(
+  like: chex.ArrayTree,
+  inside: chex.ArrayTree,
+  outside: chex.ArrayTree,
+  layers: tuple[str, ...] | None,
+) -> chex.ArrayTree:
+  """Undoes `cut`."""
+  if layers is None:
+    return inside
+  leaves = {**inside, **outside}
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: leaves[_path_name(path)], like
+  )
+
+
+def take(
+  new: chex.ArrayTree, old: chex.ArrayTree, layers: tuple[str, ...] | None
+) -> chex.ArrayTree:
+  """Takes these layers (None: all) from `new`, the others from `old`."""
+  if layers is None:
+    return new
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x, y: x if _path_name(path).startswith(layers) else y, new, old
+  )
