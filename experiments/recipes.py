@@ -168,7 +168,7 @@ UNLEARNING: dict[str, Unlearning] = {
 
 # Medical sets at a size that two cores train in minutes.
 _SMALL_MEDICAL = Training(num_epochs=30, batch_size=32, augmentation="medical")
-_PHANTOM = Training(num_epochs=20, batch_size=32, augmentation="flip")
+_PHANTOM = Training(num_epochs=12, batch_size=32, augmentation="flip")
 _PAPER_MEDICAL = Training(
   learning_rate=1e-3, num_epochs=15, batch_size=16, augmentation="medical"
 )
@@ -212,7 +212,7 @@ JOBS: dict[str, Job] = {
     width=0.125,
     forget_classes=("glioma",),
     twins="move",
-    training=_SMALL_MEDICAL,
+    training=dataclasses.replace(_SMALL_MEDICAL, num_epochs=20),
     unlearning=Unlearning(num_epochs=2, batch_size=32),
   ),
   "fundus_class": Job(

@@ -362,7 +362,7 @@ def _subject(run: Run) -> str:
     if request.get("where"):
       words += f" where {request['where']}"
   elif request.get("where"):
-    words = f"what has {request['where']}"
+    words = f"the part where {request['where']}"
   else:
     words = f"a set of {run.data['counts'].get('train_forget')} images"
   if request.get("fraction", 1.0) not in (None, 1.0):

@@ -1,0 +1,350 @@
+"""Hyper-parameters of the methods that `experiments.compare` compares.
+
+`paper` are the values of the methods' papers, which are the defaults of
+`psg_jax.baselines`; most were chosen for ResNets and whole passes over 50,000
+images. `default` suits small models and few images, and gives all the same
+budget: about as many images are taken through a gradient as PSG takes, that is
+`2 x batch size x steps`. Learning rates are rounded values for the All-CNN,
+none found by a search. PSG itself has the options of the job, in both.
+
+With `--set METHOD.ARGUMENT=VALUE` any argument of a method can be changed, and
+the `learning_rate`, `momentum` and `weight_decay` of its optimiser.
+"""
+
+import ast
+import functools
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import optax
+
+from experiments import jobs, recipes
+from psg_jax import augment, baselines, checks, data, training, unlearning
+
+SETTINGS = ("default", "paper")
+_RATES = ("learning_rate", "momentum", "weight_decay")
+# Set by the program, or not to be written on a command line.
+_RESERVED = frozenset(
+  {
+    *("model", "variables", "split", "key", "callback", "mesh"),
+    *("show_progress", "optimizer", "repair_optimizer", "search_fn"),
+    *("augment_fn", "validation", "options"),
+  }
+)
+_BATCH_SIZE = 64
+# Passes over a small forget set would be many, and each moves the model.
+_MAX_FORGET_PASSES = 10
+
+Pool = Literal["retain", "paired", "mixed", "scrub", "forget"]
+
+
+class Rates(NamedTuple):
+  """An optimiser.
+
+  Attributes:
+    learning_rate: Positive.
+    momentum: In [0, 1), of SGD; None for Adam.
+    weight_decay: 0 or more, of SGD.
+  """
+
+  learning_rate: float
+  momentum: float | None = 0.9
+  weight_decay: float = 0.0
+
+
+class Recipe(NamedTuple):
+  """How a method is called.
+
+  Attributes:
+    paper: The optimiser of its paper, or None for one without.
+    default: The optimiser for small runs.
+    options: Further arguments for small runs.
+    pool: What a pass of it goes over, from which follows how many fit in the
+      budget; None where passes are not counted.
+  """
+
+  paper: Rates | None = None
+  default: Rates | None = None
+  options: Mapping[str, Any] = {}  # noqa: RUF012 - never written to.
+  pool: Pool | None = None
+
+
+class Resolved(NamedTuple):
+  """What a method is called with.
+
+  Attributes:
+    arguments: Keyword arguments.
+    record: The same as numbers and text, for JSON.
+    note: What to know of them, or None.
+  """
+
+  arguments: dict[str, Any]
+  record: dict[str, Any]
+  note: str | None = None
+
+
+_FINETUNE = Rates(0.01, 0.0)
+_LABELS = Rates(0.01, 0.9, 5e-4)
+_SCRUB = Rates(5e-4, 0.9, 5e-4)
+_CHEN = Rates(1e-5)
+
+RECIPES: dict[str, Recipe] = {
+  "psg": Recipe(),
+  "psg_released": Recipe(_CHEN, Rates(1e-4), pool="forget"),
+  "retrain": Recipe(),
+  "finetune": Recipe(Rates(0.04, 0.0), Rates(0.04, 0.0), pool="retain"),
+  "gradient_ascent": Recipe(
+    Rates(1e-4, 0.9, 5e-4),
+    Rates(1e-4, 0.9, 5e-4),
+    # Statistics that adapt to the forget set alone destroy the model.
+    {"batch_stats": "frozen"},
+    "forget",
+  ),
+  "neggrad": Recipe(_FINETUNE, _FINETUNE, pool="paired"),
+  "neggrad_plus": Recipe(_FINETUNE, _FINETUNE, pool="paired"),
+  "random_labels": Recipe(_LABELS, _LABELS, pool="mixed"),
+  "l1_sparse": Recipe(_LABELS, _LABELS, pool="retain"),
+  "cf_k": Recipe(_FINETUNE, _FINETUNE, pool="retain"),
+  # New layers need more than finetuning does.
+  "eu_k": Recipe(_FINETUNE, Rates(0.01), pool="retain"),
+  "scrub": Recipe(_SCRUB, Rates(1e-3, 0.9, 5e-4), pool="scrub"),
+  "scrub_r": Recipe(_SCRUB, Rates(1e-3, 0.9, 5e-4), pool="scrub"),
+  "bad_teacher": Recipe(Rates(1e-4, None), Rates(1e-3, None), pool="mixed"),
+  "salun": Recipe(
+    Rates(0.013, 0.9, 5e-4), Rates(0.013, 0.9, 5e-4), pool="mixed"
+  ),
+  # A class of ten is 1 / alpha of the images, of which "all" chooses nothing.
+  "ssd": Recipe(options={"reference": "retain"}),
+  "unsir": Recipe(Rates(0.02, None), Rates(2e-3, None)),
+  "fisher": Recipe(),
+  "boundary_shrink": Recipe(
+    _CHEN, Rates(1e-4), {"batch_stats": "frozen"}, "forget"
+  ),
+  "boundary_expanding": Recipe(_CHEN, Rates(1e-4), pool="forget"),
+}
+
+
+def parse(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+  """Reads `METHOD.ARGUMENT=VALUE`.
+
+  Args:
+    given: The texts.
+
+  Returns:
+    Values of arguments by method.
+
+  Raises:
+    ValueError: If a text is not of this form, or a method or an argument does
+      not exist.
+  """
+  found: dict[str, dict[str, Any]] = {}
+  for text in given:
+    place, is_given, value = text.partition("=")
+    method, has_dot, argument = place.partition(".")
+    if not (is_given and has_dot):
+      raise ValueError(f"set must be METHOD.ARGUMENT=VALUE, got {text!r}")
+    baselines.find(method)
+    checks.one_of(f"the argument in set of {method}", argument, names(method))
+    if argument in _RATES:
+      checks.number(f"{place} in set", _literal(value), at_least=0)
+    if argument in ("num_epochs", "batch_size"):
+      checks.integer(f"{place} in set", _literal(value), at_least=1)
+    found.setdefault(method, {})[argument] = _literal(value)
+  return found
+
+
+def names(method: str) -> tuple[str, ...]:
+  """Returns the arguments of a method that can be set."""
+  fn: Any = baselines.find(method).fn
+  # What these pass on is not in their own signatures.
+  further: dict[str, Any] = {
+    "psg": unlearning.unlearn,
+    "scrub_r": baselines.find("scrub").fn,
+  }
+  functions = [fn, *([further[method]] if method in further else [])]
+  parameters = {
+    name: None for each in functions for name in inspect.signature(each).parameters
+  }
+  rates = _RATES if "optimizer" in parameters else ()
+  return (*(x for x in parameters if x not in _RESERVED), *rates)
+
+
+def resolve(
+  method: str,
+  context: jobs.Context,
+  *,
+  settings: str = "default",
+  overrides: Mapping[str, Any] | None = None,
+) -> Resolved:
+  """Returns what a method is called with in a job.
+
+  Args:
+    method: A name in `baselines.METHODS`.
+    context: The job's.
+    settings: One of `SETTINGS`.
+    overrides: Arguments to change.
+
+  Returns:
+    The arguments, less those that every method has.
+
+  Raises:
+    ValueError: If a name is unknown or a rate is out of its range.
+  """
+  checks.one_of("settings", settings, SETTINGS)
+  baselines.find(method)
+  # A method that was added later has the values of its own.
+  recipe = RECIPES.get(method, Recipe())
+  rates = recipe.paper if settings == "paper" else recipe.default
+  options, further, note = _further(method, context)
+  if settings == "default" and method not in ("psg", "retrain"):
+    options |= {**recipe.options, **_budget(method, recipe, context)}
+  if method == "psg":
+    rates = _job_rates(context.job.unlearning)
+  elif method == "retrain":
+    rates = _job_rates(context.job.training)
+  changed = dict(overrides or {})
+  is_changed = any(name in changed for name in _RATES)
+  if rates is None and is_changed:
+    rates = Rates(0.01)
+  if rates is not None:
+    rates = rates._replace(
+      **{name: changed.pop(name) for name in _RATES if name in changed}
+    )
+  options |= changed
+  record = dict(options)
+  arguments = {**options, **further}
+  # SCRUB's own optimiser has a schedule, which these rates begin with.
+  is_own = settings == "paper" and method.startswith("scrub") and not is_changed
+  if rates is not None:
+    record |= {k: v for k, v in rates._asdict().items() if v is not None}
+  if rates is not None and not is_own:
+    arguments["optimizer"] = _optimizer(rates)
+    if method == "unsir":
+      # The authors repair at half the rate.
+      half = rates._replace(learning_rate=rates.learning_rate / 2)
+      arguments["repair_optimizer"] = _optimizer(half)
+  return Resolved(arguments, record, note)
+
+
+def is_class_request(context: jobs.Context) -> bool:
+  """Whether the forget set is all there is of some classes."""
+  split = context.split
+  return not np.intersect1d(split.forget.labels, split.retain.labels).size
+
+
+def _literal(text: str) -> Any:
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _job_rates(options: recipes.Training | recipes.Unlearning) -> Rates:
+  return Rates(options.learning_rate, options.momentum, options.weight_decay)
+
+
+def _optimizer(rates: Rates) -> optax.GradientTransformation:
+  if rates.momentum is None:
+    checks.number("learning_rate", rates.learning_rate, above=0)
+    return _adam(rates.learning_rate)
+  return training.sgd(
+    rates.learning_rate,
+    momentum=rates.momentum,
+    weight_decay=rates.weight_decay,
+  )
+
+
+@functools.lru_cache
+def _adam(learning_rate: float) -> optax.GradientTransformation:
+  # The same object each time: compiled programs are found again by it.
+  return optax.adam(learning_rate)
+
+
+def _further(
+  method: str, context: jobs.Context
+) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+  """Arguments of the job: for the record, and beside it, and what to know."""
+  job = context.job
+  if method == "psg":
+    options = jobs.unlearn_options(context)
+    return options, {"search_fn": options.pop("search_fn")}, None
+  if method == "retrain":
+    options = {
+      "num_epochs": job.training.num_epochs,
+      "batch_size": job.training.batch_size,
+    }
+    return options, {"augment_fn": _augment_fn(job.training.augmentation)}, None
+  if method == "psg_released":
+    mean, std = data.mean_and_std(context.train)
+    return (
+      {},
+      {
+        "model_mean": mean if job.mean is None else job.mean,
+        "model_std": std if job.std is None else job.std,
+      },
+      None,
+    )
+  if method == "scrub_r":
+    return _rewinding(context)
+  return {}, {}, None
+
+
+def _rewinding(
+  context: jobs.Context,
+) -> tuple[dict[str, Any], dict[str, Any], str | None]:
+  if is_class_request(context):
+    # A retrained model has no image of a class right that it never saw.
+    return {"reference_error": 1.0}, {}, None
+  parts = context.parts
+  name = "test_forget" if len(parts["test_forget"]) else "test_retain"
+  return (
+    {},
+    {"validation": parts[name]},
+    f"chooses its pass by {name}: no validation images are set apart",
+  )
+
+
+@functools.lru_cache
+def _augment_fn(name: str) -> augment.AugmentFn | None:
+  return {
+    "none": lambda: None,
+    "flip": augment.flip,
+    "crop_flip": lambda: augment.chain(augment.crop(4), augment.flip()),
+    "medical": augment.medical,
+  }[name]()
+
+
+def _budget(
+  method: str, recipe: Recipe, context: jobs.Context
+) -> dict[str, Any]:
+  """Passes and batches that take as many images as PSG takes."""
+  options = context.job.unlearning
+  num_forget, num_retain = len(context.split.forget), len(context.split.retain)
+  passes = options.num_epochs or unlearning.default_num_epochs(
+    num_forget, options.batch_size
+  )
+  steps = passes * math.ceil(num_forget / options.batch_size)
+  images = 2 * options.batch_size * steps
+  batch_size = min(_BATCH_SIZE, options.batch_size)
+  if method == "unsir":
+    # One pass beside noise images, and one without.
+    share = min(1.0, images / (3 * num_retain))
+    return {"batch_size": batch_size, "retain_fraction": round(share, 3)}
+  if recipe.pool is None:
+    return {}
+  if method == "bad_teacher":
+    num_retain = math.ceil(0.3 * num_retain)
+  cost = {
+    "retain": num_retain,
+    "paired": 2 * num_retain,
+    "mixed": num_forget + num_retain,
+    "scrub": num_forget + num_retain,
+    "forget": num_forget,
+  }[recipe.pool]
+  num_epochs = max(1, round(images / cost))
+  if recipe.pool == "forget":
+    num_epochs = min(num_epochs, _MAX_FORGET_PASSES)
+  return {"num_epochs": num_epochs, "batch_size": batch_size}
