@@ -47,6 +47,18 @@ from psg_jax import (
 )
 
 MODELS = ("original", "retrained", "unlearned")
+# What is to be forgotten: another request can be made of the same original.
+REQUEST_FIELDS = (
+  "forget_classes",
+  "where",
+  "ids",
+  "fraction",
+  "request_seed",
+  "group",
+  "request",
+  "twins",
+  "by",
+)
 _NUM_EXAMPLES = 8
 _NUM_FEATURES = 600
 _NUM_TWINS = 8
@@ -220,7 +232,7 @@ def prepare(
       )
     _remove_run(folder)
   if source is not None and not folder.exists():
-    _copy_run(source, folder)
+    _copy_run(source, folder, is_same_request=has_same_request(source, job))
   folder.mkdir(parents=True, exist_ok=True)
   write_json(folder / "config.json", config)
   write_json(folder / "data.json", record)
@@ -589,12 +601,25 @@ def _imported(context: Context) -> types.Variables:
   return variables
 
 
-def _copy_run(source: pathlib.Path, folder: pathlib.Path) -> None:
-  """Copies the trained models of a run, wholly or not at all."""
+def has_same_request(run: pathlib.Path, job: recipes.Job) -> bool:
+  """Whether a run forgets what this job asks for."""
+  before = read_json(run / "config.json").get("job", {})
+  now = json.loads(json.dumps(job_options(job)))
+  return all(before.get(name) == now[name] for name in REQUEST_FIELDS)
+
+
+def _copy_run(
+  source: pathlib.Path, folder: pathlib.Path, *, is_same_request: bool
+) -> None:
+  """Copies the trained models of a run, wholly or not at all.
+
+  The retrained model belongs to its request, the original to any.
+  """
+  left_out = ("unlearned",) if is_same_request else ("unlearned", "retrained")
   partial = folder.with_name(f".{folder.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   for name, path in checkpoints.run_checkpoints(source).items():
-    if name != "unlearned":
+    if name not in left_out:
       shutil.copytree(path, partial / "checkpoints" / name)
   history = read_json(source / "history.json")
   write_json(
@@ -602,7 +627,7 @@ def _copy_run(source: pathlib.Path, folder: pathlib.Path) -> None:
     {
       name: value
       for name, value in history.items()
-      if not name.startswith("unlearned")
+      if not name.startswith(left_out)
     },
   )
   partial.rename(folder)

@@ -3,7 +3,8 @@
     python -m experiments.unlearn --run runs/digits
 
 works in the run folder that `experiments.train` wrote, `--name other` in a
-copy of it. A PyTorch model comes in with `--weights`, and `--export` writes
+copy of it, where another request can be made of the same original model. A
+PyTorch model comes in with `--weights`, and `--export` writes
 the unlearned one back:
 
     python -m experiments.unlearn --recipe reference --no-retrained \
@@ -48,14 +49,14 @@ def main() -> None:
   context = jobs.prepare(
     options,
     is_known_run=source is not None and not is_copy,
-    # What was unlearned stays as its options say.
-    may_change=("retrained",) if is_finished else ("retrained", "unlearning"),
+    may_change=_may_change(is_copy=is_copy, is_finished=is_finished),
     source=source if is_copy else None,
   )
   print(jobs.announce(context))
+  is_new = source is None or not jobs.has_same_request(source, options)
   variables = {"original": jobs.original(context)}
   if "retrained" in checkpoints.run_checkpoints(context.run_dir) or (
-    source is None and options.retrained
+    is_new and options.retrained
   ):
     variables["retrained"] = jobs.retrained(context)
   variables["unlearned"] = jobs.unlearned(context, variables["original"])
@@ -69,6 +70,14 @@ def main() -> None:
     )
     print(options.export)
   print(report.build(context.run_dir))
+
+
+def _may_change(*, is_copy: bool, is_finished: bool) -> tuple[str, ...]:
+  """Options that may differ from those of the run to start from."""
+  if is_copy:
+    return ("retrained", "unlearning", *jobs.REQUEST_FIELDS)
+  # What was unlearned stays as its options say.
+  return ("retrained",) if is_finished else ("retrained", "unlearning")
 
 
 def _check_export(path: str | None) -> None:

@@ -266,3 +266,24 @@ def test_from_a_users_checkpoint_to_an_unlearned_one(
   assert "weights" in line
   assert re.search(r"width 0\.1", line)
   assert report.read(tmp_path / "own").data["class_names"] == ["sick", "well"]
+
+
+def test_another_request_of_the_same_original(run):
+  programs_test.call(
+    unlearn,
+    f"--run={run}",
+    f"--runs_dir={run.parent}",
+    "--name=eye",
+    "--where=eye = 'OS' AND label = 'glaucoma'",
+    "--no-retrained",
+  )
+  other = run.parent / "eye"
+  assert read(other / "request.json")["where"].startswith("eye")
+  metrics = read(other / "metrics.json")
+  assert list(metrics) == ["original", "unlearned"]
+  before = read(run / "metrics.json")["original"]
+  assert metrics["original"]["accuracy"]["test"] == pytest.approx(
+    before["accuracy"]["test"]
+  )
+  stored = read(other / "data.json")["preview"]
+  assert stored["classes"]["glaucoma"]["forget"] == stored["num_forget"]
