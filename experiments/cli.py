@@ -15,7 +15,7 @@ import tyro
 
 from experiments import recipes
 
-_CRITERIA = ("where", "ids", "request")
+_CRITERIA = ("forget_classes", "where", "ids", "request")
 _JobT = TypeVar("_JobT", bound=recipes.Job)
 _OptionsT = TypeVar("_OptionsT")
 
@@ -80,7 +80,7 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
   }
   if any(getattr(given, name) is not None for name in _CRITERIA):
     # A request of one's own takes the place of the recipe's.
-    for name in ("forget_classes", *_CRITERIA, "group", "fraction"):
+    for name in (*_CRITERIA, "group", "fraction"):
       default = recipes.Job.__dataclass_fields__[name].default
       values[name] = () if name == "forget_classes" else default
   return parse(options, default=options(**values), description=description)

@@ -347,7 +347,10 @@ def _class_names(run: Run) -> list[str]:
 
 
 def _forget_classes(run: Run) -> list[int]:
-  return list(run.data.get("request", {}).get("classes") or [])
+  """Returns the classes of the request, which may give names, as numbers."""
+  names = run.data["class_names"]
+  asked = run.data.get("request", {}).get("classes") or []
+  return [names.index(x) if isinstance(x, str) else x for x in asked]
 
 
 def _subject(run: Run) -> str:

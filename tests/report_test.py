@@ -482,6 +482,7 @@ def test_failed_unlearning_is_not_called_done(tmp_path):
     ({"classes": [1, 2]}, "Classes “1” and “2” was"),
     ({"classes": list(range(6))}, "Classes “0”, “1”, “2” and 3 more"),
     ({"classes": [4], "fraction": 0.3}, "30% of class “4”"),
+    ({"classes": ["4"]}, "Class “4” was"),
     ({"where": "device = 'A'"}, "The part where device = 'A'"),
     ({"ids": ["a", "b"]}, "A set of 142 images"),
   ],

@@ -153,6 +153,10 @@ def test_a_request_takes_the_place_of_the_recipes(monkeypatch, data_dir):
   assert cli.parse_job(recipes.Job, "test").forget_classes == (1, "a")
   request = requests.build(cli.parse_job(recipes.Job, "test"))
   assert request == forget.Request(classes=(1, "a"), where="eye = 'OS'")
+  other = ["program", "--recipe", "phantom_patient", "--forget_classes", "1"]
+  monkeypatch.setattr("sys.argv", other)
+  request = requests.build(cli.parse_job(recipes.Job, "test"))
+  assert request == forget.Request(classes=1)
 
 
 def test_request_and_ids_files(tmp_path, data_dir):
