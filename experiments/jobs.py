@@ -294,12 +294,14 @@ def unlearned(
     last_state[:] = [copy_state(state)]
 
   start = time.perf_counter()
+  aim = target_accuracy(context, original_variables)
   output = unlearning.unlearn(
     context.model,
     original_variables,
     context.split,
     _key(context, "unlearned"),
     **unlearn_options(context),
+    target_accuracy=aim,
     optimizer=optimizer,
     callback=keep,
     mesh=context.mesh,
@@ -316,8 +318,57 @@ def unlearned(
     num_steps=found.num_steps,
   )
   _save_examples(context, original_variables)
+  if not last_state:
+    print(
+      "Nothing was changed: the original is right on"
+      f" {100 * (aim or 0):.1f} % of unseen images of the same kind, and no"
+      " more often on those to forget (--unlearning.target zero forgets them"
+      " nevertheless)."
+    )
+    key = _key(context, "unlearned")
+    last_state.append(training.init_state(output.variables, optimizer, key))
   _save(context, "unlearned", last_state[-1], output.history, seconds)
   return output.variables
+
+
+def target_accuracy(
+  context: Context, original_variables: types.Variables
+) -> float | None:
+  """Returns the accuracy on the forget set that unlearning is to stop at.
+
+  Args:
+    context: What the steps share.
+    original_variables: The original model's.
+
+  Returns:
+    The original's accuracy on test images that match the request, or, where
+    there are none, on test images in the forget set's mixture of classes. None
+    where all is to be forgotten, or there is no such image.
+  """
+  chosen = context.job.unlearning.target
+  asked = context.asked
+  if chosen == "zero" or (
+    chosen == "auto" and requests.is_whole_classes(asked.request)
+  ):
+    return None
+
+  def logits(dataset: types.Dataset) -> np.ndarray:
+    return inference.predict(
+      context.model.apply,
+      original_variables,
+      dataset.images,
+      mesh=context.mesh,
+    )
+
+  if len(asked.test_split.forget):
+    same_kind = asked.test_split.forget
+    return metrics.accuracy(logits(same_kind), same_kind.labels)
+  by_class = metrics.per_class_accuracy(
+    logits(context.test), context.test.labels
+  )
+  found = [by_class[label] for label in asked.split.forget.labels]
+  known = [value for value in found if value is not None]
+  return float(np.mean(known)) if known else None
 
 
 def search_fn(context: Context) -> unlearning.SearchFn | None:
@@ -342,6 +393,7 @@ def unlearn_options(context: Context) -> dict[str, Any]:
   for name in ("learning_rate", "momentum", "weight_decay"):
     del options[name]
   # The released search depends on its minibatch, which is that of its update.
+  del options["target"]
   if options.pop("search") == "released":
     options["search_batch_size"] = options["batch_size"]
   return {**options, "search_fn": search_fn(context)}
@@ -385,6 +437,7 @@ def evaluate(
     result["unlearned"] |= {
       "search_seconds": sum(x["search_seconds"] for x in searches),
       "update_seconds": sum(x["seconds"] for x in records["unlearned"]),
+      "num_passes": len(records["unlearned"]),
       "relabelling": _relabelling_record(
         context, None if reference is None else reference["train_forget"]
       ),

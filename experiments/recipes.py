@@ -65,6 +65,10 @@ class Unlearning:
   top_k: int | None = None
   batch_stats: Literal["update", "frozen"] = "update"
   refresh_labels: bool = False
+  target: Literal["auto", "zero", "unseen"] = "auto"
+  """When to stop: zero, after all passes; unseen, when the accuracy on the
+  forget set is that of the original on unseen images of the same kind; auto,
+  zero for whole classes and unseen for all other requests."""
   num_parts: int = 1
   """Gradient accumulation: parts of a minibatch, one after the other."""
 

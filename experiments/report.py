@@ -455,7 +455,13 @@ def _distance(run: Run) -> str:
       " kind"
     )
   points = 100 * (after - reference)
-  return f"{text}. The unlearned model is {points:+.1f} points from it."
+  text += f". The unlearned model is {points:+.1f} points from it."
+  if _get(run, "unlearned", "num_passes") == 0:
+    text += (
+      " Nothing was changed: the original was right no more often on the forget"
+      " images than on unseen ones of their kind."
+    )
+  return text
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:

@@ -115,6 +115,12 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
   )
 
 
+def is_whole_classes(request: forget.Request) -> bool:
+  """Whether nothing but whole classes is forgotten: then the aim is 0."""
+  others = (request.where, request.ids, request.group)
+  return bool(request.classes) and not any(others) and request.fraction == 1
+
+
 def record(asked: Asked) -> dict[str, Any]:
   """Returns what a run folder keeps of the request, for JSON."""
   request = dataclasses.asdict(asked.request)

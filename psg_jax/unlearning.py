@@ -126,6 +126,7 @@ def unlearn(
   top_k: int | None = None,
   batch_stats: str = "update",
   refresh_labels: bool = False,
+  target_accuracy: float | None = None,
   num_parts: int = 1,
   callback: Callable[[training.TrainState, dict[str, Any]], None] | None = None,
   mesh: jax.sharding.Mesh | None = None,
@@ -178,6 +179,13 @@ def unlearn(
       `retain_weight` is 0.
     refresh_labels: Whether to search again before each pass, with new noise.
       Without noise the labels cannot change and are searched once.
+    target_accuracy: Stop as soon as the accuracy on the forget set, by its true
+      labels, is at or below this, in [0, 1]; None to make all passes. A model
+      that was retrained without a class has 0, but one retrained without a
+      camera or a patient knows others of their kind, and is right about as
+      often as on unseen images of the kind: that is the target then. Where the
+      original model is there already, it is returned as it is, and the history
+      is empty.
     num_parts: Gradient accumulation; see `training.run_steps`.
     callback: Called after each pass with the state and the pass's record.
     mesh: Devices to work on; None for one.
@@ -210,6 +218,8 @@ def unlearn(
     num_epochs = default_num_epochs(len(split.forget), batch_size)
   checks.integer("num_epochs", num_epochs, at_least=1)
   checks.integer("search_batch_size", search_batch_size, at_least=1)
+  if target_accuracy is not None:
+    checks.number("target_accuracy", target_accuracy, at_least=0, at_most=1)
   can_change = search_fn is not None or noise_scale > 0
   # The linear schedule knows the number of steps.
   is_staged = (
@@ -257,8 +267,19 @@ def unlearn(
     )
     retain_targets = soft_targets(logits, labels=retain_labels, top_k=top_k)
   is_refreshed = refresh_labels and can_change
+
+  def is_reached(current: types.Variables) -> bool:
+    if target_accuracy is None:
+      return False
+    found = inference.predict(
+      model.apply, current, split.forget.images, mesh=mesh
+    )
+    is_right = np.argmax(found, -1) == split.forget.labels
+    return bool(is_right.mean() <= target_accuracy)
+
   state: training.TrainState | None = None
   history: training.History = []
+  is_done = is_reached(variables)
   for first_epoch in range(num_epochs if is_refreshed else 1):
     start = time.perf_counter()
     found = relabel(
@@ -280,6 +301,8 @@ def unlearn(
         top_k=top_k,
         old_labels=split.forget.labels,
       )
+    if is_done:
+      break
     state, records = update(
       model,
       variables,
@@ -294,15 +317,20 @@ def unlearn(
       batch_stats=batch_stats,
       num_parts=num_parts,
       callback=callback,
+      stop_fn=None if target_accuracy is None else is_reached,
       state=state,
       mesh=mesh,
       show_progress=show_progress,
     )
     records[0]["search_seconds"] = search_seconds
     history += records
-  assert state is not None  # There is at least one pass.
+    is_done = is_reached(state.variables)
+  if state is None:
+    variables = jax.tree.map(jnp.copy, dict(variables))
+  else:
+    variables = state.variables
   return UnlearnOutput(
-    variables=state.variables,
+    variables=variables,
     targets=targets,
     history=history,
     relabelling=found,
@@ -456,6 +484,7 @@ def update(
   batch_stats: str = "update",
   num_parts: int = 1,
   callback: Callable[[training.TrainState, dict[str, Any]], None] | None = None,
+  stop_fn: Callable[[types.Variables], bool] | None = None,
   state: training.TrainState | None = None,
   mesh: jax.sharding.Mesh | None = None,
   show_progress: bool = True,
@@ -482,6 +511,8 @@ def update(
     num_parts: Gradient accumulation; see `training.run_steps`.
     callback: Called after each pass with the state (to be copied or saved
       before it returns) and the pass's record.
+    stop_fn: Called with the variables after each pass; where it says so, that
+      was the last.
     state: A state of an earlier run with the same arguments, to go on from.
     mesh: Devices to work on; None for one.
     show_progress: Whether to show a progress bar.
@@ -586,6 +617,8 @@ def update(
       history.append(record)
       if callback is not None:
         callback(state, record)
+      if stop_fn is not None and stop_fn(state.variables):
+        break
   training.check_variables(state)
   return state, history
 

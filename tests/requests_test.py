@@ -1,6 +1,7 @@
 """Requests over metadata through the programs, on generated retinas."""
 
 import csv
+import dataclasses
 import json
 import re
 
@@ -243,6 +244,7 @@ def test_from_a_users_checkpoint_to_an_unlearned_one(
     "--unlearning.num_epochs=1",
     "--unlearning.num_steps=2",
     "--unlearning.batch_size=8",
+    "--unlearning.target=zero",
     "--num_devices=1",
     f"--export={export}",
   )
@@ -291,3 +293,42 @@ def test_another_request_of_the_same_original(run):
   )
   stored = read(other / "data.json")["preview"]
   assert stored["classes"]["glaucoma"]["forget"] == stored["num_forget"]
+
+
+def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
+  from experiments import jobs
+
+  def context(**options):
+    job = dataclasses.replace(
+      recipes.JOBS["phantom_patient"],
+      dataset="phantom_fundus@16",
+      width=0.02,
+      num_devices=1,
+      **options,
+    )
+    train, test = (data.load(job.dataset, x) for x in ("train", "test"))
+    model = models.create(
+      "all_cnn", num_classes=3, num_channels=3, width=0.02, mean=0.5, std=0.25
+    )
+    asked = requests.ask(job, train, test)
+    return jobs.Context(job, None, train, test, asked, model, None)
+
+  device = context(where="device = 'Visulux 200'", group=None)
+  variables = device.model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
+
+  def accuracy(part):
+    logits = device.model.apply(variables, part.images / np.float32(255))
+    return np.mean(np.argmax(logits, -1) == part.labels)
+
+  same_kind = device.asked.test_split.forget
+  expected = accuracy(same_kind)
+  assert jobs.target_accuracy(device, variables) == pytest.approx(expected)
+  # Of a patient there is no test image: others of the patient's disease.
+  patient = context()
+  assert not len(patient.asked.test_split.forget)
+  (label,) = set(patient.split.forget.labels)
+  of_class = patient.test.take(patient.test.labels == label)
+  expected = accuracy(of_class)
+  assert jobs.target_accuracy(patient, variables) == pytest.approx(expected)
+  classes = context(where=None, group=None, forget_classes=(1,))
+  assert jobs.target_accuracy(classes, variables) is None

@@ -365,3 +365,39 @@ def test_searching_slow_images_again_changes_nothing(trained, first_steps):
   num_slow = int((once.num_steps >= first_steps).sum())
   assert calls.count(first_steps) == num_batches
   assert calls.count(14) == -(-num_slow // 7)
+
+
+def forget_accuracy(trained, variables):
+  model, _, split = trained
+  images = training.to_float(jnp.asarray(split.forget.images))
+  predicted = np.argmax(model.apply(variables, images), -1)
+  return np.mean(predicted == split.forget.labels)
+
+
+def test_stops_at_the_target_accuracy(trained):
+  # A rate that needs several passes.
+  options = {"optimizer": training.sgd(0.02), "num_epochs": 40}
+  whole = unlearn(trained, **options)
+  assert forget_accuracy(trained, whole.variables) == 0
+  part = unlearn(trained, target_accuracy=0.5, **options)
+  assert 0 < len(part.history) < 40
+  assert forget_accuracy(trained, part.variables) <= 0.5
+  before = unlearn(trained, **{**options, "num_epochs": len(part.history) - 1})
+  assert forget_accuracy(trained, before.variables) > 0.5
+
+
+def test_nothing_changes_where_the_target_is_reached(trained):
+  _, variables, _ = trained
+  output = unlearn(trained, target_accuracy=1.0)
+  assert output.history == []
+  chex.assert_trees_all_equal(output.variables, variables)
+  assert len(output.targets) == len(output.relabelling.labels)
+  refreshed = unlearn(
+    trained, target_accuracy=1.0, refresh_labels=True, noise_scale=0.1
+  )
+  assert refreshed.history == []
+
+
+def test_bad_target_accuracy(trained):
+  with pytest.raises(ValueError, match=r"target_accuracy .* got 1.5"):
+    unlearn(trained, target_accuracy=1.5)
