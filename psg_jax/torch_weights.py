@@ -72,6 +72,7 @@ _WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 _PREFIX = "module."
 _COUNT = ".num_batches_tracked"
 _NUM_SHOWN = 3
+_MAX_LINE = 300
 _MAX_COUNT = np.iinfo(np.int32).max
 
 
@@ -769,6 +770,8 @@ def _read_pt(path: pathlib.Path) -> dict[str, np.ndarray]:
   # raise is open-ended; no such file may end in anything but one clear line.
   except Exception as error:
     line = " ".join(str(error).split()) or type(error).__name__
+    # Messages may quote whole names of a damaged archive.
+    line = line if len(line) <= _MAX_LINE else f"{line[: _MAX_LINE - 3]}..."
     raise ValueError(f"{refusal}: {line}") from None
 
 

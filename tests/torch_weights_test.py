@@ -723,13 +723,25 @@ def test_big_endian_storages(tmp_path):
   np.testing.assert_array_equal(state["a"], np.array([1.5, -2.0], np.float32))
 
 
+def small_archive(folder):
+  tensor = b"}X\x01\0\0\0a" + TENSOR + b"(" + STORAGE
+  tensor += b"K\x02tQK\x00K\x02\x85K\x01\x85tRs."
+  path = write_archive(folder / "a.pt", tensor, **{"0": bytes(8)})
+  return path.read_bytes()
+
+
+def test_names_that_a_damaged_file_quotes_are_cut(tmp_path):
+  damaged = bytearray(small_archive(tmp_path))
+  damaged[177] ^= 1
+  (tmp_path / "a.pt").write_bytes(damaged)
+  fails(lambda: load(tmp_path / "a.pt"), "path", "...")
+
+
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(st.data())
 def test_damaged_files_give_one_line(tmp_path_factory, data):
   folder = tmp_path_factory.mktemp("damaged")
-  tensor = b"}X\x01\0\0\0a" + TENSOR + b"(" + STORAGE
-  tensor += b"K\x02tQK\x00K\x02\x85K\x01\x85tRs."
-  whole = write_archive(folder / "a.pt", tensor, **{"0": bytes(8)}).read_bytes()
+  whole = small_archive(folder)
   place = data.draw(st.integers(0, len(whole) - 1))
   damaged = bytearray(whole)
   damaged[place] ^= data.draw(st.integers(1, 255))
