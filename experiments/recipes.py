@@ -225,7 +225,9 @@ JOBS: dict[str, Job] = {
     width=0.125,
     forget_classes=("diabetic_retinopathy",),
     training=_SMALL_MEDICAL,
-    unlearning=Unlearning(num_epochs=2, batch_size=32),
+    unlearning=Unlearning(
+      step_size=0.02, learning_rate=5e-3, num_epochs=3, batch_size=32
+    ),
   ),
   "fundus_camera": Job(
     recipe="fundus_camera",
