@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from experiments import recipes
+from experiments import recipes, sets
 
 _CRITERIA = ("forget_classes", "where", "ids", "request")
 _JobT = TypeVar("_JobT", bound=recipes.Job)
@@ -66,11 +66,15 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
   first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   for name in ("recipe", "run", "method"):
     first.add_argument(f"--{name}")
+  first.add_argument("--data", "--dataset")
   for name in _CRITERIA:
     first.add_argument(f"--{name}", nargs="*")
   given, _ = first.parse_known_args()
   extends = {field.name for field in dataclasses.fields(options)}
-  job = recipes.find(given.recipe or options().recipe)
+  recipe = given.recipe or options().recipe
+  if given.recipe is None and given.data and sets.is_path(given.data):
+    recipe = "own"
+  job = recipes.find(recipe)
   if given.run is not None and "run" in extends:
     job = read_job(pathlib.Path(given.run))
   if given.method is not None and "method" in extends:

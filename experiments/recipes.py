@@ -266,6 +266,18 @@ JOBS: dict[str, Job] = {
     training=_PHANTOM,
     unlearning=Unlearning(batch_size=16),
   ),
+  # Images of one's own, chosen where --data is a folder or zip: torchvision's
+  # network and standardisation, as most PyTorch checkpoints have them.
+  "own": Job(
+    recipe="own",
+    model="resnet50",
+    mean=_IMAGENET_MEAN,
+    std=_IMAGENET_STD,
+    dropout=0.5,
+    forget_classes=(),
+    training=_PAPER_MEDICAL,
+    unlearning=Unlearning(batch_size=16),
+  ),
   # The paper's own sizes, for a GPU: the weights are torchvision's, given with
   # --pretrained resnet50.safetensors.
   "mri_resnet50": Job(

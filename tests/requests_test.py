@@ -332,3 +332,18 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
   assert jobs.target_accuracy(patient, variables) == pytest.approx(expected)
   classes = context(where=None, group=None, forget_classes=(1,))
   assert jobs.target_accuracy(classes, variables) is None
+
+
+def test_images_of_ones_own_have_a_recipe_of_their_own(monkeypatch):
+  from experiments import cli
+
+  def job(*arguments):
+    monkeypatch.setattr("sys.argv", ["program", *arguments])
+    return cli.parse_job(recipes.Job, "test")
+
+  own = job("--data", "scans.zip", "--where", "a = 1")
+  assert (own.recipe, own.model, own.width) == ("own", "resnet50", 1.0)
+  assert own.mean == (0.485, 0.456, 0.406)
+  assert job("--data=./scans").recipe == "own"
+  assert job("--data", "./scans", "--recipe", "mri").width == 0.125
+  assert job("--dataset", "digits").recipe == "digits"
