@@ -336,5 +336,10 @@ def test_checkpoint_of_another_model(runs):
 def test_recipes_are_complete():
   for name, job in recipes.JOBS.items():
     assert job.recipe == name
+    if name == "own":
+      # What to forget of one's own images is for the user to say.
+      with pytest.raises(ValueError, match="must say what to forget"):
+        jobs.check(job)
+      job = dataclasses.replace(job, where="site = 'B'")
     jobs.check(job)
   assert recipes.UNLEARNING["released"].retain_weight == 0
