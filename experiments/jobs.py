@@ -348,7 +348,8 @@ def target_accuracy(
   chosen = context.job.unlearning.target
   asked = context.asked
   if chosen == "zero" or (
-    chosen == "auto" and requests.is_whole_classes(asked.request)
+    chosen == "auto"
+    and requests.is_class_request(requests.request_fields(asked.request))
   ):
     return None
 
@@ -423,13 +424,18 @@ def evaluate(
     for name, each in variables.items()
   }
   reference = logits.get("retrained")
+  values = {
+    (name, column): requests.values(part, column)
+    for name, part in parts.items()
+    for column in context.asked.columns
+  }
   records = read_json(context.run_dir / "history.json")
   result = {}
   for name in variables:
     compared = reference if name != "retrained" else None
     result[name] = {
       **metrics.evaluate(logits[name], labels, compared),
-      "by": _accuracy_by(context, logits[name]),
+      "by": _accuracy_by(logits[name], labels, values),
       "seconds": records[f"{name}_seconds"],
     }
   if "unlearned" in result:
@@ -798,22 +804,32 @@ def _save_twins(context: Context) -> None:
 
 
 def _accuracy_by(
-  context: Context, logits: dict[str, np.ndarray]
+  logits: dict[str, np.ndarray],
+  labels: dict[str, np.ndarray],
+  values: dict[tuple[str, str], np.ndarray],
 ) -> dict[str, Any]:
-  """Accuracies by the values of the columns asked for, train and test."""
+  """Accuracies by the values of the columns asked for, train and test.
+
+  Args:
+    logits: By part.
+    labels: By part.
+    values: By part and column.
+  """
+  columns = dict.fromkeys(column for _, column in values)
   result: dict[str, Any] = {}
   for side in ("train", "test"):
     names = (f"{side}_forget", f"{side}_retain")
-    parts = [context.parts[name] for name in names]
-    joined = np.concatenate([logits[name] for name in names])
-    labels = np.concatenate([part.labels for part in parts])
+    joined, truth = (
+      np.concatenate([arrays[name] for name in names])
+      for arrays in (logits, labels)
+    )
     result[side] = {
       column: metrics.accuracy_by(
         joined,
-        labels,
-        np.concatenate([requests.values(part, column) for part in parts]),
+        truth,
+        np.concatenate([values[name, column] for name in names]),
       )
-      for column in context.asked.columns
+      for column in columns
     }
   return result
 

@@ -22,7 +22,7 @@ import markupsafe
 import numpy as np
 import tyro
 
-from experiments import cli, figures, request_page
+from experiments import cli, figures, request_page, requests
 
 MODELS = figures.MODELS
 NOT_AVAILABLE = "not available"
@@ -449,7 +449,7 @@ def _distance(run: Run) -> str:
     f"The right answer on the forget images is the retrained model’s accuracy,"
     f" {percent(reference)}"
   )
-  if not request_page.is_class_request(run.data):
+  if not requests.is_class_request(run.data.get("request", {})):
     text += (
       ", and not zero: a model that never saw them still knows others of their"
       " kind"

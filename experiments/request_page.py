@@ -118,16 +118,6 @@ def by_column(metrics: Mapping[str, Any], show: Any) -> list[dict[str, Any]]:
   return tables
 
 
-def is_class_request(data: Mapping[str, Any]) -> bool:
-  """Whether whole classes are forgotten, so that the ideal accuracy is 0."""
-  request = data.get("request", {})
-  others = ("where", "num_ids", "group")
-  return bool(request.get("classes")) and not (
-    any(request.get(name) for name in others)
-    or request.get("fraction", 1.0) != 1.0
-  )
-
-
 def _accuracy(
   figures_of: Mapping[str, Any], side: str, column: str, value: str
 ) -> float | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,7 +95,7 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
   is_asked = forget.matching(test, request)
   columns = tuple(job.by) or group_columns(train)
   for column in columns:
-    values(train, column)
+    _check_column(train, column)
   found, num_moved = None, 0
   if job.twins != "ignore":
     found = twins.find(
@@ -115,18 +116,30 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
   )
 
 
-def is_whole_classes(request: forget.Request) -> bool:
-  """Whether nothing but whole classes is forgotten: then the aim is 0."""
-  others = (request.where, request.ids, request.group)
-  return bool(request.classes) and not any(others) and request.fraction == 1
+def is_class_request(fields: Mapping[str, Any]) -> bool:
+  """Whether whole classes are forgotten, so that the ideal accuracy is 0.
+
+  Args:
+    fields: Of `request_fields`, or those of a run's `data.json`.
+  """
+  others = ("where", "num_ids", "group")
+  return bool(fields.get("classes")) and not (
+    any(fields.get(name) for name in others)
+    or fields.get("fraction", 1.0) != 1.0
+  )
+
+
+def request_fields(request: forget.Request) -> dict[str, Any]:
+  """Returns a request for JSON, with the number of ids for the ids."""
+  fields = dataclasses.asdict(request)
+  ids = fields.pop("ids")
+  return {**fields, "num_ids": None if ids is None else len(ids)}
 
 
 def record(asked: Asked) -> dict[str, Any]:
   """Returns what a run folder keeps of the request, for JSON."""
-  request = dataclasses.asdict(asked.request)
-  ids = request.pop("ids")
   return {
-    "request": {**request, "num_ids": None if ids is None else len(ids)},
+    "request": request_fields(asked.request),
     "request_sha256": forget.request_hash(asked.request),
     "forget_ids_sha256": forget.ids_hash(np.asarray(asked.split.forget.ids)),
     "preview": asked.preview.as_dict(),
@@ -174,17 +187,21 @@ def values(dataset: types.Dataset, column: str) -> np.ndarray:
   Raises:
     ValueError: If there is no such column.
   """
-  names = [] if dataset.metadata is None else dataset.metadata.column_names
-  if column not in names:
-    raise ValueError(
-      f"by must be one of {', '.join(names) or 'no column'}, got {column!r}"
-    )
+  _check_column(dataset, column)
   return np.array(
     [
       _NO_VALUE if value is None or value == "" else str(value)
       for value in dataset.metadata.column(column).to_pylist()
     ]
   )
+
+
+def _check_column(dataset: types.Dataset, column: str) -> None:
+  names = [] if dataset.metadata is None else dataset.metadata.column_names
+  if column not in names:
+    raise ValueError(
+      f"by must be one of {', '.join(names) or 'no column'}, got {column!r}"
+    )
 
 
 def _read_ids(path: pathlib.Path) -> tuple[str, ...]:

@@ -317,14 +317,15 @@ def unlearn(
       batch_stats=batch_stats,
       num_parts=num_parts,
       callback=callback,
-      stop_fn=None if target_accuracy is None else is_reached,
+      # One pass a call is asked about below, where it also ends the search.
+      stop_fn=None if is_refreshed else is_reached,
       state=state,
       mesh=mesh,
       show_progress=show_progress,
     )
     records[0]["search_seconds"] = search_seconds
     history += records
-    is_done = is_reached(state.variables)
+    is_done = is_refreshed and is_reached(state.variables)
   if state is None:
     variables = jax.tree.map(jnp.copy, dict(variables))
   else:

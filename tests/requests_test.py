@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import demo, recipes, report, request_page, requests, unlearn
+from experiments import demo, recipes, report, requests, unlearn
 from psg_jax import data, forget, models, torch_weights
 from tests import programs_test
 
@@ -131,7 +131,7 @@ def test_report_shows_request_twins_and_groups(run):
 
 def test_class_requests_are_told_apart():
   base = {"where": None, "num_ids": None, "group": None, "fraction": 1.0}
-  assert request_page.is_class_request({"request": {**base, "classes": [0]}})
+  assert requests.is_class_request({**base, "classes": [0]})
   for other in (
     {"where": "a"},
     {"num_ids": 3},
@@ -140,7 +140,7 @@ def test_class_requests_are_told_apart():
     {"classes": None},
   ):
     request = {**base, "classes": [0], **other}
-    assert not request_page.is_class_request({"request": request})
+    assert not requests.is_class_request(request)
 
 
 def test_a_request_takes_the_place_of_the_recipes(monkeypatch, data_dir):
