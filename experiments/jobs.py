@@ -5,6 +5,7 @@
     runs/<name>/checkpoints/    original, retrained, unlearned
     runs/<name>/history.json    curves of the three
     runs/<name>/metrics.json    figures of the three
+    runs/<name>/flips.csv       retained images that are wrong now
     runs/<name>/*.npz           examples and features for the report
     runs/<name>/report.html
 
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import psg_jax
-from experiments import recipes, requests, sets
+from experiments import read_out, recipes, requests, sets
 from psg_jax import (
   augment,
   boundary,
@@ -448,6 +449,8 @@ def evaluate(
         context, None if reference is None else reference["train_forget"]
       ),
     }
+  if "original" in logits:
+    _read_out(context, logits, records, result)
   _save_features(context, variables)
   write_json(context.run_dir / "metrics.json", result)
   return result
@@ -888,20 +891,52 @@ def _relabelling_record(
   def count(classes: np.ndarray) -> list[int]:
     return np.bincount(classes, minlength=num_classes).tolist()
 
-  with np.load(context.run_dir / "relabelling.npz") as found:
-    labels, crossed = found["labels"], found["is_crossed"]
-    record = {
-      "crossed": float(crossed.mean()),
-      "median_distance": float(np.median(found["distance"])),
-      "label_counts": count(labels),
-      "agreement_with_retrained": None,
-      "retrained_prediction_counts": None,
-    }
+  found = _relabelling(context)
+  record = {
+    "crossed": float(found.is_crossed.mean()),
+    "median_distance": float(np.median(found.distance)),
+    "label_counts": count(found.labels),
+    "agreement_with_retrained": None,
+    "retrained_prediction_counts": None,
+  }
   if reference is not None:
     predicted = np.argmax(reference, -1)
-    record["agreement_with_retrained"] = float(np.mean(predicted == labels))
+    record["agreement_with_retrained"] = float(
+      np.mean(predicted == found.labels)
+    )
     record["retrained_prediction_counts"] = count(predicted)
   return record
+
+
+def _read_out(
+  context: Context,
+  logits: dict[str, dict[str, np.ndarray]],
+  records: dict[str, Any],
+  result: dict[str, Any],
+) -> None:
+  """Adds the clinical figures, the attacks and the diagnosis to `result`."""
+  found = read_out.figures(context.parts, logits, context.asked.columns)
+  for name, figures in found.items():
+    result[name] |= figures
+  if "unlearned" not in logits:
+    return
+  read_out.save_flips(context.run_dir, context.parts, logits)
+  retrained_logits = logits.get("retrained", {}).get("train_forget")
+  result["unlearned"] |= read_out.judge(
+    {name: each["accuracy"] for name, each in result.items()},
+    _relabelling(context),
+    retrained_logits,
+    history=records["unlearned"],
+    options=unlearn_options(context),
+    request=requests.request_fields(context.asked.request),
+    num_classes=context.train.num_classes,
+  )
+
+
+def _relabelling(context: Context) -> unlearning.Relabelling:
+  with np.load(context.run_dir / "relabelling.npz") as found:
+    names = ("labels", "logits", "is_crossed", "distance", "num_steps")
+    return unlearning.Relabelling(**{name: found[name] for name in names})
 
 
 def _save_features(

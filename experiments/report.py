@@ -22,7 +22,14 @@ import markupsafe
 import numpy as np
 import tyro
 
-from experiments import cli, figures, request_page, requests
+from experiments import (
+  cli,
+  figures,
+  read_out,
+  read_out_page,
+  request_page,
+  requests,
+)
 
 MODELS = figures.MODELS
 NOT_AVAILABLE = "not available"
@@ -54,6 +61,8 @@ class Run(NamedTuple):
       nothing was unlearned.
     features: Penultimate features by model, `labels` and `is_forget`.
     twins: Pictures of the first twins, or None.
+    flips: Rows of `flips.csv`, or None.
+    flip_images: Pictures of the first of them, or None.
   """
 
   config: Mapping[str, Any]
@@ -63,6 +72,8 @@ class Run(NamedTuple):
   examples: Mapping[str, np.ndarray] | None
   features: Mapping[str, np.ndarray]
   twins: Mapping[str, np.ndarray] | None = None
+  flips: Sequence[Mapping[str, str]] | None = None
+  flip_images: np.ndarray | None = None
 
 
 class Picture(NamedTuple):
@@ -129,6 +140,10 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
     twins=request_page.twins(run.data, run.twins),
     by_column=request_page.by_column(run.metrics, percent),
     distance=_distance(run),
+    read_out=read_out_page.read_out(run.metrics, _class_names(run), percent),
+    flips=read_out_page.flips(run.flips, run.flip_images, run.metrics),
+    judgement=read_out_page.judgement(run.metrics),
+    reasons=read_out_page.reasons(run.metrics),
     examples=_examples(run),
     relabelling=_relabelling(run),
     groups=_table(run),
@@ -192,6 +207,12 @@ def read(folder: pathlib.Path) -> Run:
     twins=(
       _read_arrays(folder / "twins.npz", "left", "right")
       if (folder / "twins.npz").is_file()
+      else None
+    ),
+    flips=read_out.read_flips(folder),
+    flip_images=(
+      _read_arrays(folder / "flips.npz", "images")["images"]
+      if (folder / "flips.npz").is_file()
       else None
     ),
   )
@@ -581,6 +602,15 @@ def _table(run: Run) -> list[dict[str, Any]]:
     ]
     for each in (row for group in compared for row in group["rows"]):
       each["cells"][_models(run).index("retrained")] = "reference"
+  attacks = read_out_page.attacks(run.metrics)
+  if attacks:
+    compared.append(
+      {
+        "name": "Membership attacks: forget images in training or not",
+        "ideal": "≈ ideal: as retrained, 0.5",
+        "rows": attacks,
+      }
+    )
   time = {"name": "Time", "ideal": "↓ short", "rows": _time_rows(run, row)}
   return [accuracy, *compared, time]
 

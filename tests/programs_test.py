@@ -92,6 +92,13 @@ def test_demo_writes_the_run_folder(runs):
   assert config["versions"]["jax"] == jax.__version__
   assert set(checkpoints.run_checkpoints(run)) == set(jobs.MODELS)
   assert (run / "report.html").stat().st_size > 50_000
+  flips = (run / "flips.csv").read_text().splitlines()[1:]
+  clinical = result["unlearned"]["clinical"]
+  assert len(flips) == sum(
+    clinical[f"harmed_{part}"]["num_harmed"]
+    for part in ("train_retain", "test_retain")
+  )
+  assert result["unlearned"]["diagnosis"]["findings"]
   assert not list(run.glob("*.partial"))
 
 

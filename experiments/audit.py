@@ -1,0 +1,1016 @@
+"""Audit an unlearning method with many small models: U-LiRA and KLOM.
+
+    python -m experiments.audit --recipe digits --num_models 32
+
+asks whether one who knows the audited images well can tell a model that
+unlearned them from one that was never trained on them.
+
+What is audited is one request: `num_targets` images, drawn at random from the
+training images that match the job's request (for the digits, of class 0), so
+that other images of their kind are retained. They are in half of the models.
+Each of these also has a random part of all other images, and unlearns the
+audited ones; the other half of the models has such a part alone. So the models
+never trained on an image are at the same time what exact unlearning would give,
+models retrained without all audited images: the negatives of the attack, the
+reference of KLOM and, in two halves against each other, the control. No further
+models are trained. Images are drawn one by one, also where a request is of
+groups; to audit whole groups, `num_targets` is the number of all their images.
+
+PSG ends, unless the audited images are all there is of their class, at the
+original's accuracy on unseen images of the kind, as `experiments.unlearn` does
+with requests other than whole classes; `--unlearning.target zero` makes all of
+its passes. `--resume` goes on where a run was stopped, and with another
+`--method` it audits that with the models that are there.
+
+    runs/<name>/config.json, request.json, data.json    as other programs
+    runs/<name>/options.json                options of the audit
+    runs/<name>/checkpoints/ensemble/       the models before unlearning
+    runs/<name>/unlearned/<method>/         figures and logits of each model
+    runs/<name>/audit.json, audit.npz, audit.html       of the last method
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import pathlib
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jinja2
+import markupsafe
+import numpy as np
+import tyro
+from matplotlib import axes as mpl_axes
+
+from experiments import (
+  cli,
+  compare_cells,
+  compare_figures,
+  compare_recipes,
+  figures,
+  jobs,
+  recipes,
+  report,
+  request_page,
+  requests,
+  sets,
+)
+from psg_jax import (
+  baselines,
+  checkpoints,
+  checks,
+  data,
+  inference,
+  metrics,
+  parallel,
+  progress,
+  types,
+  ulira,
+)
+
+SIDES = ("original", "unlearned", "control")
+STEPS = ("train", "unlearn", "predict", "attack")
+# Three models in each half of those never trained on the images.
+_MIN_MODELS = 12
+_MIN_SIDE = _MIN_MODELS // 4
+# With 32 models enough pairs for a false positive rate of 0.1 %.
+_NUM_TARGETS = 64
+_MAX_TEST = 1000
+_MIN_HISTOGRAM_MODELS = 100
+_NUM_RESAMPLES = 1000
+_INTERVAL = (5.0, 95.0)
+_PLAN_FIELDS = ("num_models", "num_targets", "retain_fraction")
+_TEMPLATE = "audit.html.jinja"
+_TITLES = {
+  "original": "Original",
+  "unlearned": "Unlearned",
+  "control": "Never trained",
+}
+# The reference's colour and line style go to the control.
+_ROLES = {
+  "original": "original",
+  "unlearned": "unlearned",
+  "control": "retrained",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(recipes.Job):
+  """Options of a job, and how its method is audited."""
+
+  # `cli.parse_job` takes a field `method` for a recipe of unlearning.
+  method_name: Annotated[str, tyro.conf.arg(name="method")] = "psg"
+  """Method to audit, of `psg_jax.baselines`."""
+  num_models: int = 32
+  """Models, half of them trained on the audited images; a multiple of 4."""
+  num_targets: int | None = None
+  """Audited images; by default half of those that match the request, at most
+  64."""
+  retain_fraction: float = 0.5
+  """Part of all other images that a model is trained on, drawn for each pair of
+  one with and one without the audited images."""
+  settings: Literal["default", "paper"] = "default"
+  """Hyper-parameters: for small runs, on one budget, or those of the papers."""
+  set: tuple[str, ...] = ()
+  """Arguments to change, as METHOD.ARGUMENT=VALUE."""
+  mode: Literal["map", "vmap", "sharded"] = "map"
+  """How models are trained together; see `psg_jax.ulira.train_ensemble`."""
+
+
+class Plan(NamedTuple):
+  """Who is trained on what: the first half of the models on the targets.
+
+  Attributes:
+    targets: int `[T]`, rows of the audited images in the training set.
+    others: int `[M, R]`, rows of the other images of each model; model
+      `M / 2 + m` has those of model `m`, so that the two kinds differ less by
+      chance.
+    test: int, rows of the test images that accuracies are computed of.
+  """
+
+  targets: np.ndarray
+  others: np.ndarray
+  test: np.ndarray
+
+  @property
+  def num_trained(self) -> int:
+    """Models trained on the targets, and as many that are not."""
+    return len(self.others) // 2
+
+  def membership(self, num_images: int) -> np.ndarray:
+    """Returns bool `[M, N]`, which model is trained on which image."""
+    is_member = np.zeros((len(self.others), num_images), bool)
+    np.put_along_axis(is_member, self.others, True, 1)
+    is_member[: self.num_trained, self.targets] = True
+    return is_member
+
+
+class Unlearned(NamedTuple):
+  """The models after unlearning.
+
+  Attributes:
+    logits: float32 `[D, T + test, K]` of the `D` models that did not diverge.
+    models: Their numbers.
+    seconds: Of unlearning, of each of them.
+    predict_seconds: Of the predictions, all together.
+    diverged: `model`, `step` and `reason` of the others.
+  """
+
+  logits: np.ndarray
+  models: list[int]
+  seconds: list[float]
+  predict_seconds: float
+  diverged: list[dict[str, Any]]
+
+
+class Figures(NamedTuple):
+  """What the attack and KLOM find, by side; what is not available is left out.
+
+  Attributes:
+    attacks: Of `original` and `unlearned` models, each against those never
+      trained, and of `control`, half of the latter against the other half.
+    intervals: 90 % intervals of the AUCs, by resampling models.
+    klom: `[T]`, of as many models a side each, so that sides are comparable.
+    klom_method: `"histogram"` or `"gaussian"`.
+  """
+
+  attacks: dict[str, ulira.AttackResult]
+  intervals: dict[str, tuple[float, float]]
+  klom: dict[str, np.ndarray]
+  klom_method: str
+
+
+def main() -> None:
+  """Trains, unlearns, attacks, and writes the page."""
+  print(run(cli.parse_job(Options, "Audit an unlearning method.")))
+
+
+def run(options: Options) -> pathlib.Path:
+  """Audits; see the program's options.
+
+  Args:
+    options: The options.
+
+  Returns:
+    The path of the page.
+
+  Raises:
+    ValueError: If an option is wrong; nothing is written then.
+    FloatingPointError: If the training of the models diverges.
+  """
+  options = dataclasses.replace(
+    options, name=options.name or f"{options.recipe}_audit"
+  )
+  overrides = check(options)
+  context = jobs.prepare(options)
+  print(jobs.announce(context))
+  stated = {name: getattr(options, name) for name in _PLAN_FIELDS}
+  jobs.write_json(context.run_dir / "options.json", stated)
+  plan = draw(options, context)
+  variables, history = _ensemble(context, options, plan)
+  start = time.perf_counter()
+  images = np.concatenate(
+    [context.train.images[plan.targets], context.test.images[plan.test]]
+  )
+  logits = ulira.predict_ensemble(context.model, variables, images)
+  predict_seconds = time.perf_counter() - start
+  resolved = _resolve(context, options, plan, overrides)
+  unlearned = _unlearn_all(context, options, resolved, plan, variables, images)
+  start = time.perf_counter()
+  labels = context.train.labels[plan.targets]
+  confidences = _confidences(logits, unlearned.logits, plan, labels)
+  found = evaluate(**confidences)
+  seconds = {
+    "train": sum(record["seconds"] for record in history),
+    "unlearn": sum(unlearned.seconds),
+    "predict": predict_seconds + unlearned.predict_seconds,
+    "attack": time.perf_counter() - start,
+  }
+  audit = {
+    "method": _method_record(options, resolved),
+    "scale": _scale(context, options, plan),
+    **as_dict(found),
+    "accuracy": _accuracy(context, plan, logits, unlearned.logits),
+    "diverged": unlearned.diverged,
+    "seconds": {**seconds, "total": sum(seconds.values())},
+    "unlearn_seconds": unlearned.seconds,
+  }
+  audit["statements"] = statements(audit)
+  _save_arrays(
+    context.run_dir / "audit.npz",
+    {
+      **confidences,
+      "ids": np.asarray(context.train.ids)[plan.targets],
+      "labels": labels,
+      "unlearned_models": np.array(unlearned.models, np.int64),
+      **_arrays(found),
+    },
+  )
+  jobs.write_json(context.run_dir / "audit.json", audit)
+  print("\n".join(audit["statements"]))
+  return build(context.run_dir, audit, found)
+
+
+def check(options: Options) -> dict[str, Any]:
+  """Raises ValueError for what is wrong before any work.
+
+  Returns:
+    The arguments to change.
+  """
+  jobs.check(options)
+  checks.one_of("method", options.method_name, baselines.METHODS)
+  checks.integer("num_models", options.num_models, at_least=_MIN_MODELS)
+  if options.num_models % 4:
+    raise ValueError(
+      "num_models must be a multiple of 4, for two halves of those never"
+      f" trained on the audited images, got {options.num_models}"
+    )
+  if options.num_targets is not None:
+    checks.integer("num_targets", options.num_targets, at_least=2)
+  fraction = options.retain_fraction
+  checks.number("retain_fraction", fraction, above=0, at_most=1)
+  checks.one_of("settings", options.settings, compare_recipes.SETTINGS)
+  checks.one_of("mode", options.mode, ulira.MODES)
+  for name in ("weights", "pretrained"):
+    if getattr(options, name) is not None:
+      raise ValueError(
+        f"{name} must be None, as an audit trains many models from the start,"
+        f" got {getattr(options, name)}"
+      )
+  if options.training.num_parts > 1:
+    raise ValueError(
+      "training.num_parts must be 1 for small models, got"
+      f" {options.training.num_parts}"
+    )
+  overrides = compare_recipes.parse(options.set)
+  for method in overrides:
+    if method != options.method_name:
+      raise ValueError(f"set must be of the method audited, got {method!r}")
+  folder = jobs.run_dir(options)
+  if folder.is_dir() and options.resume:
+    before = jobs.read_json(folder / "options.json")
+    if not before and (folder / "checkpoints").exists():
+      raise ValueError(
+        f"name must be that of an audit to resume, got {folder}: no"
+        " options.json"
+      )
+    for name, value in before.items():
+      if value != getattr(options, name):
+        raise ValueError(
+          f"{name} must be as in the audit that is resumed, {value}, got"
+          f" {getattr(options, name)}"
+        )
+  _check_pool(options)
+  return overrides.get(options.method_name, {})
+
+
+def _check_pool(options: Options) -> None:
+  """Counts what can be audited, before a run folder is made."""
+  train, test = sets.load(options)
+  if options.num_train is not None:
+    checks.integer("num_train", options.num_train, at_least=1)
+    train = data.subset(train, min(options.num_train, len(train)))
+  asked = requests.ask(
+    dataclasses.replace(options, twins="ignore"), train, test
+  )
+  _sizes(options, len(asked.split.forget), len(train))
+
+
+def _sizes(options: Options, num_pool: int, num_train: int) -> tuple[int, int]:
+  """Returns how many images are audited, and how many others a model has."""
+  num_targets = options.num_targets
+  if num_targets is None:
+    num_targets = min(_NUM_TARGETS, num_pool // 2)
+  if not 2 <= num_targets <= num_pool:
+    raise ValueError(
+      "num_targets must be at least 2 and at most the training images that"
+      f" match the request, {num_pool}, got {num_targets}"
+    )
+  num_others = round(options.retain_fraction * (num_train - num_targets))
+  if num_others < 2:
+    raise ValueError(
+      "num_targets and retain_fraction must leave each model 2 other images of"
+      f" {num_train}, got {num_targets} and {options.retain_fraction}"
+    )
+  return num_targets, num_others
+
+
+def draw(options: Options, context: jobs.Context) -> Plan:
+  """Draws the audited images, and the other images of each model.
+
+  All models have as many others, so that one compiled program serves all.
+
+  Args:
+    options: The options.
+    context: The job's.
+
+  Returns:
+    The plan; the same for the same seed.
+  """
+  rng = np.random.default_rng(options.seed)
+  ids = np.asarray(context.train.ids)
+  pool = np.flatnonzero(np.isin(ids, np.asarray(context.split.forget.ids)))
+  num_targets, num_others = _sizes(options, len(pool), len(ids))
+  targets = np.sort(rng.permutation(pool)[:num_targets])
+  others = np.setdiff1d(np.arange(len(ids)), targets)
+  chosen = [
+    np.sort(rng.permutation(others)[:num_others])
+    for _ in range(options.num_models // 2)
+  ]
+  test = np.sort(rng.permutation(len(context.test))[:_MAX_TEST])
+  return Plan(targets, np.stack(chosen + chosen), test)
+
+
+def _ensemble(
+  context: jobs.Context, options: Options, plan: Plan
+) -> tuple[types.Variables, list[dict[str, Any]]]:
+  """Trains the models, or finds them in the run."""
+  name = "ensemble"
+  found = checkpoints.run_checkpoints(context.run_dir)
+  if name in found:
+    variables: Any = checkpoints.restore(found[name])
+    return variables, checkpoints.metadata(found[name])["history"]
+  is_sharded = options.mode == "sharded"
+  variables, history = ulira.train_ensemble(
+    context.model,
+    context.train,
+    plan.membership(len(context.train)),
+    jax.random.fold_in(jax.random.key(options.seed), 0),
+    # What the comparison retrains with is what the job trains with.
+    **compare_recipes.resolve("retrain", context).arguments,
+    mode=options.mode,
+    mesh=parallel.create_mesh(options.num_devices) if is_sharded else None,
+  )
+  checkpoints.save_run(
+    context.run_dir, name, variables, metadata={"history": history}
+  )
+  return variables, history
+
+
+def _of_model(context: jobs.Context, plan: Plan, index: int) -> jobs.Context:
+  """Returns the job of one model: to forget the targets, to keep its others."""
+  split = types.Split(
+    context.train.take(plan.targets), context.train.take(plan.others[index])
+  )
+  here = context._replace(asked=context.asked._replace(split=split))
+  target = context.job.unlearning.target
+  if target == "auto":
+    is_class = compare_recipes.is_class_request(here)
+    target = "zero" if is_class else "unseen"
+  unlearning = dataclasses.replace(context.job.unlearning, target=target)
+  job = dataclasses.replace(context.job, unlearning=unlearning)
+  return here._replace(job=job)
+
+
+def _resolve(
+  context: jobs.Context,
+  options: Options,
+  plan: Plan,
+  overrides: Mapping[str, Any],
+) -> compare_recipes.Resolved:
+  """Returns the method's arguments, the same for all models.
+
+  They and the sizes are all that a compiled update depends on.
+  """
+  here = _of_model(context, plan, 0)
+  resolved = compare_recipes.resolve(
+    options.method_name,
+    here,
+    settings=options.settings,
+    overrides=overrides,
+  )
+  if _is_aimed(options, resolved):
+    resolved.record["target"] = here.job.unlearning.target
+  path = context.run_dir / "unlearned" / options.method_name / "arguments.json"
+  before = jobs.read_json(path)
+  now = json.loads(json.dumps(resolved.record))
+  if before and before != now:
+    name = next(x for x in {**before, **now} if before.get(x) != now.get(x))
+    raise ValueError(
+      f"{name} of {options.method_name} must be as in the models that have"
+      f" unlearned, {before.get(name)}, got {now.get(name)}: choose another"
+      f" name, or remove {path.parent}"
+    )
+  path.parent.mkdir(parents=True, exist_ok=True)
+  jobs.write_json(path, now)
+  return resolved
+
+
+def _is_aimed(options: Options, resolved: compare_recipes.Resolved) -> bool:
+  """Whether unlearning ends at an accuracy that depends on the model."""
+  return (
+    options.method_name == "psg"
+    and resolved.record.get("target_accuracy") is None
+  )
+
+
+def _unlearn_all(
+  context: jobs.Context,
+  options: Options,
+  resolved: compare_recipes.Resolved,
+  plan: Plan,
+  variables: types.Variables,
+  images: np.ndarray,
+) -> Unlearned:
+  """Unlearns from each model that was trained on the targets, if not done."""
+  folder = context.run_dir / "unlearned" / options.method_name
+  with progress.bar(
+    f"unlearning by {options.method_name}",
+    plan.num_trained,
+    unit="model",
+    is_shown=True,
+  ) as bar:
+    for index in range(plan.num_trained):
+      if not (folder / f"{index:04}.json").exists():
+        own = jax.tree.map(lambda x, i=index: x[i], variables)
+        here = _of_model(context, plan, index)
+        _unlearn(here, options, resolved, own, images, folder, index)
+      bar.advance(1)
+  records = [
+    jobs.read_json(folder / f"{index:04}.json")
+    for index in range(plan.num_trained)
+  ]
+  done = [record for record in records if record["reason"] is None]
+  shape = (0, len(images), context.train.num_classes)
+  logits = [
+    compare_cells.arrays(folder / f"{record['model']:04}.npz")["logits"]
+    for record in done
+  ]
+  return Unlearned(
+    logits=np.stack(logits) if logits else np.zeros(shape, np.float32),
+    models=[record["model"] for record in done],
+    seconds=[record["seconds"] for record in done],
+    predict_seconds=sum(record["predict_seconds"] for record in done),
+    diverged=[
+      {name: record[name] for name in ("model", "step", "reason")}
+      for record in records
+      if record["reason"] is not None
+    ],
+  )
+
+
+def _unlearn(
+  context: jobs.Context,
+  options: Options,
+  resolved: compare_recipes.Resolved,
+  variables: types.Variables,
+  images: np.ndarray,
+  folder: pathlib.Path,
+  index: int,
+) -> None:
+  """Unlearns from one model; its record is written last, when all is there."""
+  method = baselines.find(options.method_name)
+  key = jax.random.fold_in(jax.random.key(options.seed), 1)
+  record: dict[str, Any] = {"model": index, "step": None, "reason": None}
+  start = time.perf_counter()
+  try:
+    arguments = dict(resolved.arguments)
+    if _is_aimed(options, resolved):
+      arguments["target_accuracy"] = jobs.target_accuracy(context, variables)
+    output = method.fn(
+      context.model,
+      variables,
+      context.split,
+      jax.random.fold_in(key, index),
+      **arguments,
+      mesh=context.mesh,
+      show_progress=False,
+    )
+    jax.block_until_ready(output.variables)
+    record["seconds"] = time.perf_counter() - start
+    logits = inference.predict(context.model.apply, output.variables, images)
+    if not np.isfinite(logits).all():
+      raise FloatingPointError("the logits are not finite after the last step")
+    record["predict_seconds"] = time.perf_counter() - start - record["seconds"]
+    _save_arrays(folder / f"{index:04}.npz", {"logits": logits})
+  except FloatingPointError as error:
+    step = re.search(r"step (\d+)", str(error))
+    record["reason"] = f"diverged: {error}"
+    record["step"] = None if step is None else int(step.group(1))
+  except ValueError as error:
+    raise ValueError(f"{method.name}: {error}") from error
+  jobs.write_json(folder / f"{index:04}.json", record)
+
+
+def _save_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
+  partial = path.with_suffix(".partial.npz")
+  np.savez(partial, **arrays)
+  os.replace(partial, path)
+
+
+def _confidences(
+  logits: np.ndarray, unlearned: np.ndarray, plan: Plan, labels: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Returns confidences in the audited images, the arguments of `evaluate`."""
+  parts = {
+    "original": logits[: plan.num_trained],
+    "unlearned": unlearned,
+    "never_trained": logits[plan.num_trained :],
+  }
+  return {
+    name: ulira.logit_confidence(part[:, : len(labels)], labels)
+    for name, part in parts.items()
+  }
+
+
+def evaluate(
+  original: np.ndarray, unlearned: np.ndarray, never_trained: np.ndarray
+) -> Figures:
+  """Attacks the models before and after unlearning, and a control.
+
+  Args:
+    original: float `[M / 2, T]`, confidences (`ulira.logit_confidence`) in the
+      audited images, of models trained on them.
+    unlearned: float `[D, T]`, of those of them that unlearned; with fewer than
+      6, what needs more is left out.
+    never_trained: float `[M / 2, T]`, of models never trained on the images.
+
+  Returns:
+    The figures.
+  """
+  first, second = never_trained[::2], never_trained[1::2]
+  pairs = {
+    "original": (original, never_trained),
+    "unlearned": (unlearned, never_trained),
+    "control": (first, second),
+  }
+  attacks = {
+    side: ulira.attack(*pair)
+    for side, pair in pairs.items()
+    if len(pair[0]) >= _MIN_SIDE
+  }
+  is_large = len(first) >= _MIN_HISTOGRAM_MODELS
+  klom_method = "histogram" if is_large else "gaussian"
+
+  def klom(halves: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    each = [ulira.klom(*pair, method=klom_method) for pair in halves]
+    result: np.ndarray = np.mean(each, 0)
+    return result
+
+  # With few models KLOM is far above 0, so that all sides have as many models
+  # as the control: halves.
+  divergences = {
+    side: klom([(p, q) for p in (x[::2], x[1::2]) for q in (first, second)])
+    for side, x in (("original", original), ("unlearned", unlearned))
+    if len(x) >= 2 * _MIN_SIDE
+  }
+  divergences["control"] = klom([(first, second), (second, first)])
+  return Figures(
+    attacks=attacks,
+    intervals={side: auc_interval(each) for side, each in attacks.items()},
+    klom=divergences,
+    klom_method=klom_method,
+  )
+
+
+def auc_interval(result: ulira.AttackResult) -> tuple[float, float]:
+  """Returns the 90 % interval of an AUC over models, by the bootstrap.
+
+  The images are those audited and stay; models of each kind are drawn with
+  replacement, as all images of a model move together, and in pairs of the
+  plan where none is missing.
+
+  Args:
+    result: Of an attack whose models have all images.
+  """
+  positives, negatives = result.positive_scores, result.negative_scores
+  aucs = np.empty((len(positives), len(negatives)))
+  for column, scores in enumerate(negatives):
+    ordered = np.sort(scores)
+    below = np.searchsorted(ordered, positives, "left")
+    upto = np.searchsorted(ordered, positives, "right")
+    aucs[:, column] = (below + upto).mean(1) / (2 * len(ordered))
+  rng = np.random.default_rng(0)
+  rows, columns = (
+    rng.integers(n, size=(_NUM_RESAMPLES, n)) for n in aucs.shape
+  )
+  if len(positives) == len(negatives):
+    columns = rows
+  means = aucs[rows[:, :, None], columns[:, None, :]].mean((1, 2))
+  low, high = np.percentile(means, _INTERVAL)
+  return float(low), float(high)
+
+
+def as_dict(found: Figures) -> dict[str, Any]:
+  """Returns the figures for JSON; None where one is not available."""
+  attacks: dict[str, Any] = dict.fromkeys(SIDES)
+  divergences: dict[str, Any] = dict.fromkeys(SIDES)
+  for side, each in found.attacks.items():
+    interval = list(found.intervals[side])
+    attacks[side] = {**each.as_dict(), "auc_interval": interval}
+  for side, values in found.klom.items():
+    divergences[side] = {
+      "median": float(np.median(values)),
+      "percentile_95": float(np.percentile(values, 95)),
+    }
+  return {
+    "attack": attacks,
+    "klom": {"method": found.klom_method, **divergences},
+  }
+
+
+def _arrays(found: Figures) -> dict[str, np.ndarray]:
+  names = ("fpr", "tpr", "positive_scores", "negative_scores")
+  return {
+    **{
+      f"{side}_{name}": getattr(each, name)
+      for side, each in found.attacks.items()
+      for name in names
+    },
+    **{f"{side}_klom": values for side, values in found.klom.items()},
+  }
+
+
+def _accuracy(
+  context: jobs.Context, plan: Plan, logits: np.ndarray, unlearned: np.ndarray
+) -> dict[str, dict[str, float | None]]:
+  """Mean accuracies over models, on the audited and on test images."""
+  num_targets = len(plan.targets)
+  labels = {
+    "audited": context.train.labels[plan.targets],
+    "test": context.test.labels[plan.test],
+  }
+  sides = (logits[: plan.num_trained], unlearned, logits[plan.num_trained :])
+
+  def mean(values: np.ndarray, truth: np.ndarray) -> float | None:
+    each = [metrics.accuracy(model, truth) for model in values]
+    known = [x for x in each if x is not None]
+    return float(np.mean(known)) if known else None
+
+  return {
+    side: {
+      "audited": mean(values[:, :num_targets], labels["audited"]),
+      "test": mean(values[:, num_targets:], labels["test"]),
+    }
+    for side, values in zip(SIDES, sides, strict=True)
+  }
+
+
+def _method_record(
+  options: Options, resolved: compare_recipes.Resolved
+) -> dict[str, Any]:
+  method = baselines.find(options.method_name)
+  return {
+    "name": method.name,
+    "title": method.title,
+    "paper": method.paper,
+    "settings": resolved.settings,
+    "arguments": resolved.record,
+    "note": resolved.note,
+  }
+
+
+def _scale(
+  context: jobs.Context, options: Options, plan: Plan
+) -> dict[str, Any]:
+  """How much was trained: models, images and epochs."""
+  num_models, num_others = plan.others.shape
+  num_targets, num_epochs = len(plan.targets), options.training.num_epochs
+  images = num_models * num_others + plan.num_trained * num_targets
+  return {
+    "models": num_models,
+    "audited_images": num_targets,
+    "pool": len(context.split.forget),
+    "other_images": num_others,
+    "epochs": num_epochs,
+    "image_passes": images * num_epochs,
+  }
+
+
+def statements(audit: Mapping[str, Any]) -> list[str]:
+  """Says in plain words what the attack finds, and at what price.
+
+  Args:
+    audit: The content of `audit.json`.
+
+  Returns:
+    Sentences: the finding, the control, the scale.
+  """
+  attacks, scale = audit["attack"], audit["scale"]
+  total = report.seconds(audit["seconds"]["total"])
+  num_images = round(scale["image_passes"] / scale["models"] / scale["epochs"])
+  price = (
+    f"{scale['models']} models × {num_images:,} images × {scale['epochs']}"
+    f" epochs, {scale['audited_images']} of the images audited, in {total}."
+  )
+  title = audit["method"]["title"]
+  before, after, control = (attacks[side] for side in SIDES)
+  if after is None:
+    num = len(audit["diverged"])
+    return [
+      f"{title} diverged in {num} of {scale['models'] // 2} models: too few are"
+      " left to attack.",
+      price,
+    ]
+  is_found, was_found = (x["auc_interval"][0] > 0.5 for x in (after, before))
+  if not is_found:
+    finding = (
+      f"After {title} the attack cannot tell models that unlearned an image"
+      " from models never trained on it"
+    )
+    if not was_found:
+      finding += ", but nor can it before: these models remember too little"
+  elif after["auc"] >= before["auc"]:
+    finding = (
+      f"After {title} the attack tells models that unlearned an image from"
+      " models never trained on it, as surely as before or more"
+    )
+  else:
+    finding = (
+      f"After {title} the attack still tells models that unlearned an image"
+      " from models never trained on it, less surely than before"
+    )
+  return [
+    f"{finding}: AUC {_auc(after)}, without unlearning {_auc(before)};"
+    " guessing is 0.5.",
+    f"The control, models never trained on the images against each other, has"
+    f" {_auc(control)}. Intervals are of 90% over models.",
+    price,
+  ]
+
+
+def _auc(attack: Mapping[str, Any]) -> str:
+  low, high = attack["auc_interval"]
+  return f"{attack['auc']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def build(
+  folder: pathlib.Path, audit: Mapping[str, Any], found: Figures
+) -> pathlib.Path:
+  """Writes `audit.html` into a run folder, as a whole or not at all.
+
+  Args:
+    folder: The run folder.
+    audit: The content of its `audit.json`.
+    found: The figures.
+
+  Returns:
+    The path of the page.
+  """
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  config = jobs.read_json(folder / "config.json")
+  panels = _panels(audit, found)
+  page = environment.get_template(_TEMPLATE).render(
+    title=f"{audit['method']['title']} audited on {config['job']['dataset']}",
+    audit=audit,
+    facts=_facts(audit, config),
+    asked=request_page.asked(jobs.read_json(folder / "data.json")),
+    sides=[(_ROLES[side], _TITLES[side]) for side in SIDES],
+    rows=table(audit),
+    pictures={
+      # Made by figures.py, which escapes the names in it.
+      name: [
+        markupsafe.Markup(figures.render_svg(panel, f"{name}{i}"))
+        for i, panel in enumerate(drawn)
+      ]
+      for name, drawn in panels.items()
+    },
+    config=config,
+  )
+  path = folder / "audit.html"
+  partial = path.with_suffix(".partial")
+  partial.write_text(page, encoding="utf-8")
+  os.replace(partial, path)
+  return path
+
+
+def table(audit: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """Returns rows of a measure, its direction and ideal, and a cell a side.
+
+  Args:
+    audit: The content of `audit.json`.
+  """
+  attacks, klom, accuracy = audit["attack"], audit["klom"], audit["accuracy"]
+
+  def cells(values: Mapping[str, Any], *names: str) -> list[str]:
+    found = []
+    for side in SIDES:
+      value = values[side]
+      for name in names:
+        value = None if value is None else value[name]
+      found.append(report.NOT_AVAILABLE if value is None else f"{value:.3f}")
+    return found
+
+  aucs = [
+    report.NOT_AVAILABLE if attacks[side] is None else _auc(attacks[side])
+    for side in SIDES
+  ]
+  never = accuracy["control"]["audited"]
+  rows = [
+    ("AUC of the attack", "↓ 0.5", aucs),
+    ("Balanced accuracy", "↓ 0.5", cells(attacks, "accuracy")),
+    (
+      "True positives at 1% false ones",
+      "↓ 0.01",
+      cells(attacks, "tpr_at_1_percent"),
+    ),
+    (
+      "True positives at 0.1% false ones",
+      "↓ 0.001",
+      cells(attacks, "tpr_at_01_percent"),
+    ),
+    (
+      "KLOM, median image, nats",
+      f"↓ {klom['control']['median']:.3f}",
+      cells(klom, "median"),
+    ),
+    (
+      "KLOM, 95th percentile, nats",
+      f"↓ {klom['control']['percentile_95']:.3f}",
+      cells(klom, "percentile_95"),
+    ),
+    (
+      "Accuracy on audited images",
+      f"≈ {never:.3f}",
+      cells(accuracy, "audited"),
+    ),
+    ("Accuracy on test images", "↑ 1", cells(accuracy, "test")),
+  ]
+  return [
+    {"title": title, "ideal": ideal, "cells": texts}
+    for title, ideal, texts in rows
+  ]
+
+
+def _facts(
+  audit: Mapping[str, Any], config: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+  scale, written = audit["scale"], config["created"]
+  half = scale["models"] // 2
+  moment = datetime.datetime.fromisoformat(written)
+  return [
+    ("Method", f"{audit['method']['title']}, {audit['method']['paper']}"),
+    ("Recipe", config["job"]["recipe"]),
+    ("Models", f"{half} with the audited images, {half} without"),
+    (
+      "Audited images",
+      f"{scale['audited_images']} of {scale['pool']} that match",
+    ),
+    ("Other images a model", f"{scale['other_images']:,}"),
+    ("Epochs", str(scale["epochs"])),
+    ("Hyper-parameters", audit["method"]["settings"]),
+    ("Written", moment.strftime("%Y-%m-%d %H:%M %Z").strip()),
+  ]
+
+
+def _panels(
+  audit: Mapping[str, Any], found: Figures
+) -> dict[str, list[figures.Panel]]:
+  seconds = {name: audit["seconds"][name] for name in STEPS}
+  titles = {name: name.capitalize() for name in STEPS}
+  return {
+    "roc": [_roc_panel(found)],
+    "scores": [
+      _score_panel(side, found.attacks[side])
+      for side in SIDES[:2]
+      if side in found.attacks
+    ],
+    "klom": [_klom_panel(found)],
+    "time": [
+      compare_figures.time_panel(
+        seconds,
+        {name: report.seconds(value) for name, value in seconds.items()},
+        titles,
+        {"unlearn": "unlearned"},
+        is_compiled=False,
+      )
+    ],
+  }
+
+
+def _roc_panel(found: Figures) -> figures.Panel:
+  """The panel of the comparison, with words for this attack."""
+  curves: dict[str, Any] = {
+    _ROLES[side]: (each.fpr, each.tpr) for side, each in found.attacks.items()
+  }
+  names = {_ROLES[side]: title for side, title in _TITLES.items()}
+  most = max(each.num_negatives for each in found.attacks.values())
+  panel = compare_figures.roc_panel(
+    curves, names, {role: role for role in curves}, most
+  )
+
+  def draw(axes: mpl_axes.Axes) -> None:
+    panel.draw(axes)
+    axes.set_title("U-LiRA")
+    axes.set_xlabel("never trained, but called unlearned")
+    axes.set_ylabel("unlearned, and called so")
+
+  alt = "ROC curves of U-LiRA, AUC " + ", ".join(
+    f"{_TITLES[side]} {each.auc:.3f}" for side, each in found.attacks.items()
+  )
+  return panel._replace(draw=draw, alt=alt)
+
+
+def _score_panel(side: str, result: ulira.AttackResult) -> figures.Panel:
+  """Shows the likelihood ratios of both kinds of model."""
+  name = "unlearned" if side == "unlearned" else "trained"
+  kinds = {
+    f"{name} on the image" if name == "trained" else "unlearned the image": (
+      result.positive_scores,
+      figures.COLORS[_ROLES[side]],
+    ),
+    "never trained on it": (
+      result.negative_scores,
+      figures.COLORS["retrained"],
+    ),
+  }
+  return _histogram(
+    f"Likelihood ratios, {_TITLES[side].lower()} models",
+    "log likelihood ratio, nats",
+    kinds,
+    "share of pairs, %",
+  )
+
+
+def _klom_panel(found: Figures) -> figures.Panel:
+  kinds = {
+    _TITLES[side]: (values, figures.COLORS[_ROLES[side]])
+    for side, values in found.klom.items()
+  }
+  return _histogram("KLOM", "KL divergence, nats", kinds, "share of images, %")
+
+
+def _histogram(
+  title: str,
+  x_label: str,
+  kinds: Mapping[str, tuple[np.ndarray, str]],
+  y_label: str,
+) -> figures.Panel:
+  """Shows distributions over each other; the outermost are at the ends."""
+  flat = {name: values.ravel() for name, (values, _) in kinds.items()}
+  low, high = np.percentile(np.concatenate(list(flat.values())), (1, 99))
+  bins = np.linspace(low, max(high, low + 1e-6), 31)
+
+  def draw(axes: mpl_axes.Axes) -> None:
+    for name, (_, color) in kinds.items():
+      axes.hist(
+        np.clip(flat[name], bins[0], bins[-1]),
+        bins=bins.tolist(),
+        weights=np.full(len(flat[name]), 100 / len(flat[name])),
+        histtype="stepfilled",
+        color=color,
+        edgecolor=color,
+        alpha=0.5,
+        label=name,
+      )
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_title(title)
+    axes.legend(loc="upper right", fontsize=8.5)
+
+  medians = ", ".join(f"{k} {np.median(v):.3g}" for k, v in flat.items())
+  return figures.Panel(draw, f"{title}; medians: {medians}", 4.6, 3.4)
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,204 @@
+"""What is asked of a revised clinical model beside its accuracy.
+
+Sensitivity, specificity, AUROC and calibration on the retained test images, the
+worst subgroup of each metadata column, images missed before and after, the
+retained images whose right answer turned wrong (`flips.csv`, all of them, and
+pictures of a few), membership attacks, a diagnosis, and what can be claimed.
+"""
+
+import csv
+import io
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import scipy.special
+
+from experiments import requests
+from psg_jax import diagnosis, metrics, types, unlearning, verification
+
+FIGURES = (
+  "sensitivity",
+  "specificity",
+  "auroc",
+  "calibration_error",
+  "false_negatives",
+  "harmed_train_retain",
+  "harmed_test_retain",
+)
+ATTACKS = (
+  "mia_loss_auc",
+  "mia_confidence_auc",
+  "mia_entropy_auc",
+  "mia_modified_entropy_auc",
+  "mia_correctness_auc",
+  "mia_logistic",
+  "mia_svc",
+)
+_NUM_PICTURES = 12
+_KEPT = ("value", "reason", "per_class", "num_right", "num_harmed")
+_CSV_FIELDS = (
+  *("part", "id", "label", "original_prediction", "unlearned_prediction"),
+  "unlearned_probability",
+)
+
+Logits = Mapping[str, np.ndarray]
+Parts = Mapping[str, types.Dataset]
+
+
+def figures(
+  parts: Parts, logits: Mapping[str, Logits], columns: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+  """Computes the figures of each model.
+
+  Args:
+    parts: The four parts of the data.
+    logits: By model, of `original`, `retrained` and `unlearned`, and part.
+    columns: Metadata columns whose worst subgroup is looked for.
+
+  Returns:
+    By model: `clinical`, of `FIGURES` and `worst_subgroup`, which is by column,
+    on retained test images; and `membership`, of `ATTACKS`. Each has a `value`,
+    or None and the `reason`.
+  """
+  labels = {name: part.labels for name, part in parts.items()}
+  original = metrics.Outputs(logits["original"])
+  found = {}
+  for model, own in logits.items():
+    inputs = metrics.Inputs(
+      labels=labels, model=metrics.Outputs(own), original=original
+    )
+    # The original has nothing to be compared with.
+    names = [x for x in FIGURES if model != "original" or not _is_change(x)]
+    clinical: dict[str, Any] = _kept(metrics.compute(names, inputs))
+    clinical["worst_subgroup"] = {
+      column: metrics.compute(
+        ["worst_subgroup"],
+        inputs._replace(groups={"test_retain": values}),
+      )["worst_subgroup"]
+      for column in columns
+      for values in [requests.values(parts["test_retain"], column)]
+    }
+    found[model] = {
+      "clinical": clinical,
+      "membership": _kept(metrics.compute(ATTACKS, inputs)),
+    }
+  return found
+
+
+def judge(
+  accuracies: Mapping[str, Mapping[str, float | None]],
+  relabelling: unlearning.Relabelling,
+  retrained_logits: np.ndarray | None,
+  *,
+  history: Sequence[Mapping[str, Any]],
+  options: Mapping[str, Any],
+  request: Mapping[str, Any],
+  num_classes: int,
+) -> dict[str, Any]:
+  """Says what went wrong, if anything, and what the models allow to claim.
+
+  Args:
+    accuracies: By model and part.
+    relabelling: What the search found.
+    retrained_logits: float `[N, K]`, the retrained model's on the forget set.
+    history: One record a pass.
+    options: Of `unlearning.unlearn`.
+    request: The request as a dictionary.
+    num_classes: `K`.
+
+  Returns:
+    `diagnosis` and `claims`, for JSON.
+  """
+  retrained = accuracies.get("retrained")
+  is_class = requests.is_class_request(request)
+  splits = metrics.SPLITS
+  return {
+    "diagnosis": diagnosis.diagnose(
+      {x: accuracies["original"][x] for x in splits},
+      {x: accuracies["unlearned"][x] for x in splits},
+      retrained=None
+      if retrained is None
+      else {x: retrained[x] for x in splits},
+      relabelling=diagnosis.summarise_relabelling(
+        relabelling, retrained_logits
+      ),
+      history=history,
+      options=options,
+      scope="class" if is_class else "samples",
+      num_classes=num_classes,
+    ).as_dict(),
+    "claims": verification.claims(int(retrained is not None)).as_dict(),
+  }
+
+
+def save_flips(
+  folder: pathlib.Path, parts: Parts, logits: Mapping[str, Logits]
+) -> None:
+  """Lists the retained images whose right answer turned wrong.
+
+  Writes `flips.csv`, test images first and in each part the surest wrong
+  answers first, and `flips.npz`, pictures of the first of them.
+
+  Args:
+    folder: The run folder.
+    parts: The four parts of the data.
+    logits: Of `original` and `unlearned`, by part.
+  """
+  rows = []
+  pictures: list[np.ndarray] = []
+  for name in ("test_retain", "train_retain"):
+    part = parts[name]
+    if not len(part):
+      continue
+    own = logits["unlearned"][name]
+    flips = metrics.flips(own, logits["original"][name], part.labels)
+    probabilities = scipy.special.softmax(own[flips.harmed_rows], -1)
+    sureness = probabilities.max(-1)
+    classes = part.class_names
+    for i in np.argsort(-sureness, kind="stable"):
+      row = int(flips.harmed_rows[i])
+      shown = (part.labels[row], flips.harmed_before[i], flips.harmed_after[i])
+      rows.append(
+        (
+          *(name, str(np.asarray(part.ids)[row])),
+          *(classes[int(label)] for label in shown),
+          round(float(sureness[i]), 4),
+        )
+      )
+      if len(pictures) < _NUM_PICTURES:
+        pictures.append(np.asarray(part.images[[row]])[0])
+  buffer = io.StringIO()
+  writer = csv.writer(buffer, lineterminator="\n")
+  writer.writerows([_CSV_FIELDS, *rows])
+  partial = folder / "flips.partial"
+  partial.write_text(buffer.getvalue(), encoding="utf-8")
+  os.replace(partial, folder / "flips.csv")
+  shape = parts["train_retain"].images.shape[1:]
+  np.savez(
+    folder / "flips.npz",
+    images=np.stack(pictures) if pictures else np.zeros((0, *shape), np.uint8),
+  )
+
+
+def read_flips(folder: pathlib.Path) -> list[dict[str, str]] | None:
+  """Reads the rows of `flips.csv`; None where a run has none."""
+  path = folder / "flips.csv"
+  if not path.is_file():
+    return None
+  with path.open(encoding="utf-8", newline="") as file:
+    return list(csv.DictReader(file))
+
+
+def _is_change(name: str) -> bool:
+  return name.startswith(("harmed_", "false_negatives"))
+
+
+def _kept(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  """Leaves out curves and lists of rows."""
+  return {
+    name: {key: figure[key] for key in _KEPT if key in figure}
+    for name, figure in found.items()
+  }
