@@ -3,9 +3,10 @@
     python -m experiments.compare --recipe digits --seeds 3
 
 trains an original and a retrained model for each seed, unlearns with every
-method, and writes `results.csv`, `results.json` and one page, `compare.html`,
-into `runs/digits_compare`. What is finished is kept: after an interruption,
-or to add methods, seeds or metrics, the same command with `--resume` goes on.
+method, and writes `results.csv`, `results.json`, `results.md` and one page,
+`compare.html`, into `runs/digits_compare`. What is finished is kept: after an
+interruption, or to add methods, seeds or metrics, the same command with
+`--resume` goes on.
 `--methods psg scrub salun` chooses methods, and
 `--set scrub.num_epochs=3 salun.learning_rate=0.05` their arguments.
 
@@ -15,8 +16,8 @@ or to add methods, seeds or metrics, the same command with `--resume` goes on.
     runs/<name>/cells/<method>-<seed>-<unlearning seed>/
                                             result.json, logits.npz
 
-All 20 methods on the digits take about ten minutes on two cores, most of it
-the compiling of 20 training programs.
+All 21 methods on the digits take about ten minutes on two cores, most of it
+the compiling of 21 training programs.
 """
 
 import csv
@@ -56,14 +57,23 @@ DEFAULT_METRICS = (
     for split in compare_summary.SPLITS
   ),
   "mia_loss_auc",
-  "mia_confidence",
-  "mia_entropy",
-  "mia_modified_entropy",
+  "mia_loss_tpr_at_0.01_fpr",
+  "mia_confidence_auc",
+  "mia_entropy_auc",
+  "mia_modified_entropy_auc",
+  "mia_logistic",
   "tug_of_war",
   "js_divergence_test_forget",
   "js_divergence_test_retain",
   "activation_distance_test_forget",
   "activation_distance_test_retain",
+  "sensitivity",
+  "specificity",
+  "auroc",
+  "calibration_error",
+  "worst_subgroup",
+  "false_negatives",
+  "harmed_test_retain",
   "run_time_efficiency",
 )
 REFERENCES = ("original", "retrained")
@@ -134,6 +144,7 @@ def run(options: Options) -> pathlib.Path:
   folder = context.run_dir
   jobs.write_json(folder / "results.json", results)
   _write_text(folder / "results.csv", to_csv(results))
+  _write_text(folder / "results.md", compare_page.markdown(results))
   print(compare_page.text_table(results))
   chosen = compare_page.shown_models(results)
   return compare_page.build(
@@ -378,6 +389,10 @@ def _collect(
       compare_summary.nearest(summary, "kl_divergence", is_share=False),
       compare_summary.nearest(summary, "agreement", is_share=True),
     ],
+    "standing": {
+      method: compare_summary.standing(summary, method, info)
+      for method in options.methods
+    },
     "verification": {
       method: _verify(context, method, cells, references)
       for method in options.methods

@@ -83,7 +83,7 @@ def reference(context: jobs.Context, *, needs_variables: bool) -> Reference:
     if name not in finished or needs_variables or not path.is_file():
       variables[name] = step(context)
     if not path.is_file():
-      _save_arrays(path, _predict(context, variables[name]))
+      _save_arrays(path, _predict(context, variables[name])[0])
     logits[name] = arrays(path)
   records = jobs.read_json(context.run_dir / "history.json")
   seconds = {name: records[f"{name}_seconds"] for name in steps}
@@ -102,13 +102,11 @@ def extra(
 ) -> dict[str, metrics.Outputs]:
   """What metrics need of the references: logits, and what costs more."""
   found = {
-    name: _outputs(
-      context,
+    name: metrics.Outputs(
       logits,
-      reference.variables[name],
-      reference.seconds[name],
-      names,
-      name,
+      _features(context, reference.variables[name], names, name),
+      params=reference.variables[name]["params"],
+      seconds=reference.seconds[name],
     )
     for name, logits in reference.logits.items()
   }
@@ -117,7 +115,9 @@ def extra(
       jax.random.key(context.job.seed),
       jnp.zeros((1, *context.train.images.shape[1:])),
     )
-    found["random"] = metrics.Outputs(_predict(context, fresh))
+    found["random"] = metrics.Outputs(
+      _predict(context, fresh, _splits(names, "random.logits."))[0]
+    )
   return found
 
 
@@ -125,29 +125,28 @@ def _needs(names: Sequence[str]) -> list[str]:
   return [need for name in names for need in metrics.find(name).needs]
 
 
-def _outputs(
+def _splits(names: Sequence[str], prefix: str) -> tuple[str, ...]:
+  """Returns the parts that metrics need something of."""
+  needs = _needs(names)
+  return tuple(split for split in metrics.SPLITS if prefix + split in needs)
+
+
+def _features(
   context: jobs.Context,
-  logits: Mapping[str, np.ndarray],
   variables: types.Variables,
-  seconds: float,
   names: Sequence[str],
   role: str,
-) -> metrics.Outputs:
-  """A model's outputs, with features of the parts that are asked for."""
-  prefix = f"{role}.features."
-  splits = {n.removeprefix(prefix) for n in _needs(names) if prefix in n}
-  features = {
+) -> dict[str, np.ndarray] | None:
+  """Features of the parts that are asked for, of a model with known logits."""
+  return {
     split: inference.predict(
       context.model.features,
       variables,
       context.parts[split].images,
       mesh=context.mesh,
     )
-    for split in sorted(splits)
-  }
-  return metrics.Outputs(
-    logits, features or None, params=variables["params"], seconds=seconds
-  )
+    for split in _splits(names, f"{role}.features.")
+  } or None
 
 
 def run(
@@ -190,7 +189,10 @@ def run(
   logits: dict[str, np.ndarray] = {}
   try:
     output, seconds = _unlearn(context, cell, resolved, reference)
-    logits = _predict(context, output.variables)
+    splits = _splits(names, "model.features.")
+    logits, features = _predict(
+      context, output.variables, feature_splits=splits
+    )
     if not all(np.isfinite(values).all() for values in logits.values()):
       raise FloatingPointError("the logits are not finite after the last step")
   except FloatingPointError as error:
@@ -203,7 +205,12 @@ def run(
   except ValueError as error:
     raise ValueError(f"{cell.name}: {error}") from error
   else:
-    own = _outputs(context, logits, output.variables, seconds, names, "model")
+    own = metrics.Outputs(
+      logits,
+      features or None,
+      params=output.variables["params"],
+      seconds=seconds,
+    )
     result |= {
       "status": DONE,
       "seconds": seconds,
@@ -226,12 +233,19 @@ def _unlearn(
 ) -> tuple[baselines.Output, float]:
   key = jax.random.fold_in(jax.random.key(cell.seed), _UNLEARNING)
   start = time.perf_counter()
+  arguments = dict(resolved.arguments)
+  if cell.method in compare_recipes.OURS:
+    # Where it stops, for requests whose right answer is not 0.
+    arguments.setdefault(
+      "target_accuracy",
+      jobs.target_accuracy(context, reference.variables["original"]),
+    )
   output = baselines.find(cell.method).fn(
     context.model,
     reference.variables["original"],
     context.split,
     jax.random.fold_in(key, cell.unlearn_seed),
-    **resolved.arguments,
+    **arguments,
     mesh=context.mesh,
     show_progress=sys.stderr.isatty(),
   )
@@ -240,14 +254,24 @@ def _unlearn(
 
 
 def _predict(
-  context: jobs.Context, variables: types.Variables
-) -> dict[str, np.ndarray]:
-  return {
-    name: inference.predict(
-      context.model.apply, variables, part.images, mesh=context.mesh
-    )
-    for name, part in context.parts.items()
-  }
+  context: jobs.Context,
+  variables: types.Variables,
+  splits: Sequence[str] = metrics.SPLITS,
+  feature_splits: Sequence[str] = (),
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+  """Logits and, of some parts and in the same pass, features."""
+  logits, features = {}, {}
+  for name in splits:
+    images = context.parts[name].images
+    if name in feature_splits:
+      logits[name], features[name] = inference.predict_both(
+        context.model, variables, images, mesh=context.mesh
+      )
+    else:
+      logits[name] = inference.predict(
+        context.model.apply, variables, images, mesh=context.mesh
+      )
+  return logits, features
 
 
 def labels(context: jobs.Context) -> dict[str, np.ndarray]:
@@ -320,7 +344,7 @@ def _diagnose(
   logits: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
   """Says what went wrong; of PSG alone the options and the passes are known."""
-  is_known = cell.method == "psg"
+  is_known = cell.method in compare_recipes.OURS
   retrained = reference.logits.get("retrained")
   accuracies = [
     None if each is None else _accuracies(context, each)

@@ -10,7 +10,13 @@ import jinja2
 import markupsafe
 import numpy as np
 
-from experiments import compare_figures, figures, report, request_page
+from experiments import (
+  compare_figures,
+  compare_recipes,
+  figures,
+  report,
+  request_page,
+)
 
 NOT_AVAILABLE = report.NOT_AVAILABLE
 seconds = report.seconds
@@ -25,6 +31,7 @@ _SHORT = (
   ("accuracy_test_retain", "Retain accuracy"),
   ("agreement_{}", "Agreement, forget"),
   ("kl_divergence_{}", "KL, forget"),
+  ("kl_divergence_test_retain", "KL, retain"),
   ("mia_loss_auc", "Loss attack, AUC"),
   ("tug_of_war", "ToW"),
   ("seconds_without_compiling", "Time"),
@@ -70,6 +77,7 @@ def build(
     asked=request_page.asked(results["data"]),
     short=_short_table(results),
     reasons=_reasons(results),
+    standing=standing(results),
     full=_full_table(results),
     missing=_missing(results),
     pictures=_pictures(folder / "figures", results, losses),
@@ -108,6 +116,61 @@ def text_table(results: Mapping[str, Any]) -> str:
   compiled = "without" if _time_name(results) != "seconds" else "with"
   lines.append(f"times are {compiled} compiling, and without evaluation")
   return "\n".join([*lines, *statements(results)])
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+  """Returns the short table and our place in Markdown, to be quoted."""
+  table = _short_table(results)
+  titles = [f"{x['title']} {x['arrow']}" for x in table["columns"]]
+  lines = [
+    f"| | {' | '.join(titles)} | as retrained? |",
+    f"|{'---|' * (len(titles) + 2)}",
+  ]
+  for row in table["rows"]:
+    cells = [
+      f"**{cell['text']}**" if cell["is_best"] else cell["text"]
+      for cell in row["cells"]
+    ]
+    name = f"**{row['title']}**" if row["is_ours"] else row["title"]
+    lines.append(f"| {name} | {' | '.join(cells)} | {row['verdict'] or ''} |")
+  lines += ["", *statements(results)]
+  rows = standing(results)
+  if rows:
+    lines += ["", "| | by | place | first | behind the first |"]
+    lines.append("|---|---|---|---|---|")
+    lines += [
+      f"| {x['method']} | {x['title']} | {x['place']} | {x['first']} |"
+      f" {x['gap']} |"
+      for x in rows
+    ]
+  return "\n".join([*lines, ""])
+
+
+def standing(results: Mapping[str, Any]) -> list[dict[str, str]]:
+  """Returns our places by each distance to the retrained model, in words."""
+  rows = []
+  found = results.get("standing", {})
+  for each in (x for name in compare_recipes.OURS for x in found.get(name, [])):
+    if each["gap"] is None:
+      gap = NOT_AVAILABLE
+    elif each["rank"] == 1:
+      gap = "–"
+    else:
+      low, high = each["gap"]
+      gap = f"{low:+.3f} to {high:+.3f}" + (
+        ", may be chance" if each["is_within"] else ""
+      )
+    metric = results["metrics"][each["metric"]]
+    rows.append(
+      {
+        "method": _title(results, each["method"]),
+        "title": f"{metric['title']} {_ARROWS[metric['direction']]}",
+        "place": f"{each['rank']} of {each['num_methods']}",
+        "first": _title(results, each["first"]),
+        "gap": gap,
+      }
+    )
+  return rows
 
 
 def statements(results: Mapping[str, Any]) -> list[str]:
@@ -265,7 +328,7 @@ def _short_table(results: Mapping[str, Any]) -> dict[str, Any]:
         "model": model,
         "title": _title(results, model),
         "paper": results["methods"].get(model, {}).get("paper"),
-        "is_ours": model == _OURS,
+        "is_ours": model in compare_recipes.OURS,
         "cells": [_cell(results, model, name) for name, _ in columns],
         "verdict": None if found is None else found["verdict"],
         "why": None if found is None else "; ".join(_why(found)),

@@ -29,6 +29,11 @@ from experiments import jobs, recipes
 from psg_jax import augment, baselines, checks, data, training, unlearning
 
 SETTINGS = ("default", "paper")
+# Methods with the options of the job, and in what they differ from these.
+OURS: dict[str, dict[str, Any]] = {
+  "psg": {},
+  "psg_soft": {"labels": "soft_other"},
+}
 _RATES = ("learning_rate", "momentum", "weight_decay")
 # Set by the program, or not to be written on a command line.
 _RESERVED = frozenset(
@@ -101,6 +106,7 @@ _CHEN = Rates(1e-5)
 
 RECIPES: dict[str, Recipe] = {
   "psg": Recipe(),
+  "psg_soft": Recipe(),
   "psg_released": Recipe(_CHEN, Rates(1e-4), pool="forget"),
   "retrain": Recipe(),
   "finetune": Recipe(Rates(0.04, 0.0), Rates(0.04, 0.0), pool="retain"),
@@ -172,7 +178,7 @@ def names(method: str) -> tuple[str, ...]:
   fn: Any = baselines.find(method).fn
   # What these pass on is not in their own signatures.
   further: dict[str, Any] = {
-    "psg": unlearning.unlearn,
+    **dict.fromkeys(OURS, unlearning.unlearn),
     "scrub_r": baselines.find("scrub").fn,
   }
   functions = [fn, *([further[method]] if method in further else [])]
@@ -212,9 +218,9 @@ def resolve(
   recipe = RECIPES.get(method, Recipe())
   rates = recipe.paper if settings == "paper" else recipe.default
   options, further, note = _further(method, context)
-  if settings == "default" and method not in ("psg", "retrain"):
+  if settings == "default" and method not in (*OURS, "retrain"):
     options |= {**recipe.options, **_budget(method, recipe, context)}
-  if method == "psg":
+  if method in OURS:
     rates = _job_rates(context.job.unlearning)
   elif method == "retrain":
     rates = _job_rates(context.job.training)
@@ -281,8 +287,8 @@ def _further(
 ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
   """Arguments of the job: for the record, and beside it, and what to know."""
   job = context.job
-  if method == "psg":
-    options = jobs.unlearn_options(context)
+  if method in OURS:
+    options = {**jobs.unlearn_options(context), **OURS[method]}
     return options, {"search_fn": options.pop("search_fn")}, None
   if method == "retrain":
     options = {

@@ -18,6 +18,14 @@ from psg_jax import verification
 _NOT_RANKED = frozenset({"original", "retrained", "retrain"})
 SPLITS = ("train_forget", "test_forget", "test_retain")
 """The parts that verdicts are about: those a retrained model has not seen."""
+DISTANCES = (
+  "kl_divergence_{}",
+  "kl_divergence_test_retain",
+  "agreement_{}",
+  "mia_loss_auc",
+  "mia_entropy_auc",
+)
+"""What methods are placed by: accuracy alone cannot rank them."""
 CONFIDENCE = 0.9
 _NUM_RESAMPLES = 1000
 
@@ -203,6 +211,51 @@ def nearest(
     "gap": None if gap is None else list(gap),
     "is_decided": gap is not None and gap[0] > 0,
   }
+
+
+def standing(
+  summary: Mapping[str, Any], method: str, info: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+  """Places a method among all by its distances to the retrained model.
+
+  Args:
+    summary: Of `summarise`.
+    method: The method in question.
+    info: By metric, its `direction` and `ideal`.
+
+  Returns:
+    One entry for each of `DISTANCES` that was computed: `method`; `metric`;
+    `rank` of `num_methods`; the `first` method; `gap`, the interval of the
+    paired difference to it over training seeds, in which more is worse, None
+    for fewer than two; and `is_within`, whether the method is the first, or the
+    interval holds 0.
+  """
+  found = []
+  for pattern in DISTANCES:
+    for split in ("test_forget", "train_forget"):
+      name = pattern.format(split)
+      if name not in info:
+        continue
+      ranked = losses(summary, name, info[name]["direction"], 0.0)
+      if method in ranked:
+        break
+    else:
+      continue
+    order = sorted(ranked, key=lambda model: _mean(ranked[model]))
+    gap = interval(differences(ranked[method], ranked[order[0]]))
+    is_first = _mean(ranked[method]) == _mean(ranked[order[0]])
+    found.append(
+      {
+        "method": method,
+        "metric": name,
+        "rank": 1 if is_first else 1 + order.index(method),
+        "num_methods": len(order),
+        "first": order[0],
+        "gap": None if gap is None else list(gap),
+        "is_within": is_first or (gap is not None and gap[0] <= 0),
+      }
+    )
+  return found
 
 
 def _clipped(

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,25 +11,68 @@ import numpy as np
 from psg_jax import checks, parallel, streaming, training, types
 
 
-def predict(
-  fn: Callable[[types.Variables, jax.Array], jax.Array],
+def predict_both(
+  model: types.Model,
   variables: types.Variables,
   images: np.ndarray | streaming.Images,
   *,
   batch_size: int = 256,
   mesh: jax.sharding.Mesh | None = None,
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
+  """Computes logits and penultimate features in one pass.
+
+  Args:
+    model: The network.
+    variables: Its variables.
+    images: uint8 `[N, H, W, C]`, in memory or on disk.
+    batch_size: Images at a time, positive.
+    mesh: Devices to cut each batch over; None for one.
+
+  Returns:
+    Logits, float32 `[N, K]`, and features, float32 `[N, D]`.
+
+  Raises:
+    ValueError: If the images are not uint8 `[N, H, W, C]`.
+  """
+  both: tuple[np.ndarray, np.ndarray] = predict(
+    _both(model), variables, images, batch_size=batch_size, mesh=mesh
+  )
+  return both
+
+
+@functools.lru_cache(maxsize=128)
+def _both(model: types.Model) -> Callable[..., Any]:
+  """The same function each time: compiled programs are found again by it."""
+
+  def both(
+    variables: types.Variables, images: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    # The compiler computes what they have in common once.
+    return model.apply(variables, images), model.features(variables, images)
+
+  return both
+
+
+def predict(
+  fn: Callable[[types.Variables, jax.Array], Any],
+  variables: types.Variables,
+  images: np.ndarray | streaming.Images,
+  *,
+  batch_size: int = 256,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Any:
   """Applies a function to all images, in batches of one compiled program.
 
   Args:
-    fn: `Model.apply`, for logits, or `Model.features`.
+    fn: `Model.apply`, for logits, `Model.features`, or another function to an
+      array `[B, ...]` or a pytree of such.
     variables: The network's variables.
     images: uint8 `[N, H, W, C]`, in memory or on disk.
     batch_size: Images at a time, positive.
     mesh: Devices to cut each batch over; None for one.
 
   Returns:
-    float32 `[N, K]`, or `[N, D]` for features.
+    float32 `[N, K]`, or `[N, D]` for features; a pytree where `fn` returns one.
 
   Raises:
     ValueError: If the images are not uint8 `[N, H, W, C]`.
@@ -51,18 +95,25 @@ def predict(
     padded = np.pad(batch, ((0, padding), (0, 0), (0, 0), (0, 0)))
     output = _predict(fn, variables, parallel.shard(jnp.asarray(padded), mesh))
     # Kept on the device until the end, so that the next batch need not wait.
-    outputs.append(output[: len(batch)])
+    outputs.append(_rows(output, len(batch)))
   if not outputs:
     none = np.zeros(images.shape, np.uint8)
-    shape = jax.eval_shape(functools.partial(_predict, fn), variables, none)
-    return np.zeros(shape.shape, np.float32)
-  return np.concatenate([np.asarray(output) for output in outputs])
+    shapes = jax.eval_shape(functools.partial(_predict, fn), variables, none)
+    return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+  return jax.tree.map(
+    lambda *parts: np.concatenate([np.asarray(part) for part in parts]),
+    *outputs,
+  )
+
+
+def _rows(tree: Any, count: int) -> Any:
+  return jax.tree.map(lambda x: x[:count], tree)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _predict(
-  fn: Callable[[types.Variables, jax.Array], jax.Array],
+  fn: Callable[[types.Variables, jax.Array], Any],
   variables: types.Variables,
   images: jax.Array,
-) -> jax.Array:
+) -> Any:
   return fn(variables, training.to_float(images))

@@ -11,7 +11,7 @@ import scipy.stats
 
 from experiments import audit, compare_recipes, jobs
 from psg_jax import data, ulira
-from tests import programs_test
+from tests import fakes, programs_test
 
 SMALL = [
   "--num_train=150",
@@ -23,12 +23,13 @@ SMALL = [
   "--unlearning.batch_size=8",
   "--num_devices=1",
   "--twins=ignore",
-  "--num_models=12",
+  "--num_models=16",
   "--num_targets=6",
+  "--retain_fraction=0.5",
+  *("--forget_classes", *map(str, range(10)), "--fraction=0.5"),
 ]
 # A target that is reached before the first pass: nothing is done.
 NOTHING = ("--set", "psg.target_accuracy=1")
-DIVERGING = ("neggrad", "--set", "neggrad.learning_rate=1e30")
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,9 @@ def data_dir(tmp_path_factory):
   patch = pytest.MonkeyPatch()
   patch.setenv("PSG_JAX_DATA", str(folder))
   data.load("digits", "test")
+  # A network that is compiled in no time.
+  model = fakes.linear_model(32 * 32, 10)
+  patch.setattr(jobs.models, "create", lambda *args, **options: model)
   yield folder
   patch.undo()
 
@@ -46,7 +50,9 @@ def runs(tmp_path_factory, data_dir):
   """A folder with the run `one`, an audit of a method that does nothing."""
   folder = tmp_path_factory.mktemp("runs")
   programs_test.call(
-    audit, *SMALL, f"--runs_dir={folder}", "--name=one", *NOTHING
+    audit,
+    *(*SMALL, f"--runs_dir={folder}", "--name=one", "--mode=sharded"),
+    *NOTHING,
   )
   return folder
 
@@ -91,19 +97,18 @@ def test_exact_unlearning_is_chance_and_none_has_the_known_power():
   assert found.klom_method == "gaussian"
 
 
-def test_many_models_make_histograms():
+def test_many_models_make_histograms(monkeypatch):
+  monkeypatch.setattr(audit, "auc_interval", lambda *pair: (0.0, 1.0))
   original, exact, never = confidences(200, 3, 2.0, 0.0, 0.0)
   found = audit.evaluate(original, exact, never)
   assert found.klom_method == "histogram"
-  np.testing.assert_allclose(
-    found.klom["control"],
-    (ulira.klom(never[::2], never[1::2]) + ulira.klom(never[1::2], never[::2]))
-    / 2,
-  )
+  # What chance makes of a hundred a side in twenty bins, and 2 apart.
+  assert found.klom["control"].max() < 1.5
+  assert found.klom["original"].min() > found.klom["unlearned"].max() + 0.5
 
 
 def test_sides_of_one_distribution_have_one_klom():
-  original, exact, never = confidences(40, 400, 0.0, 0.0, 0.0)
+  original, exact, never = confidences(32, 400, 0.0, 0.0, 0.0)
   found = audit.evaluate(original, exact, never).klom
   assert np.mean(found["original"]) == pytest.approx(
     np.mean(found["control"]), abs=0.03
@@ -111,28 +116,82 @@ def test_sides_of_one_distribution_have_one_klom():
 
 
 def test_interval_counts_models_and_not_pairs():
-  # Images of a model move together: 400 of them tell no more than one.
+  # Images of a model move together: 400 of them tell hardly more than one.
   rng = np.random.default_rng(0)
-  ours, theirs = (np.repeat(rng.normal(size=(16, 1)), 400, 1) for _ in range(2))
-  ours, theirs = (x + 0.01 * rng.normal(size=x.shape) for x in (ours, theirs))
-  low, high = audit.auc_interval(ulira.attack(ours, theirs))
+  own, noise = rng.normal(size=(2, 16, 1)), rng.normal(size=(2, 16, 400))
+  low, high = audit.auc_interval(*(own + 0.1 * noise))
+  assert low < 0.5 < high
   assert high - low > 0.2
-  result = ulira.attack(*confidences(16, 400, 0.0, 0.0))
-  low, high = audit.auc_interval(result)
-  assert high - low < 0.05
-  assert low < result.auc < high
+  assert np.ptp(audit.auc_interval(*noise)) < 0.1
+
+
+def test_interval_covers_as_often_as_it_says():
+  is_covered = []
+  for seed in range(60):
+    rng = np.random.default_rng(seed)
+    own, noise = rng.normal(size=(2, 8, 1)), rng.normal(size=(2, 8, 20))
+    low, high = audit.auc_interval(*(0.7 * own + noise))
+    is_covered.append(low <= 0.5 <= high)
+  assert np.mean(is_covered) == pytest.approx(0.9, abs=0.08)
+
+
+def one_each(num_models, num_targets, seed=0):
+  """A plan of the audited images alone."""
+  rng = np.random.default_rng(seed)
+  first = rng.permuted(
+    np.arange(num_targets) % 2 == np.zeros((num_models // 2, 1)), axis=1
+  )
+  is_trained = np.stack([first, ~first], 1).reshape(num_models, num_targets)
+  rows = np.arange(num_targets)
+  return audit.Plan(rows, is_trained, np.zeros((num_models, 1), int), rows)
+
+
+def test_pairs_take_the_model_that_was_trained_on_an_image():
+  plan = one_each(8, 6)
+  values = (
+    np.where(plan.is_trained, 1.0, 0.0) + 10 * np.arange(8)[:, None] // 20
+  )
+  found = plan.by_pair(plan.is_trained.astype(float), is_trained=True)
+  np.testing.assert_array_equal(found, np.ones((4, 6)))
+  found = plan.by_pair(plan.is_trained.astype(float), is_trained=False)
+  np.testing.assert_array_equal(found, np.zeros((4, 6)))
+  both = sum(plan.by_pair(values, is_trained=x) for x in (True, False))
+  np.testing.assert_array_equal(both, values[::2] + values[1::2])
+
+
+def test_what_a_model_s_images_have_in_common_cancels():
+  # It is most of the variance, and differs between models: telling the two
+  # kinds by separate models would miss what memory adds.
+  plan = one_each(32, 40)
+  rng = np.random.default_rng(0)
+  values = 3 * rng.normal(size=(32, 1)) + rng.normal(size=(32, 40))
+  values += 2 * plan.is_trained
+  found = audit.evaluate(
+    plan.by_pair(values, is_trained=True),
+    plan.by_pair(values - 2 * plan.is_trained, is_trained=True),
+    plan.by_pair(values, is_trained=False),
+  )
+  for side, shift in (("original", 2.0), ("unlearned", 0.0), ("control", 0.0)):
+    low, high = found.intervals[side]
+    expected = scipy.stats.norm.cdf(shift / math.sqrt(2 * (3**2 + 1)))
+    assert found.attacks[side].auc == pytest.approx(expected, abs=0.07)
+    # The control has half as many models.
+    assert high - low < (0.6 if side == "control" else 0.25)
 
 
 def test_figures_that_diverged_models_take_are_left_out():
-  original, exact, never = confidences(6, 50, 1.0, 0.0, 0.0)
+  original, exact, never = confidences(8, 50, 1.0, 0.0, 0.0)
   full = audit.evaluate(original, exact, never)
-  for count, sides in ((2, 2), (3, 3), (5, 3), (6, 3)):
-    found = audit.evaluate(original, exact[:count], never)
+  for count, sides in ((3, 2), (4, 3), (7, 3), (8, 3)):
+    unlearned = exact.copy()
+    # One of the two models of a pair.
+    unlearned[count:, ::2] = np.nan
+    found = audit.evaluate(original, unlearned, never)
     assert len(found.attacks) == sides
-    assert ("unlearned" in found.klom) == (count == 6)
+    assert ("unlearned" in found.klom) == (count == 8)
     assert found.attacks["original"].auc == full.attacks["original"].auc
-    json.dumps(audit.as_dict(found))
     record = audit.as_dict(found)
+    json.dumps(record)
     assert (record["attack"]["unlearned"] is None) == (sides == 2)
 
 
@@ -161,6 +220,7 @@ def example(before, after, control):
   [
     (0.7, 0.505, "cannot tell models that unlearned an image from models"),
     (0.505, 0.505, "nor can it before"),
+    (0.505, 0.7, "the trace is that of unlearning"),
     (0.7, 0.6, "less surely than before"),
     (0.7, 0.8, "as surely as before or more"),
   ],
@@ -181,7 +241,7 @@ def test_plan_is_balanced_seeded_and_of_the_request(runs):
     runs_dir=str(runs),
     name="plan",
     num_train=150,
-    num_models=12,
+    num_models=16,
     retain_fraction=0.25,
     twins="ignore",
   )
@@ -189,21 +249,25 @@ def test_plan_is_balanced_seeded_and_of_the_request(runs):
   plan = audit.draw(options, context)
   labels = context.train.labels
   assert set(labels[plan.targets]) == {0}
-  # Half of those that match.
-  assert len(plan.targets) == np.sum(labels == 0) // 2
+  # A quarter of those that match, but an even number.
+  num_targets = len(plan.targets)
+  assert num_targets == np.sum(labels == 0) // 8 * 2
   is_member = plan.membership(150)
-  assert (is_member[:, plan.targets].sum(0) == 6).all()
-  assert is_member[:6, plan.targets].all()
+  np.testing.assert_array_equal(is_member[:, plan.targets], plan.is_trained)
+  np.testing.assert_array_equal(plan.is_trained[::2], ~plan.is_trained[1::2])
+  assert set(plan.is_trained.sum(0)) == {8}
+  assert set(plan.is_trained.sum(1)) == {num_targets // 2}
   others = np.delete(is_member, plan.targets, 1)
-  assert set(others.sum(1)) == {round((150 - len(plan.targets)) / 4)}
-  np.testing.assert_array_equal(others[:6], others[6:])
-  assert not np.array_equal(others[0], others[1])
+  assert set(others.sum(1)) == {round((150 - num_targets) / 4)}
+  np.testing.assert_array_equal(others[::2], others[1::2])
+  assert not np.array_equal(others[0], others[2])
   again = audit.draw(options, context)
   np.testing.assert_array_equal(plan.others, again.others)
   other = audit.draw(dataclasses.replace(options, seed=1), context)
   assert not np.array_equal(plan.targets, other.targets)
   whole = dataclasses.replace(options, retain_fraction=1.0)
-  assert audit.draw(whole, context).membership(150)[:6].all()
+  complete = audit.draw(whole, context).membership(150)
+  assert set(complete.sum(1)) == {150 - num_targets // 2}
 
 
 def test_doing_nothing_leaves_the_attack_as_it_was(runs):
@@ -213,24 +277,23 @@ def test_doing_nothing_leaves_the_attack_as_it_was(runs):
   assert found["klom"]["unlearned"] == found["klom"]["original"]
   assert found["accuracy"]["unlearned"] == found["accuracy"]["original"]
   assert found["scale"] == {
-    "models": 12,
+    "models": 16,
     "audited_images": 6,
     "pool": read(folder / "data.json")["counts"]["train_forget"],
     "other_images": 72,
     "epochs": 1,
-    "image_passes": 12 * 72 + 6 * 6,
+    "image_passes": 16 * (72 + 3),
   }
   seconds = found["seconds"]
   assert seconds["total"] == pytest.approx(
     sum(seconds[step] for step in audit.STEPS)
   )
   with np.load(folder / "audit.npz") as arrays:
-    assert arrays["original"].shape == (6, 6)
+    assert arrays["original"].shape == (8, 6)
     np.testing.assert_array_equal(arrays["original"], arrays["unlearned"])
     again = ulira.attack(arrays["original"], arrays["never_trained"])
     assert again.auc == found["attack"]["original"]["auc"]
     assert arrays["control_klom"].shape == (6,)
-    assert set(arrays["labels"]) == {0}
     forget_ids = {str(x) for x in read(folder / "forget_ids.json")}
     assert {str(x) for x in arrays["ids"]} <= forget_ids
   for name in ("config", "request", "options"):
@@ -257,9 +320,11 @@ def no_work(*args, **kwargs):
 
 
 def test_another_method_takes_the_same_models(runs, monkeypatch):
+  # Drawing takes longer than all else here.
+  monkeypatch.setattr(audit, "build", lambda folder, *_: folder)
   monkeypatch.setattr(ulira, "train_ensemble", no_work)
   before = read(runs / "one" / "audit.json")
-  # The oracle: chance within what six models a side can say.
+  # The oracle: chance within what eight pairs of models can say.
   found = go_on(runs, "--method=retrain")
   low, high = found["attack"]["unlearned"]["auc_interval"]
   assert low <= 0.5 <= high
@@ -306,7 +371,7 @@ def test_a_model_that_diverges_does_not_lose_the_others(runs, monkeypatch):
   )
   monkeypatch.setattr(ulira, "train_ensemble", no_work)
   found = go_on(runs, "--method=finetune")
-  assert fail_once.calls == 6
+  assert fail_once.calls == 16
   assert found["diverged"] == [
     {
       "model": 1,
@@ -314,35 +379,46 @@ def test_a_model_that_diverges_does_not_lose_the_others(runs, monkeypatch):
       "reason": "diverged: the loss is not finite in step 7",
     }
   ]
-  assert found["attack"]["unlearned"]["num_positives"] == 5 * 6
+  assert found["attack"]["unlearned"]["num_positives"] == 7 * 6
   assert found["klom"]["unlearned"] is None
   page = (runs / "one" / "audit.html").read_text()
   assert "Model 1 diverged: the loss is not finite in step 7" in page
   assert "not available" in page
 
 
-def test_too_few_left_to_attack_is_said(runs):
-  found = go_on(runs, "--method", *DIVERGING)
+def test_too_few_left_to_attack_is_said(runs, monkeypatch):
+  def fail(*args, **options):
+    raise FloatingPointError("the loss is not finite in step 1")
+
+  find = audit.baselines.find
+  monkeypatch.setattr(
+    audit.baselines, "find", lambda name: find(name)._replace(fn=fail)
+  )
+  found = go_on(runs, "--method=neggrad")
   assert found["attack"]["unlearned"] is None
-  assert len(found["diverged"]) == 6
-  assert "diverged in 6 of 6 models" in found["statements"][0]
+  assert len(found["diverged"]) == 16
+  assert "diverged in 16 of 16 models" in found["statements"][0]
 
 
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--num_models=8"], "num_models must be an integer of at least 12, got 8"),
-    (["--num_models=14"], "num_models must be a multiple of 4"),
+    (["--num_models=8"], "num_models must be an integer of at least 16, got 8"),
+    (["--num_models=18"], "num_models must be a multiple of 4"),
     (["--method=scrubs"], r"method must be one of .* did you mean 'scrub'\?"),
     (["--num_targets=1"], "num_targets must be an integer of at least 2"),
+    (["--num_targets=5"], "num_targets must be even"),
     (
       ["--num_targets=100"],
       r"num_targets must be .*that match the request, \d+, got 100",
     ),
     (["--ids={one}"], "match the request, 1, got 6"),
-    (["--retain_fraction=0"], "retain_fraction must be finite, positive, got"),
+    (
+      ["--retain_fraction=0"],
+      "retain_fraction must be finite, positive, at most 1",
+    ),
     (["--retain_fraction=0.01"], "must leave each model 2 other images of 150"),
-    (["--set", "scrub.alpha=1"], "set must be of the method audited, got"),
+    (["--set", "scrub.num_epochs=1"], "set must be of the method audited, got"),
     (["--set", "psg.alpha=1"], "the argument in set of psg must be one of"),
     (["--weights=model.pt"], "weights must be None, as an audit"),
     (["--training.num_parts=2"], "training.num_parts must be 1"),
@@ -368,8 +444,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--num_targets=5"], "num_targets must be as in the audit .* 6, got 5"),
-    (["--num_models=16"], "num_models must be as in the audit"),
+    (["--num_targets=4"], "num_targets must be as in the audit .* 6, got 4"),
+    (["--num_models=20"], "num_models must be as in the audit"),
     (["--seed=1"], "seed must be as in the run that is resumed"),
     ([], "target_accuracy of psg must be as in the models .* 1, got None"),
   ],
@@ -386,7 +462,7 @@ def test_resuming_something_else_is_refused(runs, arguments, message, capsys):
 def test_where_psg_ends(runs):
   options = audit.Options(
     recipe="digits", runs_dir=str(runs), name="target", num_train=150,
-    num_models=12, twins="ignore",
+    num_models=16, twins="ignore",
   )  # fmt: skip
   context = jobs.prepare(options)
 

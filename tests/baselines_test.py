@@ -12,6 +12,7 @@ import pytest
 from psg_jax import (
   baselines,
   inference,
+  metrics,
   parallel,
   streaming,
   training,
@@ -43,6 +44,7 @@ MODEL = fakes.linear_model(16, 3)
 # What a method needs on a linear model of three classes, beside its defaults.
 NEEDS = {
   "psg": {"num_steps": 20, "step_size": 0.05, "num_epochs": 1},
+  "psg_soft": {"num_steps": 20, "step_size": 0.05, "num_epochs": 1},
   "psg_released": {"model_mean": 0.5, "model_std": 0.5, "num_epochs": 1},
   "scrub_r": {"reference_error": 1.0},
   "ssd": {"selection_weight": 1.0},
@@ -137,6 +139,24 @@ def test_every_method_keeps_the_contract(trained, name):
     x.kind in (x.KEYWORD_ONLY, x.VAR_KEYWORD)
     for x in list(parameters.values())[4:]
   )
+
+
+def test_psg_with_soft_labels_is_less_sure_of_forget_images(trained):
+  _, split = trained
+  options = {
+    **NEEDS["psg"],
+    "num_epochs": 20,
+    "optimizer": training.sgd(0.1),
+  }
+  images = split.forget.images / np.float32(255)
+  hard, soft = (
+    np.asarray(MODEL.apply(run(fn, trained, **options).variables, images))
+    for fn in (baselines.METHODS["psg"].fn, baselines.METHODS["psg_soft"].fn)
+  )
+  label = split.forget.labels[0]
+  assert not np.any(hard.argmax(1) == label)
+  assert not np.any(soft.argmax(1) == label)
+  assert metrics.entropies(soft).mean() > metrics.entropies(hard).mean() + 0.05
 
 
 def test_find_names_the_nearest():

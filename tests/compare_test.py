@@ -95,6 +95,9 @@ def test_run_folder(run_dir):
   assert cells == {f"{m}-{s}-0" for m in METHODS for s in (2022, 2023)}
   for name in ("config", "data", "request", "compare", "results"):
     assert read(run_dir / f"{name}.json")
+  lines = (run_dir / "results.md").read_text().splitlines()
+  assert any(line.startswith("| **PSG** |") for line in lines)
+  assert any("| 1 of 2 |" in line or "| 2 of 2 |" in line for line in lines)
   for seed in (2022, 2023):
     models = run_dir / "models" / f"seed-{seed}"
     assert set(checkpoints.run_checkpoints(models)) == {
@@ -205,6 +208,23 @@ def test_noise_floor_is_between_retrained_models(run_dir):
   np.testing.assert_allclose(
     list(found.values()), 2 * [np.mean(first == second)]
   )
+
+
+def test_ours_stops_at_the_target_of_the_request(
+  tmp_path, data_dir, monkeypatch
+):
+  # The original is never above this.
+  monkeypatch.setattr(jobs, "target_accuracy", lambda *_: 1.0)
+  programs_test.call(
+    compare,
+    *(*SMALL, f"--runs_dir={tmp_path}", "--name=aimed", "--no-retrained"),
+    *("--seeds=1", "--methods", "psg", "--metrics", "accuracy_test_retain"),
+  )
+  folder = tmp_path / "aimed"
+  unlearned = compare_cells.arrays(folder / "cells/psg-2022-0/logits.npz")
+  original = compare_cells.arrays(folder / "models/seed-2022/original.npz")
+  for split, values in original.items():
+    np.testing.assert_array_equal(unlearned[split], values)
 
 
 def test_resuming_runs_nothing(runs, run_dir, monkeypatch, capsys):
@@ -396,7 +416,8 @@ def test_methods_take_their_arguments(settings, context):
   for name, method in baselines.METHODS.items():
     found = compare_recipes.resolve(name, context, settings=settings)
     json.dumps(found.record)
-    fn = {"psg": unlearning.unlearn}.get(name, method.fn)
+    is_ours = name in compare_recipes.OURS
+    fn = unlearning.unlearn if is_ours else method.fn
     bound = inspect.signature(fn).bind(
       None, None, None, None, **found.arguments
     )
@@ -553,6 +574,53 @@ def test_nearest_to_the_retrained_model():
   half = 2.92 * 0.1 / math.sqrt(3)
   np.testing.assert_allclose(found["gap"], [1 - half, 1 + half], atol=1e-4)
   assert compare_summary.nearest(summary, "agreement", is_share=True) is None
+
+
+def test_standing_by_distance_to_the_retrained_model():
+  def rows(model, values):
+    return [
+      {
+        "model": model,
+        "seed": seed,
+        "unlearn_seed": 0,
+        "metrics": {
+          "kl_divergence_test_forget": {"value": value},
+          "mia_loss_auc": {"value": 0.5 + value / 10},
+        },
+      }
+      for seed, value in enumerate(values)
+    ]
+
+  names = ("kl_divergence_test_forget", "mia_loss_auc")
+  found = compare_summary.summarise(
+    [
+      *rows("retrained", [0.0, 0.0, 0.0]),
+      *rows("psg", [0.5, 0.6, 0.55]),
+      *rows("near", [0.4, 0.7, 0.5]),
+      *rows("far", [2.0, 2.1, 2.05]),
+      *rows("retrain", [0.1, 0.1, 0.1]),
+    ],
+    names,
+  )
+  info = {
+    names[0]: {"direction": "down", "ideal": 0.0},
+    names[1]: {"direction": "as_retrained", "ideal": 0.5},
+  }
+  for name, each in zip(
+    names, compare_summary.standing(found, "psg", info), strict=True
+  ):
+    assert each["metric"] == name
+    # Exact unlearning is not placed.
+    assert (each["rank"], each["num_methods"]) == (2, 3)
+    assert each["first"] == "near"
+    # +0.1, -0.1 and +0.05: which of them is nearer, three seeds do not say.
+    assert each["is_within"]
+  far = compare_summary.standing(found, "far", info)[0]
+  assert (far["rank"], far["is_within"]) == (3, False)
+  # The differences 1.6, 1.4 and 1.55, by hand: mean 1.5167, sd 0.1041, t 2.92.
+  np.testing.assert_allclose(far["gap"], [1.3412, 1.6921], atol=1e-3)
+  assert compare_summary.standing(found, "near", info)[0]["rank"] == 1
+  assert compare_summary.standing(found, "near", {}) == []
 
 
 def test_verdict():

@@ -150,6 +150,31 @@ def test_dropout_is_active_in_training_alone():
   assert not np.allclose(first, second)
 
 
+def test_logits_and_features_in_one_pass():
+  model = small()
+  images = np.random.default_rng(0).integers(
+    0, 256, (5, 16, 16, 3), dtype=np.uint8
+  )
+  variables = model.init(KEY, jnp.zeros((1, 16, 16, 3)))
+  logits, features = inference.predict_both(
+    model, variables, images, batch_size=4
+  )
+  floats = images / np.float32(255)
+  np.testing.assert_allclose(logits, model.apply(variables, floats), atol=1e-5)
+  np.testing.assert_allclose(
+    features, model.features(variables, floats), atol=1e-5
+  )
+
+  def flops(fn):
+    compiled = jax.jit(fn).lower(variables, floats).compile()
+    return compiled.cost_analysis()["flops"]
+
+  both = flops(inference._both(model))
+  assert both < 1.05 * flops(model.apply)
+  none = inference.predict_both(model, variables, images[:0])
+  assert [x.shape for x in none] == [(0, 4), features[:0].shape]
+
+
 def test_prediction_of_a_data_set_equals_apply():
   model = small()
   images = np.random.default_rng(0).integers(

@@ -64,6 +64,7 @@ _CHEN = "Chen et al., CVPR 2023"
 
 _ALL = (
   Method("psg", "PSG", psg.psg, _NAHASS),
+  Method("psg_soft", "PSG, soft labels", psg.psg_soft, _NAHASS),
   Method(
     "psg_released",
     "PSG, released code",

@@ -42,6 +42,41 @@ def psg(
   return _engine.Output(variables=output.variables, history=output.history)
 
 
+def psg_soft(
+  model: types.Model,
+  variables: types.Variables,
+  split: types.Split,
+  key: jax.Array,
+  **options: Any,
+) -> _engine.Output:
+  """`psg` with soft labels: `labels="soft_other"` (Algorithm 3).
+
+  Each forget image is taught the frozen model's prediction at its boundary
+  point, less the old class, and not the nearest class alone: a model that never
+  saw the image is seldom sure of it.
+
+  Args:
+    model: The network.
+    variables: The original model's, left as they are.
+    split: The forget and the retain set.
+    key: One typed key.
+    **options: Those of `unlearning.unlearn`, but `labels`.
+
+  Returns:
+    The variables and the history of `unlearning.unlearn`.
+
+  Raises:
+    ValueError: If an argument is of the wrong shape, type or range.
+    FloatingPointError: If the loss is NaN or infinite.
+
+  References:
+    As `psg`.
+  """
+  return psg(
+    model, variables, split, key, **{**options, "labels": "soft_other"}
+  )
+
+
 def psg_released(
   model: types.Model,
   variables: types.Variables,
