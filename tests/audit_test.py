@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import audit, compare_recipes, jobs
+from experiments import audit, audit_page, compare_recipes, jobs
 from psg_jax import data, ulira
 from tests import fakes, programs_test
 
@@ -226,7 +226,7 @@ def example(before, after, control):
   ],
 )
 def test_headline_says_what_is_found_and_at_what_price(before, after, words):
-  first, control, price = audit.statements(example(before, after, 0.5))
+  first, control, price = audit_page.statements(example(before, after, 0.5))
   assert words in first
   assert f"AUC {after:.3f}" in first
   assert f"without unlearning {before:.3f}" in first
@@ -321,7 +321,7 @@ def no_work(*args, **kwargs):
 
 def test_another_method_takes_the_same_models(runs, monkeypatch):
   # Drawing takes longer than all else here.
-  monkeypatch.setattr(audit, "build", lambda folder, *_: folder)
+  monkeypatch.setattr(audit_page, "build", lambda folder, *_: folder)
   monkeypatch.setattr(ulira, "train_ensemble", no_work)
   before = read(runs / "one" / "audit.json")
   # The oracle: chance within what eight pairs of models can say.
