@@ -1,13 +1,143 @@
 """What is known to be wrong in other unlearning code, and must not be here.
 
-Each test names the mistake. Ours is right where the test passes.
+Each test names the mistake. Ours is right where the test passes. `ITEMS` has
+the whole list, with the tests that need the fakes of other files.
 """
+
+# Names of tests say all that is wrong, at any length.
+# ruff: noqa: E501
+
+import pathlib
+import re
 
 import numpy as np
 import pytest
 
-from psg_jax import forget, inference, metrics
+from psg_jax import forget, inference, metrics, twins, types, verification
 from tests import fakes
+
+ITEMS = {
+  "retraining starts from trained weights": (
+    "baselines_test::test_conformance_retrain_starts_from_a_fresh_initialisation",
+  ),
+  "JS and ZRF divided by the class count, KL in the wrong direction": (
+    "conformance_test::test_js_divergence_is_not_divided_by_the_number_of_classes",
+    "conformance_test::test_kl_divergence_goes_from_the_retrained_to_the_model",
+  ),
+  "modified entropy of all labels, or with log p for log(1 - p)": (
+    "conformance_test::test_modified_entropy_takes_the_label_of_each_row_alone",
+    "conformance_test::test_modified_entropy_uses_the_logarithm_of_the_complement",
+  ),
+  "membership inference without members": (
+    "conformance_test::test_membership_inference_has_members_so_that_retraining_scores_one_half",
+    "conformance_test::test_membership_inference_finds_the_members_of_the_original_model",
+  ),
+  "EU-k that resets nothing, a SCRUB teacher that is its student": (
+    "baselines_layers_test::test_conformance_eu_k_resets_the_last_layers",
+    "baselines_test::test_conformance_scrub_teacher_is_not_its_student",
+  ),
+  "counts of class 0, augmented evaluation, a partial batch that is dropped": (
+    "conformance_test::test_forget_counts_are_of_the_class_that_was_asked_for",
+    "conformance_test::test_evaluation_keeps_the_last_partial_batch_and_the_images_as_they_are",
+  ),
+  "a seed that is overwritten, errors swallowed, a missing metric as 0": (
+    "conformance_test::test_the_seed_is_the_one_that_was_given",
+    "conformance_test::test_errors_during_evaluation_are_not_swallowed",
+    "conformance_test::test_a_missing_metric_is_not_zero",
+  ),
+  "confidence intervals from evaluating one model again": (
+    "conformance_test::test_intervals_are_of_training_and_unlearning_seeds_and_images",
+    "conformance_test::test_one_retrained_model_proves_nothing_however_many_images",
+  ),
+  "method time with evaluation, masked weights that move": (
+    "baselines_test::test_conformance_time_is_without_evaluation",
+    "baselines_test::test_conformance_masked_weights_keep_every_bit",
+  ),
+  "test images that are training images, forget images with a retained twin": (
+    "conformance_test::test_twins_of_forget_images_are_found_in_retain_and_test_set",
+    "twins_test::test_brain_tumor_mri_has_300_groups_of_equal_files",
+  ),
+}
+
+
+@pytest.mark.parametrize("item", list(ITEMS))
+def test_every_item_of_the_list_has_a_test(item):
+  folder = pathlib.Path(__file__).parent
+  for test in ITEMS[item]:
+    module, name = test.split("::")
+    content = (folder / f"{module}.py").read_text(encoding="utf-8")
+    assert re.search(rf"^def {name}\(", content, re.MULTILINE), test
+
+
+def _predictions(error_rates, labels, rng):
+  """Logits of models that are wrong at these rates."""
+  wrong = [rng.random(len(labels)) < rate for rate in error_rates]
+  return 5.0 * np.eye(2)[[np.where(x, 1 - labels, labels) for x in wrong]]
+
+
+def _accuracy(retrained, unlearned, labels):
+  found = verification.compare(
+    {"test_retain": retrained},
+    {"test_retain": unlearned},
+    {"test_retain": labels},
+    num_resamples=500,
+  )
+  return found.get("accuracy", "test_retain")
+
+
+def test_intervals_are_of_training_and_unlearning_seeds_and_images():
+  rng = np.random.default_rng(0)
+  labels = rng.integers(0, 2, 4000)
+  retrained = _predictions([0.1, 0.1, 0.1], labels, rng)
+  # The same mean accuracy, of runs that are alike and of runs that are not.
+  alike, apart = (
+    _accuracy(retrained, _predictions(rates, labels, rng)[:, None], labels)
+    for rates in ([0.1, 0.1, 0.1], [0.02, 0.1, 0.18])
+  )
+  widths = [each.interval[1] - each.interval[0] for each in (alike, apart)]
+  # Images alone make 0.016 of 90 %; the three runs 0.27 (t 2.92, sd 0.08).
+  assert widths[0] < 0.06
+  assert widths[1] > 0.15
+  # Runs of one original are another thing than runs of three.
+  within = _predictions([0.02, 0.1, 0.18], labels, rng)[None]
+  one = _accuracy(retrained, within, labels)
+  assert one.training_std is None
+  assert one.unlearning_std == pytest.approx(0.08, abs=0.01)
+  assert apart.unlearning_std is None
+  assert apart.training_std == pytest.approx(0.08, abs=0.01)
+
+
+def test_one_retrained_model_proves_nothing_however_many_images():
+  rng = np.random.default_rng(1)
+  labels = rng.integers(0, 2, 20_000)
+  retrained = _predictions([0.1], labels, rng)
+  found = _accuracy(retrained, retrained[:, None], labels)
+  assert found.verdict == verification.CANNOT_TELL
+  assert any("retrained" in reason for reason in found.reasons)
+
+
+def test_twins_of_forget_images_are_found_in_retain_and_test_set():
+  rng = np.random.default_rng(2)
+  images = rng.integers(0, 256, (9, 16, 16, 1), dtype=np.uint8)
+  forgotten, retained, tested = (
+    types.Dataset(
+      images[rows],
+      np.zeros(3, np.int32),
+      ("a",),
+      np.array([f"{name}{i}" for i in range(3)]),
+    )
+    # The second forget image is retained and tested, too.
+    for name, rows in (
+      ("forget", [0, 1, 2]),
+      ("retain", [3, 1, 4]),
+      ("test", [1, 5, 6]),
+    )
+  )
+  found = twins.find({"forget": forgotten, "retain": retained, "test": tested})
+  pairs = {(x.between, x.ids) for x in found.pairs if x.kind == "exact"}
+  assert (("forget", "retain"), ("forget1", "retain1")) in pairs
+  assert (("forget", "test"), ("forget1", "test0")) in pairs
+  assert len(pairs) == 3
 
 
 def test_js_divergence_is_not_divided_by_the_number_of_classes():
