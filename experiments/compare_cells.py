@@ -83,7 +83,7 @@ def reference(context: jobs.Context, *, needs_variables: bool) -> Reference:
     if name not in finished or needs_variables or not path.is_file():
       variables[name] = step(context)
     if not path.is_file():
-      _save_arrays(path, _predict(context, variables[name])[0])
+      _save_arrays(path, predict(context, variables[name])[0])
     logits[name] = arrays(path)
   records = jobs.read_json(context.run_dir / "history.json")
   seconds = {name: records[f"{name}_seconds"] for name in steps}
@@ -116,7 +116,7 @@ def extra(
       jnp.zeros((1, *context.train.images.shape[1:])),
     )
     found["random"] = metrics.Outputs(
-      _predict(context, fresh, _splits(names, "random.logits."))[0]
+      predict(context, fresh, _splits(names, "random.logits."))[0]
     )
   return found
 
@@ -190,9 +190,7 @@ def run(
   try:
     output, seconds = _unlearn(context, cell, resolved, reference)
     splits = _splits(names, "model.features.")
-    logits, features = _predict(
-      context, output.variables, feature_splits=splits
-    )
+    logits, features = predict(context, output.variables, feature_splits=splits)
     if not all(np.isfinite(values).all() for values in logits.values()):
       raise FloatingPointError("the logits are not finite after the last step")
   except FloatingPointError as error:
@@ -253,13 +251,23 @@ def _unlearn(
   return output, time.perf_counter() - start
 
 
-def _predict(
+def predict(
   context: jobs.Context,
   variables: types.Variables,
   splits: Sequence[str] = metrics.SPLITS,
   feature_splits: Sequence[str] = (),
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-  """Logits and, of some parts and in the same pass, features."""
+  """Predicts logits and, of some parts and in the same pass, features.
+
+  Args:
+    context: The job.
+    variables: A model's.
+    splits: The parts.
+    feature_splits: Those of them whose features are wanted.
+
+  Returns:
+    Logits and features, by part.
+  """
   logits, features = {}, {}
   for name in splits:
     images = context.parts[name].images

@@ -713,7 +713,11 @@ def _check_same_job(
     raise ValueError(
       f"name must be that of a run, got {folder}: no config.json"
     )
-  now = json.loads(json.dumps(job_options(job)))
+  now, defaults = (
+    json.loads(json.dumps(job_options(x))) for x in (job, recipes.Job())
+  )
+  # A run of an earlier version lacks the options that came since.
+  before = {**defaults, **before}
   free = {
     "resume",
     "overwrite",

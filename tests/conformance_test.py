@@ -4,9 +4,6 @@ Each test names the mistake. Ours is right where the test passes. `ITEMS` has
 the whole list, with the tests that need the fakes of other files.
 """
 
-# Names of tests say all that is wrong, at any length.
-# ruff: noqa: E501
-
 import pathlib
 import re
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,8 +12,17 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from experiments import cli, demo, jobs, recipes, report, train, unlearn
-from psg_jax import checkpoints, data, torch_weights
+from experiments import (
+  cli,
+  demo,
+  evaluation_benchmark,
+  jobs,
+  recipes,
+  report,
+  train,
+  unlearn,
+)
+from psg_jax import checkpoints, data, metrics, torch_weights
 
 SMALL = [
   "--num_train=400",
@@ -116,6 +126,36 @@ def test_restored_states_give_the_reported_figures(runs):
     accuracy = np.mean(np.argmax(logits, 1) == context.test.labels)
     stored = read(run, "metrics.json")[name]["accuracy"]["test"]
     np.testing.assert_allclose(accuracy, stored, atol=1e-6)
+
+
+def test_cost_of_evaluation_is_of_all_metrics(runs):
+  run = runs / "first"
+  before = (run / "metrics.json").read_bytes()
+  options = evaluation_benchmark.Options(run=run, repeats=1)
+  (row,) = evaluation_benchmark.measure(options)
+  assert row["num_metrics"] == len(metrics.METRICS) - 2
+  # Digits have no metadata, and few non-members.
+  allowed = {"worst_subgroup"} | {x for x in metrics.METRICS if "tpr" in x}
+  assert set(row["missing"]) <= allowed
+  assert 0 < row["prediction"] < row["evaluation"]
+  assert (run / "metrics.json").read_bytes() == before
+
+
+def test_resuming_a_run_of_an_earlier_version(runs, tmp_path):
+  folder = tmp_path / "first"
+  shutil.copytree(runs / "first", folder)
+  config = read(folder, "config.json")
+  for name in ("by", "twins", "dropout"):
+    del config["job"][name]
+  (folder / "config.json").write_text(json.dumps(config))
+  job = dataclasses.replace(
+    cli.read_job(runs / "first"), runs_dir=str(tmp_path), resume=True
+  )
+  jobs.prepare(job, is_known_run=True)
+  config["job"]["seed"] = 1
+  (folder / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match="seed must be as in the run"):
+    jobs.prepare(job, is_known_run=True)
 
 
 def test_resuming_a_finished_run_keeps_it(runs):
