@@ -135,6 +135,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     lines.append(f"| {name} | {' | '.join(cells)} | {row['verdict'] or ''} |")
   lines += ["", *statements(results)]
   rows = standing(results)
+  rows = [{k: v.replace("|", "\\|") for k, v in x.items()} for x in rows]
   if rows:
     lines += ["", "| | by | place | first | behind the first |"]
     lines.append("|---|---|---|---|---|")

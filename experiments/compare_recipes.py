@@ -289,7 +289,7 @@ def _further(
   job = context.job
   if method in OURS:
     options = {**jobs.unlearn_options(context), **OURS[method]}
-    return options, {"search_fn": options.pop("search_fn")}, None
+    return options, {"search_fn": options.pop("search_fn")}, _aim(context)
   if method == "retrain":
     options = {
       "num_epochs": job.training.num_epochs,
@@ -309,6 +309,18 @@ def _further(
   if method == "scrub_r":
     return _rewinding(context)
   return {}, {}, None
+
+
+def _aim(context: jobs.Context) -> str | None:
+  """Says what the accuracy to stop at is taken from, where there is one."""
+  target = context.job.unlearning.target
+  if target == "zero" or (target == "auto" and jobs.is_class_request(context)):
+    return None
+  name = "test_forget" if len(context.parts["test_forget"]) else "test_retain"
+  return (
+    f"stops at the original's accuracy on {name}: no validation images are set"
+    " apart"
+  )
 
 
 def _rewinding(

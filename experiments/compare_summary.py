@@ -228,8 +228,11 @@ def standing(
     `rank` of `num_methods`; the `first` method; `gap`, the interval of the
     paired difference to it over training seeds, in which more is worse, None
     for fewer than two; and `is_within`, whether the method is the first, or the
-    interval holds 0.
+    interval holds 0. None without a retrained model; a method that diverged at
+    a seed is not placed.
   """
+  if "retrained" not in summary:
+    return []
   found = []
   for pattern in DISTANCES:
     for split in ("test_forget", "train_forget"):

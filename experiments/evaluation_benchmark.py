@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import tyro
 
 from experiments import cli, compare_cells, compare_summary, jobs
-from psg_jax import checkpoints, checks, metrics, types
+from psg_jax import checkpoints, checks, diagnosis, metrics, types
 
 _RELEARNING = ("relearn_steps", "anamnesis_index")
 
@@ -75,7 +75,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
         f" {options.run} with {', '.join(found) or 'none'}"
       )
   context = jobs.prepare(
-    dataclasses.replace(job, resume=True), is_known_run=True
+    dataclasses.replace(job, resume=True), is_known_run=True, is_read_only=True
   )
   variables: dict[str, types.Variables] = {
     "original": jobs.original(context),
@@ -122,6 +122,17 @@ def _measure(
     logits, features, params=variables["params"], seconds=1.0
   )
   found = compare_cells.figures(context, names, own, others)
+  accuracies = [
+    {x: found[f"accuracy_{x}"]["value"] for x in metrics.SPLITS},
+    *(
+      {
+        x: metrics.accuracy(others[name].logits[x], part.labels)
+        for x, part in context.parts.items()
+      }
+      for name in ("original", "retrained")
+    ),
+  ]
+  diagnosis.diagnose(accuracies[1], accuracies[0], retrained=accuracies[2])
   compare_summary.verify(
     {x: others["retrained"].logits[x][None] for x in compare_summary.SPLITS},
     {x: {0: logits[x][None]} for x in compare_summary.SPLITS},

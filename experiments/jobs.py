@@ -156,6 +156,7 @@ def prepare(
   is_known_run: bool = False,
   may_change: tuple[str, ...] = (),
   source: pathlib.Path | None = None,
+  is_read_only: bool = False,
 ) -> Context:
   """Loads the data, splits it, and makes the run folder.
 
@@ -164,6 +165,7 @@ def prepare(
     is_known_run: Whether the run folder is expected to exist.
     may_change: Options that may differ from those of the run that exists.
     source: Another run, whose trained models a new run folder starts with.
+    is_read_only: Whether to leave the records of the run that exists alone.
 
   Returns:
     What the steps share.
@@ -223,6 +225,8 @@ def prepare(
     _check_same_job(source, job, may_change)
   elif folder.exists() and not job.overwrite:
     _check_same_job(folder, job, may_change)
+  if is_read_only:
+    return context
   config, record = _config(job), _data_record(context)
   if job.overwrite and folder.exists():
     if job.weights is not None and folder.resolve() in (
@@ -332,6 +336,12 @@ def unlearned(
   return output.variables
 
 
+def is_class_request(context: Context) -> bool:
+  """Whether whole classes are asked for, whose ideal accuracy is 0."""
+  fields = requests.request_fields(context.asked.request)
+  return requests.is_class_request(fields)
+
+
 def target_accuracy(
   context: Context, original_variables: types.Variables
 ) -> float | None:
@@ -348,10 +358,7 @@ def target_accuracy(
   """
   chosen = context.job.unlearning.target
   asked = context.asked
-  if chosen == "zero" or (
-    chosen == "auto"
-    and requests.is_class_request(requests.request_fields(asked.request))
-  ):
+  if chosen == "zero" or (chosen == "auto" and is_class_request(context)):
     return None
 
   def logits(dataset: types.Dataset) -> np.ndarray:
@@ -663,9 +670,22 @@ def _imported(context: Context) -> types.Variables:
   return variables
 
 
+def _stored_job(folder: pathlib.Path) -> dict[str, Any] | None:
+  """The options of a run; one of an earlier version lacks the later ones."""
+  before = read_json(folder / "config.json").get("job")
+  if before is None:
+    return None
+  defaults = json.loads(json.dumps(job_options(recipes.Job())))
+  nested = {
+    name: {**defaults[name], **before.get(name, {})}
+    for name in ("training", "unlearning")
+  }
+  return {**defaults, **before, **nested}
+
+
 def has_same_request(run: pathlib.Path, job: recipes.Job) -> bool:
   """Whether a run forgets what this job asks for."""
-  before = read_json(run / "config.json").get("job", {})
+  before = _stored_job(run) or {}
   now = json.loads(json.dumps(job_options(job)))
   return all(before.get(name) == now[name] for name in REQUEST_FIELDS)
 
@@ -708,16 +728,12 @@ def _check_same_job(
   folder: pathlib.Path, job: recipes.Job, may_change: tuple[str, ...]
 ) -> None:
   """Options that made what is in the folder must be the same as now."""
-  before = read_json(folder / "config.json").get("job")
+  before = _stored_job(folder)
   if before is None:
     raise ValueError(
       f"name must be that of a run, got {folder}: no config.json"
     )
-  now, defaults = (
-    json.loads(json.dumps(job_options(x))) for x in (job, recipes.Job())
-  )
-  # A run of an earlier version lacks the options that came since.
-  before = {**defaults, **before}
+  now = json.loads(json.dumps(job_options(job)))
   free = {
     "resume",
     "overwrite",

@@ -38,7 +38,10 @@ ATTACKS = (
   "mia_svc",
 )
 _NUM_PICTURES = 12
-_KEPT = ("value", "reason", "per_class", "num_right", "num_harmed")
+_KEPT = (
+  *("value", "reason", "per_class", "num_right", "num_harmed"),
+  *("non_members", "num_samples"),
+)
 _CSV_FIELDS = (
   *("part", "id", "label", "original_prediction", "unlearned_prediction"),
   "unlearned_probability",
@@ -154,7 +157,10 @@ def save_flips(
     if not len(part):
       continue
     own = logits["unlearned"][name]
-    flips = metrics.flips(own, logits["original"][name], part.labels)
+    try:
+      flips = metrics.flips(own, logits["original"][name], part.labels)
+    except metrics.NotAvailableError:
+      continue  # The figures of this part say why.
     probabilities = scipy.special.softmax(own[flips.harmed_rows], -1)
     sureness = probabilities.max(-1)
     classes = part.class_names

@@ -55,11 +55,29 @@ def reasons(metrics: Metrics) -> list[str]:
   """Returns why figures are not available, each reason once."""
   found: dict[str, None] = {}
   for each in metrics.values():
-    for name in ("clinical", "membership"):
-      for figure in (each.get(name) or {}).values():
-        if figure.get("reason"):
-          found[str(figure["reason"])] = None
+    clinical = dict(each.get("clinical") or {})
+    by_column = clinical.pop("worst_subgroup", {})
+    for figure in (
+      *clinical.values(),
+      *by_column.values(),
+      *(each.get("membership") or {}).values(),
+    ):
+      if figure.get("reason"):
+        found[figure["reason"]] = None
   return list(found)
+
+
+def non_members(metrics: Metrics) -> str | None:
+  """Says what the attacks compare with, where it is not the obvious."""
+  for each in metrics.values():
+    for figure in (each.get("membership") or {}).values():
+      if figure.get("non_members") == "test_retain":
+        return (
+          "No test image matches the request, so that the attacks compare with"
+          " retained test images of the same classes, which may differ in more"
+          " than membership"
+        )
+  return None
 
 
 def read_out(
@@ -136,6 +154,8 @@ def flips(
     if _count(metrics, "unlearned", part) is not None
   ]
   retrained = _count(metrics, "retrained", "test_retain")
+  if not counts:
+    return None
   sentence = " and ".join(counts)
   if retrained is not None:
     sentence += f"; of the retrained model, {retrained} test images"

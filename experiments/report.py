@@ -144,6 +144,7 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
     flips=read_out_page.flips(run.flips, run.flip_images, run.metrics),
     judgement=read_out_page.judgement(run.metrics),
     reasons=read_out_page.reasons(run.metrics),
+    non_members=read_out_page.non_members(run.metrics),
     examples=_examples(run),
     relabelling=_relabelling(run),
     groups=_table(run),

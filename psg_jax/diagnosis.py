@@ -18,7 +18,7 @@ from psg_jax import checks, unlearning
 FINE = "fine"
 NOTHING = "nothing was forgotten"
 PARTLY = "partly forgotten"
-TOO_MUCH = "more was forgotten than retraining forgets"
+TOO_MUCH = "more was forgotten than should be"
 DESTROYED = "everything was destroyed"
 DAMAGED = "retain damaged"
 CANNOT_TELL = "accuracy cannot tell"
@@ -484,7 +484,8 @@ def diagnose(
 
   ideally 1: nothing was forgotten below 0.2, the target is reached within 0.05.
   Without a retrained model `a*` is 0 where whole classes are forgotten, and
-  else the original's accuracy on images it never saw. Retained images
+  else the original's accuracy on images it never saw, of those to forget
+  (`test_forget`) if there are any. Retained images
   (`test_retain`, or `train_retain`) may lose 0.05 against the retrained or else
   the original model; where less than half of the lead over chance is left,
   everything was destroyed. These limits are rules of thumb: for a verdict with
@@ -525,6 +526,8 @@ def diagnose(
     forget_target = _known(retrained, forget_split)
   elif scope == "class":
     forget_target = 0.0
+  elif original.get("test_forget") is not None:
+    forget_target = _known(original, "test_forget")
   else:
     forget_target = _known(original, retain_split)
   case = _Case(

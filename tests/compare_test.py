@@ -623,6 +623,35 @@ def test_standing_by_distance_to_the_retrained_model():
   assert compare_summary.standing(found, "near", {}) == []
 
 
+def test_markdown_rows_have_as_many_cells_as_the_head():
+  results = {
+    "standing": {
+      "psg": [
+        {
+          "method": "psg",
+          "metric": "kl",
+          "rank": 2,
+          "num_methods": 3,
+          "first": "psg",
+          "gap": [0.1, 0.2],
+          "is_within": False,
+        }
+      ]
+    },
+    "methods": {"psg": {"title": "PSG", "paper": ""}},
+    "metrics": {"kl": {"title": "KL(retrained || model)", "direction": "down"}},
+    "summary": {},
+    "verification": {},
+    "nearest": [],
+    "best": {},
+  }
+  lines = compare_page.markdown(results).splitlines()
+  row = next(x for x in lines if "KL(retrained" in x).replace("\\|", "")
+  assert row.count("|") == lines[lines.index("|---|---|---|---|---|")].count(
+    "|"
+  )
+
+
 def test_verdict():
   rng = np.random.default_rng(0)
   labels = {split: np.zeros(400, int) for split in compare_summary.SPLITS}

@@ -65,6 +65,20 @@ def test_verdicts(unlearned, verdict, retrained):
   json.dumps(found.as_dict())
 
 
+def test_target_of_samples_is_that_of_unseen_images_of_the_kind():
+  # A camera that is harder than the others: 0.7 is right, and not 0.93.
+  original = {
+    "train_forget": 0.95,
+    "test_forget": 0.7,
+    "train_retain": 0.95,
+    "test_retain": 0.93,
+  }
+  found = diagnosis.diagnose(
+    original, {**original, "train_forget": 0.71}, scope="samples"
+  )
+  assert found.verdict == diagnosis.FINE
+
+
 def test_two_verdicts_at_once():
   found = diagnose({**HALF, "test_retain": 0.6})
   verdicts = [each.verdict for each in found.findings]

@@ -130,7 +130,8 @@ def test_restored_states_give_the_reported_figures(runs):
 
 def test_cost_of_evaluation_is_of_all_metrics(runs):
   run = runs / "first"
-  before = (run / "metrics.json").read_bytes()
+  names = ("metrics.json", "config.json", "data.json", "history.json")
+  before = [(run / name).read_bytes() for name in names]
   options = evaluation_benchmark.Options(run=run, repeats=1)
   (row,) = evaluation_benchmark.measure(options)
   assert row["num_metrics"] == len(metrics.METRICS) - 2
@@ -138,7 +139,7 @@ def test_cost_of_evaluation_is_of_all_metrics(runs):
   allowed = {"worst_subgroup"} | {x for x in metrics.METRICS if "tpr" in x}
   assert set(row["missing"]) <= allowed
   assert 0 < row["prediction"] < row["evaluation"]
-  assert (run / "metrics.json").read_bytes() == before
+  assert [(run / name).read_bytes() for name in names] == before
 
 
 def test_resuming_a_run_of_an_earlier_version(runs, tmp_path):
@@ -147,11 +148,17 @@ def test_resuming_a_run_of_an_earlier_version(runs, tmp_path):
   config = read(folder, "config.json")
   for name in ("by", "twins", "dropout"):
     del config["job"][name]
+  for part, name in (
+    *(("unlearning", "target"), ("unlearning", "num_parts")),
+    ("training", "num_parts"),
+  ):
+    del config["job"][part][name]
   (folder / "config.json").write_text(json.dumps(config))
   job = dataclasses.replace(
     cli.read_job(runs / "first"), runs_dir=str(tmp_path), resume=True
   )
-  jobs.prepare(job, is_known_run=True)
+  jobs.prepare(job, is_known_run=True, is_read_only=True)
+  assert jobs.has_same_request(folder, job)
   config["job"]["seed"] = 1
   (folder / "config.json").write_text(json.dumps(config))
   with pytest.raises(ValueError, match="seed must be as in the run"):

@@ -85,6 +85,27 @@ def test_what_cannot_be_computed_says_why(parts, logits):
     assert "needed" in attacks[name]["reason"]
 
 
+def test_reasons_and_non_members_are_said():
+  figure = {"value": None, "reason": "none of 5 groups has 10 images"}
+  attack = {"value": 0.5, "non_members": "test_retain"}
+  metrics = {
+    "original": {
+      "clinical": {"worst_subgroup": {"reason": figure}},
+      "membership": {"mia_loss_auc": attack},
+    }
+  }
+  assert read_out_page.reasons(metrics) == ["none of 5 groups has 10 images"]
+  assert "which may differ" in (read_out_page.non_members(metrics) or "")
+  attack["non_members"] = "test_forget"
+  assert read_out_page.non_members(metrics) is None
+
+
+def test_logits_that_are_not_finite_list_no_flips(parts, logits, tmp_path):
+  broken = {x: np.full_like(y, np.nan) for x, y in logits["original"].items()}
+  read_out.save_flips(tmp_path, parts, {**logits, "unlearned": broken})
+  assert read_out.read_flips(tmp_path) == []
+
+
 def test_flips_are_listed_surest_first_and_test_images_before(
   parts, logits, tmp_path
 ):

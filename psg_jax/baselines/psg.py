@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import optax
 
-from psg_jax import boundary, training, types, unlearning
+from psg_jax import boundary, checks, training, types, unlearning
 from psg_jax.baselines import _engine
+
+SOFT_LABELS = ("soft", "soft_other")
 
 
 def psg(
@@ -60,7 +62,7 @@ def psg_soft(
     variables: The original model's, left as they are.
     split: The forget and the retain set.
     key: One typed key.
-    **options: Those of `unlearning.unlearn`, but `labels`.
+    **options: Those of `unlearning.unlearn`; `labels` must be soft.
 
   Returns:
     The variables and the history of `unlearning.unlearn`.
@@ -72,9 +74,9 @@ def psg_soft(
   References:
     As `psg`.
   """
-  return psg(
-    model, variables, split, key, **{**options, "labels": "soft_other"}
-  )
+  options = {"labels": "soft_other", **options}
+  checks.one_of("labels", options["labels"], SOFT_LABELS)
+  return psg(model, variables, split, key, **options)
 
 
 def psg_released(
