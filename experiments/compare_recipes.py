@@ -29,11 +29,8 @@ from experiments import jobs, recipes
 from psg_jax import augment, baselines, checks, data, training, unlearning
 
 SETTINGS = ("default", "paper")
-# Methods with the options of the job, and in what they differ from these.
-OURS: dict[str, dict[str, Any]] = {
-  "psg": {},
-  "psg_soft": {"labels": "soft_other"},
-}
+# Methods with the options of the job.
+OURS = ("psg", "psg_soft")
 _RATES = ("learning_rate", "momentum", "weight_decay")
 # Set by the program, or not to be written on a command line.
 _RESERVED = frozenset(
@@ -288,8 +285,11 @@ def _further(
   """Arguments of the job: for the record, and beside it, and what to know."""
   job = context.job
   if method in OURS:
-    options = {**jobs.unlearn_options(context), **OURS[method]}
-    return options, {"search_fn": options.pop("search_fn")}, _aim(context)
+    options = jobs.unlearn_options(context)
+    further = {"search_fn": options.pop("search_fn")}
+    if method == "psg_soft":
+      return {**options, **_soft(context)}, further, None
+    return options, further, _aim(context)
   if method == "retrain":
     options = {
       "num_epochs": job.training.num_epochs,
@@ -309,6 +309,18 @@ def _further(
   if method == "scrub_r":
     return _rewinding(context)
   return {}, {}, None
+
+
+def _soft(context: jobs.Context) -> dict[str, Any]:
+  """Labels of a forgotten class leave it out; else it stays one of two.
+
+  A model that never saw a camera or a patient may well know others of their
+  kind: at the boundary point it is undecided, and no accuracy to stop at has to
+  be known.
+  """
+  if jobs.is_class_request(context):
+    return {"labels": "soft_other"}
+  return {"labels": "soft", "retain_labels": "hard", "target_accuracy": None}
 
 
 def _aim(context: jobs.Context) -> str | None:

@@ -429,6 +429,31 @@ def test_methods_take_their_arguments(settings, context):
     )
 
 
+def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):
+  found = compare_recipes.resolve("psg_soft", context)
+  assert found.record["labels"] == "soft_other"
+  assert found.note is None
+  request = context.asked.request
+  part = context._replace(
+    asked=context.asked._replace(
+      request=dataclasses.replace(request, fraction=0.5)
+    )
+  )
+  found = compare_recipes.resolve("psg_soft", part)
+  assert (found.record["labels"], found.record["retain_labels"]) == (
+    "soft",
+    "hard",
+  )
+  assert found.arguments["target_accuracy"] is None
+  # PSG itself stops at the accuracy on unseen images, and says which.
+  found = compare_recipes.resolve("psg", part)
+  assert "target_accuracy" not in found.arguments
+  assert found.note == (
+    "stops at the original's accuracy on test_forget: no validation images are"
+    " set apart"
+  )
+
+
 def test_budget_is_that_of_psg(context):
   num_forget, num_retain = len(context.split.forget), len(context.split.retain)
   assert (num_forget, num_retain) == (41, 359)

@@ -51,11 +51,12 @@ def psg_soft(
   key: jax.Array,
   **options: Any,
 ) -> _engine.Output:
-  """`psg` with soft labels: `labels="soft_other"` (Algorithm 3).
+  """`psg` with soft labels, by default `labels="soft_other"` (Algorithm 3).
 
   Each forget image is taught the frozen model's prediction at its boundary
   point, less the old class, and not the nearest class alone: a model that never
-  saw the image is seldom sure of it.
+  saw the image is seldom sure of it. With `labels="soft"`, for requests other
+  than whole classes, the old class is kept: the model is to be undecided.
 
   Args:
     model: The network.
