@@ -33,7 +33,6 @@ _SHORT = (
   ("kl_divergence_{}", "KL, forget"),
   ("kl_divergence_test_retain", "KL, retain"),
   ("mia_loss_auc", "Loss attack, AUC"),
-  ("tug_of_war", "ToW"),
   ("seconds_without_compiling", "Time"),
 )
 _FORGET_SPLITS = ("test_forget", "train_forget")

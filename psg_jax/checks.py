@@ -12,6 +12,10 @@ import jax
 import numpy as np
 
 
+# With a name that is near, more than these say less than that one.
+_MAX_NAMED = 30
+
+
 def is_traced(*values: Any) -> bool:
   """Whether any value is known only by shape, as under `jit` or `vmap`."""
   return any(
@@ -74,9 +78,10 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
     return
   close = difflib.get_close_matches(str(value), allowed, n=1)
   hint = f", did you mean {close[0]!r}?" if close else ""
-  raise ValueError(
-    f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint}"
-  )
+  names = ", ".join(allowed)
+  if close and len(allowed) > _MAX_NAMED:
+    names = f"{len(allowed)} names"
+  raise ValueError(f"{name} must be one of {names}, got {value!r}{hint}")
 
 
 def images(value: Any, *, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
