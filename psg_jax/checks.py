@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import numpy as np
 
-
 # With a name that is near, more than these say less than that one.
 _MAX_NAMED = 30
 

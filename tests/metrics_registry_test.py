@@ -162,5 +162,5 @@ def test_bad_names_and_arrays():
 def test_one_near_name_says_more_than_all_names():
   with pytest.raises(ValueError, match="one of 57 names, got 'mia_los', did"):
     metrics.find("mia_los")
-  with pytest.raises(ValueError, match="accuracy_train_forget, .*got 'qqqq'$"):
+  with pytest.raises(ValueError, match=r"accuracy_train_forget, .*got 'qqqq'$"):
     metrics.find("qqqq")
