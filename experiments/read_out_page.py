@@ -1,5 +1,6 @@
 """The parts of a run's page that a clinician reads: what changed for whom."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,22 @@ def attacks(metrics: Metrics) -> list[dict[str, Any]]:
     }
     for name, title in _ATTACKS.items()
   ]
+
+
+def attack_ideal(metrics: Metrics) -> str:
+  """Says what the attacks should find, and how far chance alone goes.
+
+  The AUC of a coin over `n` images a side has the variance `(2n + 1) / 12n²`
+  (Mann and Whitney 1947).
+  """
+  text = "≈ ideal: as retrained, 0.5"
+  for each in metrics.values():
+    figure = (each.get("membership") or {}).get("mia_loss_auc") or {}
+    count = figure.get("num_samples")
+    if count:
+      chance = 2 * math.sqrt((2 * count + 1) / (12 * count**2))
+      return f"{text}; {count:,} images a side, chance ±{chance:.2f}"
+  return text
 
 
 def reasons(metrics: Metrics) -> list[str]:

@@ -608,7 +608,7 @@ def _table(run: Run) -> list[dict[str, Any]]:
     compared.append(
       {
         "name": "Membership attacks: forget images in training or not",
-        "ideal": "≈ ideal: as retrained, 0.5",
+        "ideal": read_out_page.attack_ideal(run.metrics),
         "rows": attacks,
       }
     )

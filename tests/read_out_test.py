@@ -100,6 +100,15 @@ def test_reasons_and_non_members_are_said():
   assert read_out_page.non_members(metrics) is None
 
 
+def test_attacks_say_how_far_chance_goes():
+  attack = {"value": 0.4, "num_samples": 36}
+  metrics = {"original": {"membership": {"mia_loss_auc": attack}}}
+  # Two of sqrt(73 / 15552) = 0.0685.
+  ideal = read_out_page.attack_ideal(metrics)
+  assert ideal == "≈ ideal: as retrained, 0.5; 36 images a side, chance ±0.14"
+  assert read_out_page.attack_ideal({}) == "≈ ideal: as retrained, 0.5"
+
+
 def test_logits_that_are_not_finite_list_no_flips(parts, logits, tmp_path):
   broken = {x: np.full_like(y, np.nan) for x, y in logits["original"].items()}
   read_out.save_flips(tmp_path, parts, {**logits, "unlearned": broken})
