@@ -188,7 +188,7 @@ def run(
   }
   logits: dict[str, np.ndarray] = {}
   try:
-    output, seconds = _unlearn(context, cell, resolved, reference)
+    output, seconds, target = _unlearn(context, cell, resolved, reference)
     splits = _splits(names, "model.features.")
     logits, features = predict(context, output.variables, feature_splits=splits)
     if not all(np.isfinite(values).all() for values in logits.values()):
@@ -212,6 +212,7 @@ def run(
     result |= {
       "status": DONE,
       "seconds": seconds,
+      "target_accuracy": target,
       "accuracy": _accuracies(context, logits),
       "history": _history(output.history),
       "metrics": figures(context, names, own, extra),
@@ -228,15 +229,16 @@ def _unlearn(
   cell: Cell,
   resolved: compare_recipes.Resolved,
   reference: Reference,
-) -> tuple[baselines.Output, float]:
+) -> tuple[baselines.Output, float, float | None]:
+  """Returns the output, seconds, and the accuracy to stop at, if any."""
   key = jax.random.fold_in(jax.random.key(cell.seed), _UNLEARNING)
   start = time.perf_counter()
   arguments = dict(resolved.arguments)
-  if cell.method in compare_recipes.OURS:
+  is_ours = cell.method in compare_recipes.OURS
+  if is_ours and "target_accuracy" not in arguments:
     # Where it stops, for requests whose right answer is not 0.
-    arguments.setdefault(
-      "target_accuracy",
-      jobs.target_accuracy(context, reference.variables["original"]),
+    arguments["target_accuracy"] = jobs.target_accuracy(
+      context, reference.variables["original"]
     )
   output = baselines.find(cell.method).fn(
     context.model,
@@ -248,7 +250,8 @@ def _unlearn(
     show_progress=sys.stderr.isatty(),
   )
   jax.block_until_ready(output.variables)
-  return output, time.perf_counter() - start
+  seconds = time.perf_counter() - start
+  return output, seconds, arguments.get("target_accuracy")
 
 
 def predict(

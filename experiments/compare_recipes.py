@@ -231,6 +231,9 @@ def resolve(
     )
   options |= changed
   record = dict(options)
+  if method in OURS and "target_accuracy" not in options and _aim(context):
+    # The accuracy to stop at follows from each original model.
+    record["target"] = context.job.unlearning.target
   arguments = {**options, **further}
   # SCRUB's own optimiser has a schedule, which these rates begin with.
   is_own = settings == "paper" and method.startswith("scrub") and not is_changed

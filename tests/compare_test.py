@@ -223,6 +223,8 @@ def test_ours_stops_at_the_target_of_the_request(
   folder = tmp_path / "aimed"
   unlearned = compare_cells.arrays(folder / "cells/psg-2022-0/logits.npz")
   original = compare_cells.arrays(folder / "models/seed-2022/original.npz")
+  result = read(folder / "cells/psg-2022-0/result.json")
+  assert result["target_accuracy"] == 1.0
   for split, values in original.items():
     np.testing.assert_array_equal(unlearned[split], values)
 
@@ -448,6 +450,7 @@ def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):
   # PSG itself stops at the accuracy on unseen images, and says which.
   found = compare_recipes.resolve("psg", part)
   assert "target_accuracy" not in found.arguments
+  assert found.record["target"] == "auto"
   assert found.note == (
     "stops at the original's accuracy on test_forget: no validation images are"
     " set apart"
