@@ -16,8 +16,8 @@ interruption, or to add methods, seeds or metrics, the same command with
     runs/<name>/cells/<method>-<seed>-<unlearning seed>/
                                             result.json, logits.npz
 
-All 21 methods on the digits take about ten minutes on two cores, most of it
-the compiling of 21 training programs.
+All 21 methods on the digits take eight minutes on two cores, most of it the
+compiling of 21 training programs. What to expect is in docs/comparison.md.
 """
 
 import csv
