@@ -3,8 +3,8 @@
     python -m experiments.audit --recipe digits --num_models 32
 
 asks whether one who knows the audited images well can tell a model that
-unlearned an image from one that was never trained on it. Three and a half minutes
-on two cores; docs/comparison.md has what it finds.
+unlearned an image from one that was never trained on it. Three and a half
+minutes on two cores; docs/comparison.md has what it finds.
 
 What is audited are `num_targets` images, drawn at random from the training
 images that match the job's request (for the digits, of class 0), so that other
