@@ -159,6 +159,26 @@ def test_pairs_take_the_model_that_was_trained_on_an_image():
   np.testing.assert_array_equal(both, values[::2] + values[1::2])
 
 
+def test_positives_and_negatives_after_unlearning_are_of_models_that_did():
+  plan = one_each(4, 6)
+  labels = np.zeros(6, int)
+  # The confidence is the first logit: 1 or 2 before, and 3 or 4 after.
+  before, after = (
+    np.stack([low + plan.is_trained, 0.0 * plan.is_trained], -1)
+    for low in (1.0, 3.0)
+  )
+  found = audit._confidences(before, after, plan, labels)
+  expected = {
+    "original": 2,
+    "unlearned": 4,
+    "never_trained": 1,
+    "never_unlearned": 3,
+  }
+  assert set(found) == set(expected)
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[name], np.full((2, 6), value))
+
+
 def test_what_a_model_s_images_have_in_common_cancels():
   # It is most of the variance, and differs between models: telling the two
   # kinds by separate models would miss what memory adds.
