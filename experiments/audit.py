@@ -43,7 +43,6 @@ its passes. `--resume` goes on where a run was stopped, and with another
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import re
 import time
@@ -60,6 +59,7 @@ from experiments import (
   cli,
   compare_cells,
   compare_recipes,
+  files,
   jobs,
   recipes,
   requests,
@@ -224,7 +224,7 @@ def run(options: Options) -> pathlib.Path:
     "unlearn_seconds": unlearned.seconds,
   }
   audit["statements"] = audit_page.statements(audit)
-  _save_arrays(
+  files.save_arrays(
     context.run_dir / "audit.npz",
     {
       **confidences,
@@ -519,7 +519,7 @@ def _unlearn(
     if not np.isfinite(logits).all():
       raise FloatingPointError("the logits are not finite after the last step")
     record["predict_seconds"] = time.perf_counter() - start - record["seconds"]
-    _save_arrays(folder / f"{index:04}.npz", {"logits": logits})
+    files.save_arrays(folder / f"{index:04}.npz", {"logits": logits})
   except FloatingPointError as error:
     step = re.search(r"step (\d+)", str(error))
     record["reason"] = f"diverged: {error}"
@@ -527,12 +527,6 @@ def _unlearn(
   except ValueError as error:
     raise ValueError(f"{method.name}: {error}") from error
   jobs.write_json(folder / f"{index:04}.json", record)
-
-
-def _save_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
-  partial = path.with_suffix(".partial.npz")
-  np.savez(partial, **arrays)
-  os.replace(partial, path)
 
 
 def _confidences(

@@ -1,17 +1,22 @@
 """The page and the sentences of an audit."""
 
 import datetime
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jinja2
 import markupsafe
 import numpy as np
 from matplotlib import axes as mpl_axes
 
-from experiments import compare_figures, figures, jobs, report, request_page
+from experiments import (
+  compare_figures,
+  figures,
+  files,
+  jobs,
+  report,
+  request_page,
+)
 from psg_jax import ulira
 
 SIDES = ("original", "unlearned", "control")
@@ -120,16 +125,12 @@ def build(
   Returns:
     The path of the page.
   """
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
   config = jobs.read_json(folder / "config.json")
   panels = _panels(audit, found)
-  page = environment.get_template(_TEMPLATE).render(
+  path = folder / "audit.html"
+  files.write_page(
+    path,
+    _TEMPLATE,
     title=f"{audit['method']['title']} audited on {config['job']['dataset']}",
     audit=audit,
     facts=_facts(audit, config),
@@ -146,10 +147,6 @@ def build(
     },
     config=config,
   )
-  path = folder / "audit.html"
-  partial = path.with_suffix(".partial")
-  partial.write_text(page, encoding="utf-8")
-  os.replace(partial, path)
   return path
 
 

@@ -24,7 +24,6 @@ import csv
 import dataclasses
 import io
 import json
-import os
 import pathlib
 import shutil
 import time
@@ -39,6 +38,7 @@ from experiments import (
   compare_page,
   compare_recipes,
   compare_summary,
+  files,
   jobs,
   recipes,
 )
@@ -143,8 +143,8 @@ def run(options: Options) -> pathlib.Path:
   results = _collect(context, options, resolved, references)
   folder = context.run_dir
   jobs.write_json(folder / "results.json", results)
-  _write_text(folder / "results.csv", to_csv(results))
-  _write_text(folder / "results.md", compare_page.markdown(results))
+  files.write_text(folder / "results.csv", to_csv(results))
+  files.write_text(folder / "results.md", compare_page.markdown(results))
   print(compare_page.text_table(results))
   chosen = compare_page.shown_models(results)
   return compare_page.build(
@@ -333,12 +333,6 @@ def _line(cell: compare_cells.Cell, result: Mapping[str, Any]) -> str:
     f" {values[split]:.3f} {split}, {values['test_retain'] or 0.0:.3f}"
     " test_retain"
   )
-
-
-def _write_text(path: pathlib.Path, text: str) -> None:
-  partial = path.with_suffix(".partial")
-  partial.write_text(text, encoding="utf-8")
-  os.replace(partial, path)
 
 
 def _collect(

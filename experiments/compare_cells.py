@@ -4,7 +4,6 @@ A cell is written as a whole or not at all, so that what is there is finished.
 """
 
 import dataclasses
-import os
 import pathlib
 import re
 import shutil
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import compare_recipes, jobs, requests
+from experiments import compare_recipes, files, jobs, requests
 from psg_jax import (
   baselines,
   checkpoints,
@@ -83,7 +82,7 @@ def reference(context: jobs.Context, *, needs_variables: bool) -> Reference:
     if name not in finished or needs_variables or not path.is_file():
       variables[name] = step(context)
     if not path.is_file():
-      _save_arrays(path, predict(context, variables[name])[0])
+      files.save_arrays(path, predict(context, variables[name])[0])
     logits[name] = arrays(path)
   records = jobs.read_json(context.run_dir / "history.json")
   seconds = {name: records[f"{name}_seconds"] for name in steps}
@@ -388,12 +387,6 @@ def _write_cell(
   # What is there has no result, or it would not have been run.
   shutil.rmtree(folder, ignore_errors=True)
   partial.rename(folder)
-
-
-def _save_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
-  partial = path.with_suffix(".partial.npz")
-  np.savez(partial, **arrays)
-  os.replace(partial, path)
 
 
 def arrays(path: pathlib.Path) -> dict[str, np.ndarray]:

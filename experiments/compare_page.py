@@ -1,12 +1,10 @@
 """The page and the printed table of a comparison."""
 
 import datetime
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jinja2
 import markupsafe
 import numpy as np
 
@@ -14,6 +12,7 @@ from experiments import (
   compare_figures,
   compare_recipes,
   figures,
+  files,
   report,
   request_page,
 )
@@ -59,16 +58,12 @@ def build(
   Returns:
     The path of the page.
   """
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
   job = results["config"]["job"]
   num_methods = len(results["methods"])
-  page = environment.get_template(_TEMPLATE).render(
+  path = folder / "compare.html"
+  files.write_page(
+    path,
+    _TEMPLATE,
     title=f"{num_methods} unlearning method{'s' * (num_methods > 1)} compared"
     f" on {job['dataset']}",
     outcome=statements(results),
@@ -88,10 +83,6 @@ def build(
     commit=results["config"]["git_commit"],
     num_seeds=results["compare"]["seeds"],
   )
-  path = folder / "compare.html"
-  partial = path.with_suffix(".partial")
-  partial.write_text(page, encoding="utf-8")
-  os.replace(partial, path)
   return path
 
 

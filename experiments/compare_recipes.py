@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from experiments import jobs, recipes
-from psg_jax import augment, baselines, checks, data, training, unlearning
+from psg_jax import baselines, checks, data, training, unlearning
 
 SETTINGS = ("default", "paper")
 # Methods with the options of the job.
@@ -298,7 +298,11 @@ def _further(
       "num_epochs": job.training.num_epochs,
       "batch_size": job.training.batch_size,
     }
-    return options, {"augment_fn": _augment_fn(job.training.augmentation)}, None
+    return (
+      options,
+      {"augment_fn": jobs.augment_fn(job.training.augmentation)},
+      None,
+    )
   if method == "psg_released":
     mean, std = data.mean_and_std(context.train)
     return (
@@ -351,16 +355,6 @@ def _rewinding(
     {"validation": parts[name]},
     f"chooses its pass by {name}: no validation images are set apart",
   )
-
-
-@functools.lru_cache
-def _augment_fn(name: str) -> augment.AugmentFn | None:
-  return {
-    "none": None,
-    "flip": augment.flip(),
-    "crop_flip": augment.chain(augment.crop(4), augment.flip()),
-    "medical": augment.medical(),
-  }[name]
 
 
 def _budget(

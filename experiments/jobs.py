@@ -15,7 +15,6 @@ A step that is finished is not done again when the job is resumed.
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import platform
 import shutil
@@ -30,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import psg_jax
-from experiments import read_out, recipes, requests, sets
+from experiments import files, read_out, recipes, requests, sets
 from psg_jax import (
   augment,
   boundary,
@@ -513,9 +512,7 @@ def copy_state(state: training.TrainState) -> training.TrainState:
 
 def write_json(path: pathlib.Path, content: Any) -> None:
   """Writes a JSON file at once or not at all."""
-  partial = path.with_suffix(".partial")
-  partial.write_text(json.dumps(content, indent=1) + "\n")
-  os.replace(partial, path)
+  files.write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -554,6 +551,17 @@ def _fresh_state(context: Context, name: str) -> training.TrainState:
   )
 
 
+@functools.lru_cache
+def augment_fn(name: str) -> augment.AugmentFn | None:
+  """Returns the augmentation of this name, the same object each time."""
+  return {
+    "none": None,
+    "flip": augment.flip(),
+    "crop_flip": augment.chain(augment.crop(4), augment.flip()),
+    "medical": augment.medical(),
+  }[name]
+
+
 def _trained(
   context: Context, name: str, dataset: types.Dataset
 ) -> types.Variables:
@@ -561,12 +569,6 @@ def _trained(
   state = _fresh_state(context, name)
   if _is_finished(context, name):
     return _restore(context, name, state).variables
-  augment_fn = {
-    "none": None,
-    "flip": augment.flip(),
-    "crop_flip": augment.chain(augment.crop(4), augment.flip()),
-    "medical": augment.medical(),
-  }[options.augmentation]
   # Beside the finished ones, so that nobody takes it for one of them.
   partial = context.run_dir / f"{name}.partial"
   history: training.History = []
@@ -598,7 +600,7 @@ def _trained(
       optimizer=_training_optimizer(context.job),
       num_epochs=options.num_epochs,
       batch_size=options.batch_size,
-      augment_fn=augment_fn,
+      augment_fn=augment_fn(options.augmentation),
       callback=keep,
       step_callback=keep_within,
       num_parts=options.num_parts,

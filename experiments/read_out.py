@@ -8,7 +8,6 @@ pictures of a few), membership attacks, a diagnosis, and what can be claimed.
 
 import csv
 import io
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import scipy.special
 
-from experiments import requests
+from experiments import files, requests
 from psg_jax import diagnosis, metrics, types, unlearning, verification
 
 FIGURES = (
@@ -163,13 +162,13 @@ def save_flips(
       continue  # The figures of this part say why.
     probabilities = scipy.special.softmax(own[flips.harmed_rows], -1)
     sureness = probabilities.max(-1)
-    classes = part.class_names
+    classes, ids = part.class_names, np.asarray(part.ids)
     for i in np.argsort(-sureness, kind="stable"):
       row = int(flips.harmed_rows[i])
       shown = (part.labels[row], flips.harmed_before[i], flips.harmed_after[i])
       rows.append(
         (
-          *(name, str(np.asarray(part.ids)[row])),
+          *(name, str(ids[row])),
           *(classes[int(label)] for label in shown),
           round(float(sureness[i]), 4),
         )
@@ -179,9 +178,7 @@ def save_flips(
   buffer = io.StringIO()
   writer = csv.writer(buffer, lineterminator="\n")
   writer.writerows([_CSV_FIELDS, *rows])
-  partial = folder / "flips.partial"
-  partial.write_text(buffer.getvalue(), encoding="utf-8")
-  os.replace(partial, folder / "flips.csv")
+  files.write_text(folder / "flips.csv", buffer.getvalue())
   shape = parts["train_retain"].images.shape[1:]
   np.savez(
     folder / "flips.npz",

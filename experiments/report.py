@@ -11,13 +11,11 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
 import markupsafe
 import numpy as np
 import tyro
@@ -25,6 +23,7 @@ import tyro
 from experiments import (
   cli,
   figures,
+  files,
   read_out,
   read_out_page,
   request_page,
@@ -121,15 +120,11 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
   folder = pathlib.Path(run_dir)
   run = read(folder)
   pictures = _pictures(run, folder / "figures")
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
   title, outcome = headline(run)
-  page = environment.get_template(_TEMPLATE).render(
+  path = folder / "report.html"
+  files.write_page(
+    path,
+    _TEMPLATE,
     title=title,
     outcome=outcome,
     facts=_facts(run),
@@ -157,10 +152,6 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
     commit=run.config.get("git_commit"),
     created=_date(run.config.get("created")),
   )
-  path = folder / "report.html"
-  partial = path.with_suffix(".partial")
-  partial.write_text(page, encoding="utf-8")
-  os.replace(partial, path)
   return path
 
 
