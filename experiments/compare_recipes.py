@@ -297,6 +297,7 @@ def _further(
     options = {
       "num_epochs": job.training.num_epochs,
       "batch_size": job.training.batch_size,
+      "schedule": job.training.schedule,
     }
     return (
       options,

@@ -600,6 +600,7 @@ def _trained(
       optimizer=_training_optimizer(context.job),
       num_epochs=options.num_epochs,
       batch_size=options.batch_size,
+      schedule=options.schedule,
       augment_fn=augment_fn(options.augmentation),
       callback=keep,
       step_callback=keep_within,
@@ -678,8 +679,9 @@ def _stored_job(folder: pathlib.Path) -> dict[str, Any] | None:
   if before is None:
     return None
   defaults = json.loads(json.dumps(job_options(recipes.Job())))
+  # Until there were schedules, rates were constant.
   nested = {
-    name: {**defaults[name], **before.get(name, {})}
+    name: {**defaults[name], "schedule": "constant", **before.get(name, {})}
     for name in ("training", "unlearning")
   }
   return {**defaults, **before, **nested}

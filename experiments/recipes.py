@@ -15,7 +15,10 @@ from psg_jax import checks
 class Training:
   """How the original and the retrained model are trained."""
 
-  learning_rate: float = 0.01
+  learning_rate: float = 0.05
+  """The highest, where the schedule is not constant."""
+  schedule: Literal["one_cycle", "constant"] = "one_cycle"
+  """Of the learning rate: up and then down to 0, or the paper's constant."""
   momentum: float = 0.9
   weight_decay: float = 1e-4
   num_epochs: int = 15
@@ -52,7 +55,9 @@ class Unlearning:
   confidence: float | None = None
   """kappa"""
   is_rounded: bool = False
-  learning_rate: float = 1e-3
+  learning_rate: float = 2e-3
+  """The highest, where the schedule is not constant."""
+  schedule: Literal["one_cycle", "constant"] = "one_cycle"
   momentum: float = 0.9
   weight_decay: float = 1e-4
   num_epochs: int | None = None
@@ -148,6 +153,7 @@ RELEASED = Unlearning(
   search="released",
   step_size=0.1,
   learning_rate=1e-5,
+  schedule="constant",
   weight_decay=0.0,
   num_epochs=10,
   retain_weight=0.0,
@@ -158,6 +164,7 @@ RELEASED = Unlearning(
 # statistics and weights move little.
 NO_RETAIN_DATA = Unlearning(
   learning_rate=1e-4,
+  schedule="constant",
   num_epochs=2,
   retain_weight=0.0,
   labels="soft_other",
@@ -174,7 +181,11 @@ UNLEARNING: dict[str, Unlearning] = {
 _SMALL_MEDICAL = Training(num_epochs=30, batch_size=32, augmentation="medical")
 _PHANTOM = Training(num_epochs=12, batch_size=32, augmentation="flip")
 _PAPER_MEDICAL = Training(
-  learning_rate=1e-3, num_epochs=15, batch_size=16, augmentation="medical"
+  learning_rate=1e-3,
+  schedule="constant",
+  num_epochs=15,
+  batch_size=16,
+  augmentation="medical",
 )
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -184,7 +195,7 @@ JOBS: dict[str, Job] = {
     recipe="digits",
     dataset="digits",
     width=0.125,
-    training=Training(num_epochs=5, learning_rate=0.01, batch_size=32),
+    training=Training(num_epochs=5, batch_size=32),
   ),
   "fashion_mnist": Job(
     recipe="fashion_mnist",

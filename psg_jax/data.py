@@ -368,6 +368,44 @@ def subset(
   return dataset.take(np.sort(rows))
 
 
+def hold_out(
+  dataset: types.Dataset, fraction: float, seed: int
+) -> tuple[types.Dataset, types.Dataset]:
+  """Sets images apart for validation, of each class the same share.
+
+  Args:
+    dataset: The training set.
+    fraction: Share to set apart, above 0 and below 1.
+    seed: Of the choice, 0 or more.
+
+  Returns:
+    What is left to train on, and the validation part, both in the order of the
+    whole.
+
+  Raises:
+    ValueError: If an argument is out of its range, or a part is empty.
+  """
+  checks.number("fraction", fraction, above=0, at_most=1)
+  checks.integer("seed", seed, at_least=0)
+  order = np.random.default_rng(seed).permutation(len(dataset))
+  by_class = [
+    order[dataset.labels[order] == label]
+    for label in range(dataset.num_classes)
+  ]
+  is_held = np.zeros(len(dataset), bool)
+  for rows in by_class:
+    is_held[rows[: round(fraction * len(rows))]] = True
+  if is_held.all() or not is_held.any():
+    raise ValueError(
+      f"fraction must leave images on both sides of {len(dataset)}, got"
+      f" {fraction}"
+    )
+  return (
+    dataset.take(np.flatnonzero(~is_held)),
+    dataset.take(np.flatnonzero(is_held)),
+  )
+
+
 def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
   return [path for path in folder.glob("*.*.*") if is_prepared(path)]
 

@@ -28,6 +28,10 @@ _MAX_STEPS_PER_CALL = 32
 _STREAM_BYTES = 2**26
 
 History: TypeAlias = list[dict[str, Any]]
+Schedule: TypeAlias = str | optax.Schedule
+"""A name in `SCHEDULES`, or a function of the step that gives the factor."""
+
+SCHEDULES = ("one_cycle", "constant")
 
 
 @types.pytree
@@ -107,6 +111,47 @@ def sgd(
   )
 
 
+def schedule_fn(schedule: Schedule, num_steps: int) -> optax.Schedule:
+  """Returns the factor of the learning rate at each step of a run.
+
+  A constant rate stops wherever it happens to be: two runs of one recipe end
+  far from each other. One cycle ends at rest.
+
+  Args:
+    schedule: `"one_cycle"`: from 1/25 up to 1 in the first 30 % of the steps,
+      then down to almost 0 as a cosine; `"constant"`: 1; a function: itself.
+    num_steps: All steps of the run, positive.
+
+  Returns:
+    The factor, usually in [0, 1], as a function of the step from 0.
+
+  Raises:
+    ValueError: If there is no schedule of this name.
+
+  References:
+    Smith and Topin, Super-Convergence: Very Fast Training of Neural Networks
+    Using Large Learning Rates, 2017.
+  """
+  check_schedule(schedule)
+  if callable(schedule):
+    return schedule
+  if schedule == "constant":
+    return optax.constant_schedule(1.0)
+  return optax.cosine_onecycle_schedule(num_steps, 1.0)
+
+
+def check_schedule(schedule: Schedule) -> None:
+  """Raises ValueError unless it is a function or a name in `SCHEDULES`."""
+  if not callable(schedule):
+    checks.one_of("schedule", schedule, SCHEDULES)
+
+
+def schedule_factors(schedule: Schedule, num_steps: int) -> np.ndarray:
+  """Returns `schedule_fn` at all steps of a run, float32 `[num_steps]`."""
+  factors = jax.vmap(schedule_fn(schedule, num_steps))(jnp.arange(num_steps))
+  return np.asarray(factors, np.float32)
+
+
 def init_state(
   variables: types.Variables,
   optimizer: optax.GradientTransformation,
@@ -140,6 +185,7 @@ def run_steps(
   targets: jax.Array,
   batches: Batches,
   *,
+  factors: jax.Array | None = None,
   augment_fn: augment.AugmentFn | None = None,
   batch_stats: str = "update",
   is_masked: bool = True,
@@ -156,6 +202,9 @@ def run_steps(
     images: uint8 `[N, H, W, C]`, the pool.
     targets: int `[N]` classes, or float `[N, K]` probabilities.
     batches: The minibatches.
+    factors: float32 `[S]`, what each step's update is multiplied by: a learning
+      rate schedule as data, so that runs of any length share one program. None
+      for 1.
     augment_fn: Augmentation `(key, images) -> images`.
     batch_stats: `"update"`: BatchNorm normalises with the minibatch and moves
       its statistics; `"frozen"`: inference mode.
@@ -169,7 +218,9 @@ def run_steps(
     The new state and what the steps report.
   """
 
-  def take(state: TrainState, batch: Batches) -> tuple[TrainState, StepMetrics]:
+  def take(
+    state: TrainState, batch: Batches, factor: jax.Array | None
+  ) -> tuple[TrainState, StepMetrics]:
     key = jax.random.fold_in(state.key, state.step)
 
     def loss_fn(
@@ -210,6 +261,8 @@ def run_steps(
         gradient_fn, params, others, batch, key, num_parts
       )
     updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+    if factor is not None:
+      updates = jax.tree.map(lambda x: x * factor.astype(x.dtype), updates)
     state = TrainState(
       variables={**others, "params": optax.apply_updates(params, updates)},
       opt_state=opt_state,
@@ -218,14 +271,20 @@ def run_steps(
     )
     return state, reported
 
-  def skip(state: TrainState, batch: Batches) -> tuple[TrainState, StepMetrics]:
+  def skip(
+    state: TrainState, batch: Batches, factor: jax.Array | None
+  ) -> tuple[TrainState, StepMetrics]:
+    del factor
     losses = jnp.zeros_like(batch.weights)
     return state, StepMetrics(loss=losses, is_correct=losses > 0)
 
-  def step(state: TrainState, batch: Batches) -> tuple[TrainState, StepMetrics]:
-    return jax.lax.cond(jnp.any(batch.weights > 0), take, skip, state, batch)
+  def step(
+    state: TrainState, inputs: tuple[Batches, jax.Array | None]
+  ) -> tuple[TrainState, StepMetrics]:
+    is_real = jnp.any(inputs[0].weights > 0)
+    return jax.lax.cond(is_real, take, skip, state, *inputs)
 
-  return jax.lax.scan(step, state, batches)
+  return jax.lax.scan(step, state, (batches, factors))
 
 
 _jitted_run_steps = jax.jit(
@@ -462,6 +521,7 @@ def run_epoch(
   rows: np.ndarray,
   weights: np.ndarray,
   *,
+  factors: np.ndarray | None = None,
   augment_fn: augment.AugmentFn | None = None,
   batch_stats: str = "update",
   num_parts: int = 1,
@@ -478,6 +538,7 @@ def run_epoch(
     pool: Images and targets, of `open_pool`.
     rows: int32 `[S, B]`.
     weights: float32 `[S, B]`.
+    factors: float32 `[S]` of the learning rate, as for `run_steps`.
     augment_fn: As for `run_steps`.
     batch_stats: As for `run_steps`.
     num_parts: As for `run_steps`.
@@ -504,6 +565,9 @@ def run_epoch(
   # Padding repeats images, for the sake of networks without a mask.
   rows = np.pad(rows, padding, mode="wrap")
   weights = np.pad(weights, padding)
+  if factors is None:
+    factors = np.ones(num_steps, np.float32)
+  factors = np.pad(factors, padding[0])
   reported = []
   for call in range(num_calls):
     part = slice(call * steps_per_call, (call + 1) * steps_per_call)
@@ -519,6 +583,7 @@ def run_epoch(
       images,
       targets,
       parallel.shard(batches, mesh, axis=1),
+      factors=jnp.asarray(factors[part]),
       augment_fn=augment_fn,
       batch_stats=batch_stats,
       is_masked=is_masked,
@@ -572,6 +637,7 @@ def fit(
   optimizer: optax.GradientTransformation | None = None,
   num_epochs: int,
   batch_size: int = 64,
+  schedule: Schedule = "one_cycle",
   augment_fn: augment.AugmentFn | None = None,
   callback: Callable[[TrainState, dict[str, Any]], None] | None = None,
   step_callback: Callable[[TrainState], None] | None = None,
@@ -589,9 +655,12 @@ def fit(
     dataset: The training images, put on the device as uint8, or read from disk
       as they are needed (`streaming.load`); the result is the same.
     key: One typed key, for order and augmentation.
-    optimizer: Any Optax optimiser; None for `sgd(0.01)`.
+    optimizer: Any Optax optimiser, whose learning rate is the highest; None for
+      `sgd(0.05)`, and `sgd(0.01)` with a constant rate, as in the paper.
     num_epochs: Passes over the data, positive.
     batch_size: Images a step, positive.
+    schedule: Of the learning rate, as for `schedule_fn`; `"constant"` for an
+      optimiser with a schedule of its own.
     augment_fn: Augmentation `(key, images) -> images`, on float images.
     callback: Called after each epoch with the state (to be copied or saved
       before it returns: the next step takes its memory) and the epoch's record.
@@ -616,11 +685,13 @@ def fit(
   checks.integer("num_epochs", num_epochs, at_least=1)
   checks.integer("batch_size", batch_size, at_least=1)
   checks.integer("num_parts", num_parts, at_least=1)
+  check_schedule(schedule)
   checks.key(key)
   if not len(dataset):
     raise ValueError("dataset must not be empty, got 0 images")
   check_classes(model, variables, dataset)
-  optimizer = sgd(0.01) if optimizer is None else optimizer
+  if optimizer is None:
+    optimizer = sgd(0.01 if schedule == "constant" else 0.05)
   if state is None:
     state = init_state(variables, optimizer, key)
   else:
@@ -628,6 +699,7 @@ def fit(
   num_steps = -(-len(dataset) // batch_size)
   order_key = jax.random.fold_in(state.key, np.iinfo(np.int32).max)
   first_epoch, first_step = divmod(int(state.step), num_steps)
+  factors = schedule_factors(schedule, num_epochs * num_steps)
 
   def plan(epoch: int) -> tuple[np.ndarray, np.ndarray]:
     rows, weights = epoch_batches(
@@ -650,6 +722,7 @@ def fit(
     for epoch in epochs:
       start = time.perf_counter()
       rows, weights = plan(epoch)
+      last_step = (epoch + 1) * num_steps
       state, reported = run_epoch(
         model,
         optimizer,
@@ -657,6 +730,7 @@ def fit(
         pool,
         rows,
         weights,
+        factors=factors[last_step - len(rows) : last_step],
         augment_fn=augment_fn,
         num_parts=num_parts,
         mesh=mesh,

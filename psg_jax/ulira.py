@@ -479,6 +479,7 @@ def train_ensemble(
   *,
   num_epochs: int,
   batch_size: int = 64,
+  schedule: training.Schedule = "one_cycle",
   optimizer: optax.GradientTransformation | None = None,
   augment_fn: augment.AugmentFn | None = None,
   mode: str = "map",
@@ -500,7 +501,8 @@ def train_ensemble(
     key: One typed key.
     num_epochs: Passes of each model over its images, positive.
     batch_size: Images a step and model, positive.
-    optimizer: Any Optax optimiser; None for `training.sgd(0.01)`.
+    schedule: Of the learning rate, as for `training.fit`.
+    optimizer: As for `training.fit`.
     augment_fn: Augmentation `(key, images) -> images`.
     mode: `"map"`: one model after the other within the program, in the memory
       of one; `"vmap"`: all at once; `"sharded"`: the models are cut over the
@@ -523,13 +525,15 @@ def train_ensemble(
   checks.integer("num_epochs", num_epochs, at_least=1)
   checks.integer("batch_size", batch_size, at_least=1)
   checks.one_of("mode", mode, MODES)
+  training.check_schedule(schedule)
   checks.key(key)
   members = _members(membership, len(dataset))
   if mesh is not None and mode != "sharded":
     raise ValueError(f"mesh must be None with mode={mode!r}, got a mesh")
   if mode == "sharded" and mesh is None:
     mesh = parallel.create_mesh()
-  optimizer = training.sgd(0.01) if optimizer is None else optimizer
+  if optimizer is None:
+    optimizer = training.sgd(0.01 if schedule == "constant" else 0.05)
   # Devices that do not divide the models train the first ones twice.
   num_models = len(members)
   padded = parallel.padded_size(num_models, mesh)
@@ -549,7 +553,12 @@ def train_ensemble(
   images = parallel.replicate(jnp.asarray(dataset.images[:]), mesh)
   labels = parallel.replicate(jnp.asarray(dataset.labels), mesh)
   order_keys = [jax.random.fold_in(each, _LAST_STEP) for each in fit_keys]
-  num_steps = max(-(-len(rows) // batch_size) for rows in members)
+  steps_of = [-(-len(rows) // batch_size) for rows in members]
+  num_steps = max(steps_of)
+  factors = {
+    number: training.schedule_factors(schedule, num_epochs * number)
+    for number in set(steps_of)
+  }
   history: training.History = []
   with progress.bar(
     "training ensemble",
@@ -563,8 +572,14 @@ def train_ensemble(
         _plan(jax.random.fold_in(each, epoch), rows, batch_size, num_steps)
         for each, rows in zip(order_keys, members, strict=True)
       ]
+      rates = np.stack(
+        [
+          np.pad(factors[n][epoch * n : (epoch + 1) * n], (0, num_steps - n))
+          for n in steps_of
+        ]
+      )
       losses, is_correct, weights = [], [], []
-      for rows, row_weights in _calls(plans, num_steps):
+      for rows, row_weights, call_rates in _calls(plans, rates):
         batches = training.Batches(
           rows=jnp.asarray(rows), weights=jnp.asarray(row_weights)
         )
@@ -575,6 +590,7 @@ def train_ensemble(
           images,
           labels,
           parallel.shard(batches, mesh),
+          parallel.shard(jnp.asarray(call_rates), mesh),
           augment_fn=augment_fn,
           mode=mode,
           mesh=mesh,
@@ -674,16 +690,23 @@ def _plan(
 
 
 def _calls(
-  plans: list[tuple[np.ndarray, np.ndarray]], num_steps: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-  """Cuts an epoch into equal calls of one program, `[M, S, B]` each."""
+  plans: list[tuple[np.ndarray, np.ndarray]], rates: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+  """Cuts an epoch into equal calls of one program, `[M, S, B]` each.
+
+  Args:
+    plans: Rows and weights `[S, B]` of each model.
+    rates: Factors of the learning rate `[M, S]`.
+  """
+  num_steps = rates.shape[1]
   rows, weights = (np.stack(part) for part in zip(*plans, strict=True))
   num_calls = -(-num_steps // _MAX_STEPS_PER_CALL)
   size = -(-num_steps // num_calls)
   padding = ((0, 0), (0, num_calls * size - num_steps), (0, 0))
   rows, weights = np.pad(rows, padding, mode="wrap"), np.pad(weights, padding)
+  rates = np.pad(rates, padding[:2])
   return [
-    (rows[:, start : start + size], weights[:, start : start + size])
+    tuple(x[:, start : start + size] for x in (rows, weights, rates))
     for start in range(0, num_calls * size, size)
   ]
 
@@ -701,6 +724,7 @@ def _run(
   images: jax.Array,
   labels: jax.Array,
   batches: training.Batches,
+  factors: jax.Array,
   *,
   augment_fn: augment.AugmentFn | None,
   mode: str,
@@ -709,7 +733,7 @@ def _run(
   """Takes the steps of all models, each array with an axis `M` in front."""
 
   def one(
-    inputs: tuple[training.TrainState, training.Batches],
+    inputs: tuple[training.TrainState, training.Batches, jax.Array],
     images: jax.Array,
     labels: jax.Array,
   ) -> tuple[training.TrainState, training.StepMetrics]:
@@ -720,21 +744,26 @@ def _run(
       images,
       labels,
       inputs[1],
+      factors=inputs[2],
       augment_fn=augment_fn,
     )
 
   def loop(
     state: training.TrainState,
     batches: training.Batches,
+    factors: jax.Array,
     images: jax.Array,
     labels: jax.Array,
   ) -> tuple[training.TrainState, training.StepMetrics]:
-    return jax.lax.map(lambda each: one(each, images, labels), (state, batches))
+    return jax.lax.map(
+      lambda each: one(each, images, labels), (state, batches, factors)
+    )
 
   if mode == "vmap":
-    return jax.vmap(one, (0, None, None))((state, batches), images, labels)
+    inputs = (state, batches, factors)
+    return jax.vmap(one, (0, None, None))(inputs, images, labels)
   if mesh is None:
-    return loop(state, batches, images, labels)
+    return loop(state, batches, factors, images, labels)
   split, whole = (
     jax.sharding.PartitionSpec(parallel.BATCH_AXIS),
     jax.sharding.PartitionSpec(),
@@ -742,11 +771,11 @@ def _run(
   mapped = jax.shard_map(
     loop,
     mesh=mesh,
-    in_specs=(split, split, whole, whole),
+    in_specs=(split, split, split, whole, whole),
     out_specs=split,
     check_vma=False,
   )
-  return mapped(state, batches, images, labels)
+  return mapped(state, batches, factors, images, labels)
 
 
 def _check_finite(

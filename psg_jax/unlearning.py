@@ -120,6 +120,7 @@ def unlearn(
   optimizer: optax.GradientTransformation | None = None,
   num_epochs: int | None = None,
   batch_size: int = 64,
+  schedule: training.Schedule = "one_cycle",
   retain_weight: float = 1.0,
   labels: str = "hard",
   retain_labels: str | None = None,
@@ -160,10 +161,12 @@ def unlearn(
     is_rounded: Whether points lie on the grid of 1/255.
     search_fn: Another search, which replaces the options above.
     search_batch_size: Images searched at a time.
-    optimizer: Any Optax optimiser; None for `training.sgd(1e-3)`.
+    optimizer: Any Optax optimiser, whose learning rate is the highest; None for
+      `training.sgd(2e-3)`, and `training.sgd(1e-3)` with a constant rate.
     num_epochs: Passes over the forget set, positive; None for 3, or as many
       as make 60 steps.
     batch_size: Forget images, and as many retain images, a step.
+    schedule: Of the learning rate, as for `training.schedule_fn`.
     retain_weight: `φ`, 0 or more; 0 uses no retain image.
     labels: `"hard"`: the class reached; `"soft"`: the prediction at the
       boundary point; `"soft_other"`: the same among the other classes, so that
@@ -217,6 +220,7 @@ def unlearn(
   if num_epochs is None:
     num_epochs = default_num_epochs(len(split.forget), batch_size)
   checks.integer("num_epochs", num_epochs, at_least=1)
+  training.check_schedule(schedule)
   checks.integer("search_batch_size", search_batch_size, at_least=1)
   if target_accuracy is not None:
     checks.number("target_accuracy", target_accuracy, at_least=0, at_most=1)
@@ -267,6 +271,11 @@ def unlearn(
     )
     retain_targets = soft_targets(logits, labels=retain_labels, top_k=top_k)
   is_refreshed = refresh_labels and can_change
+  if is_refreshed:
+    # Each call of `update` knows but the passes until then.
+    schedule = training.schedule_fn(
+      schedule, num_epochs * _num_steps(split, batch_size)
+    )
 
   def is_reached(current: types.Variables) -> bool:
     if target_accuracy is None:
@@ -313,6 +322,7 @@ def unlearn(
       optimizer=optimizer,
       num_epochs=first_epoch + 1 if is_refreshed else num_epochs,
       batch_size=batch_size,
+      schedule=schedule,
       retain_weight=retain_weight,
       batch_stats=batch_stats,
       num_parts=num_parts,
@@ -481,6 +491,7 @@ def update(
   optimizer: optax.GradientTransformation | None = None,
   num_epochs: int | None = None,
   batch_size: int = 64,
+  schedule: training.Schedule = "one_cycle",
   retain_weight: float = 1.0,
   batch_stats: str = "update",
   num_parts: int = 1,
@@ -503,10 +514,11 @@ def update(
     targets: Of the forget set: int `[N]` classes or float `[N, K]`.
     key: One typed key, for the order.
     retain_targets: Of the retain set, likewise; None for its labels.
-    optimizer: Any Optax optimiser; None for `training.sgd(1e-3)`.
+    optimizer: As for `unlearn`.
     num_epochs: Passes over the forget set, as for `unlearn`.
     batch_size: Forget images (or all, where they are fewer), and retain images,
       a step.
+    schedule: Of the learning rate, as for `training.schedule_fn`.
     retain_weight: `φ`, 0 or more; 0 uses no retain image.
     batch_stats: `"update"` or `"frozen"`, as for `unlearn`.
     num_parts: Gradient accumulation; see `training.run_steps`.
@@ -534,13 +546,15 @@ def update(
   if num_epochs is None:
     num_epochs = default_num_epochs(len(split.forget), batch_size)
   checks.integer("num_epochs", num_epochs, at_least=1)
+  training.check_schedule(schedule)
   checks.one_of("batch_stats", batch_stats, BATCH_STATS)
   checks.key(key)
   num_classes = split.forget.num_classes
   targets = _checked_targets("targets", targets, split.forget)
   for part in split if retain_weight > 0 else split[:1]:
     training.check_classes(model, variables, part)
-  optimizer = training.sgd(1e-3) if optimizer is None else optimizer
+  if optimizer is None:
+    optimizer = training.sgd(1e-3 if schedule == "constant" else 2e-3)
   pool_images: np.ndarray | streaming.Images = split.forget.images
   pool_targets = targets
   if retain_weight > 0:
@@ -561,7 +575,8 @@ def update(
   num_forget, num_retain = len(split.forget), len(split.retain)
   # A patient's few images need no batch of padding.
   forget_size = min(batch_size, num_forget)
-  num_steps = -(-num_forget // forget_size)
+  num_steps = _num_steps(split, batch_size)
+  factors = training.schedule_factors(schedule, num_epochs * num_steps)
   first_epoch = int(state.step) // num_steps
   order_key = jax.random.fold_in(state.key, np.iinfo(np.int32).max)
 
@@ -602,6 +617,7 @@ def update(
         pool,
         rows,
         weights,
+        factors=factors[epoch * num_steps : (epoch + 1) * num_steps],
         batch_stats=batch_stats,
         num_parts=num_parts,
         mesh=mesh,
@@ -622,6 +638,11 @@ def update(
         break
   training.check_variables(state)
   return state, history
+
+
+def _num_steps(split: types.Split, batch_size: int) -> int:
+  """Minibatches of a pass over the forget set."""
+  return -(-len(split.forget) // min(batch_size, len(split.forget)))
 
 
 def _retain_rows(

@@ -8,6 +8,7 @@ import pytest
 
 from data_prep import base
 from psg_jax import data, types
+from tests import fakes
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +261,24 @@ def test_open_set_reads_no_image(digits_dir, monkeypatch):
   assert table.metadata.equals(loaded.metadata)
   source = data.open_source(opened.folder, "test")
   assert source[5]["id"].decode() == loaded.ids[5]
+
+
+def test_validation_part_is_apart_and_of_all_classes():
+  dataset = fakes.blobs(60)
+  left, held = data.hold_out(dataset, 0.25, seed=3)
+  assert not set(left.ids) & set(held.ids)
+  assert set(left.ids) | set(held.ids) == set(dataset.ids)
+  counts = np.bincount(held.labels, minlength=3)
+  np.testing.assert_array_equal(
+    counts, np.round(0.25 * np.bincount(dataset.labels))
+  )
+  again = data.hold_out(dataset, 0.25, seed=3)[1]
+  np.testing.assert_array_equal(held.ids, again.ids)
+  other = data.hold_out(dataset, 0.25, seed=4)[1]
+  assert set(held.ids) != set(other.ids)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.999, 1.5, 0])
+def test_validation_part_must_leave_both_sides(fraction):
+  with pytest.raises(ValueError, match=f"fraction .* got {fraction}"):
+    data.hold_out(fakes.blobs(60), fraction, seed=0)

@@ -51,6 +51,45 @@ def test_first_step_equals_gradient_descent_by_hand():
   )
 
 
+@pytest.mark.parametrize("num_epochs", [1, 4])
+def test_one_cycle_is_optax_schedule_of_the_rate(num_epochs):
+  dataset = fakes.blobs(50)
+  num_steps = num_epochs * 7
+  ours, _ = fit(dataset, num_epochs=num_epochs)
+  schedule = optax.cosine_onecycle_schedule(num_steps, peak_value=0.5)
+  theirs, _ = fit(
+    dataset,
+    num_epochs=num_epochs,
+    optimizer=training.sgd(schedule),
+    schedule="constant",
+  )
+  # The same sums in another order: some roundings of values about 1.
+  chex.assert_trees_all_close(ours, theirs, rtol=1e-5, atol=1e-6)
+  other, _ = fit(dataset, num_epochs=num_epochs, schedule=lambda step: 0.5)
+  half, _ = fit(
+    dataset,
+    num_epochs=num_epochs,
+    optimizer=training.sgd(0.25),
+    schedule="constant",
+  )
+  chex.assert_trees_all_close(other, half, rtol=1e-5, atol=1e-6)
+
+
+def test_one_cycle_ends_at_rest():
+  factors = training.schedule_factors("one_cycle", 100)
+  assert factors.max() == 1.0
+  assert factors.argmax() == 30
+  np.testing.assert_allclose(factors[0], 1 / 25, rtol=1e-6)
+  assert 0 < factors[-1] < 0.01
+  assert (training.schedule_factors("one_cycle", 1) == 1).all()
+  assert (training.schedule_factors("constant", 3) == 1).all()
+
+
+def test_unknown_schedule():
+  with pytest.raises(ValueError, match=r"schedule .* got 'cosine'"):
+    fit(fakes.blobs(5), schedule="cosine")
+
+
 def test_sgd_equals_pytorch():
   torch = pytest.importorskip("torch", reason="PyTorch is a development extra")
   rng = np.random.default_rng(0)

@@ -27,6 +27,7 @@ def trained():
     optimizer=training.sgd(0.5),
     num_epochs=10,
     batch_size=16,
+    schedule="constant",
     show_progress=False,
   )
   return model, variables, fakes.split_class(dataset)
@@ -65,7 +66,7 @@ def test_forgets_a_class_and_keeps_the_rest(trained):
   chex.assert_trees_all_equal(variables, before)
   assert output.relabelling.is_crossed.all()
   assert not np.any(output.targets == split.forget.labels)
-  assert output.history[-1]["forget_accuracy"] > 0.9
+  assert output.history[-1]["forget_accuracy"] > 0.8
   assert output.history[0]["search_seconds"] > 0
   assert len(output.history[0]["forget_step_losses"]) == -(
     -len(split.forget) // 16
@@ -104,6 +105,7 @@ def test_first_step_equals_the_formula(trained):
     optimizer=optax.sgd(0.1),
     num_epochs=1,
     batch_size=num_forget,
+    schedule="constant",
     retain_weight=0.25,
     show_progress=False,
   )
@@ -375,8 +377,12 @@ def forget_accuracy(trained, variables):
 
 
 def test_stops_at_the_target_accuracy(trained):
-  # A rate that needs several passes.
-  options = {"optimizer": training.sgd(0.02), "num_epochs": 40}
+  # A rate that needs several passes, the same however many there are.
+  options = {
+    "optimizer": training.sgd(0.02),
+    "num_epochs": 40,
+    "schedule": "constant",
+  }
   whole = unlearn(trained, **options)
   assert forget_accuracy(trained, whole.variables) == 0
   part = unlearn(trained, target_accuracy=0.5, **options)
@@ -384,6 +390,37 @@ def test_stops_at_the_target_accuracy(trained):
   assert forget_accuracy(trained, part.variables) <= 0.5
   before = unlearn(trained, **{**options, "num_epochs": len(part.history) - 1})
   assert forget_accuracy(trained, before.variables) > 0.5
+
+
+def test_passes_of_one_cycle_are_those_of_its_schedule(trained):
+  """Refreshed labels are searched between calls, each of one more pass."""
+  options = {"search_fn": fixed_search, "num_epochs": 4, "batch_size": 16}
+  cycle = unlearn(trained, **options)
+  # The labels are the same each time, so that it should make no difference.
+  refreshed = unlearn(trained, refresh_labels=True, **options)
+  chex.assert_trees_all_equal(cycle.variables, refreshed.variables)
+  constant = unlearn(trained, schedule="constant", **options)
+  kernels = [x.variables["params"]["kernel"] for x in (cycle, constant)]
+  assert np.abs(np.subtract(*kernels)).max() > 1e-3
+  num_steps = 4 * len(cycle.history[0]["forget_step_losses"])
+  stated = unlearn(
+    trained,
+    optimizer=training.sgd(
+      optax.cosine_onecycle_schedule(num_steps, peak_value=0.2)
+    ),
+    schedule="constant",
+    **options,
+  )
+  chex.assert_trees_all_close(
+    cycle.variables, stated.variables, rtol=1e-5, atol=1e-6
+  )
+
+
+def fixed_search(apply_fn, variables, images, labels, key):
+  output = boundary.search(
+    apply_fn, variables, images, labels, jax.random.key(0), **SEARCH
+  )
+  return output
 
 
 def test_nothing_changes_where_the_target_is_reached(trained):

@@ -150,6 +150,7 @@ def psg_released(
     num_epochs=num_epochs,
     batch_size=batch_size,
     optimizer=optimizer or training.sgd(1e-5, weight_decay=0.0),
+    schedule="constant",
     retain_weight=retain_weight,
     batch_stats=batch_stats,
     refresh_labels=noise_scale > 0,

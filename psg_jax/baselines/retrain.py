@@ -15,6 +15,7 @@ def retrain(
   *,
   num_epochs: int = 15,
   batch_size: int = 64,
+  schedule: training.Schedule = "one_cycle",
   optimizer: optax.GradientTransformation | None = None,
   augment_fn: augment.AugmentFn | None = None,
   callback: _engine.Callback | None = None,
@@ -33,7 +34,8 @@ def retrain(
     key: One typed key, for the initialisation and the order.
     num_epochs: Passes over the retain set, positive.
     batch_size: Images a step, positive.
-    optimizer: Any Optax optimiser; None for `training.sgd(0.01)`.
+    schedule: Of the learning rate, as for `training.fit`.
+    optimizer: As for `training.fit`.
     augment_fn: Augmentation, as for `training.fit`.
     callback: Called after each pass with the state and the pass's record.
     mesh: Devices to train on; None for one.
@@ -63,6 +65,7 @@ def retrain(
     optimizer=optimizer,
     num_epochs=num_epochs,
     batch_size=batch_size,
+    schedule=schedule,
     augment_fn=augment_fn,
     callback=callback,
     mesh=mesh,

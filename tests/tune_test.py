@@ -1,0 +1,71 @@
+import subprocess
+import sys
+
+import pytest
+
+from experiments import tune
+
+ARGUMENTS = (
+  *("--recipe", "digits", "--num-train", "60", "--width", "0.05"),
+  *("--training.num-epochs", "1", "--seeds", "2"),
+)
+
+
+def run(*arguments):
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.tune", *ARGUMENTS, *arguments],
+    capture_output=True,
+    text=True,
+  )
+
+
+def test_trials_are_kept_and_not_done_again(tmp_path):
+  table = tmp_path / "tables" / "digits.csv"
+  first = run("--rates", "0.05", "--table", str(table))
+  assert first.returncode == 0, first.stderr
+  before = table.read_text()
+  rows = tune.read(table)
+  assert [row.seed for row in rows] == [2022, 2023]
+  assert rows[0].spread is None
+  assert rows[1].spread > 0
+  assert 0 <= rows[0].accuracy <= 1
+  second = run("--rates", "0.05", "0.1", "--table", str(table))
+  assert second.returncode == 0, second.stderr
+  # The seconds of a training done anew would differ.
+  assert table.read_text().startswith(before)
+  assert len(tune.read(table)) == 4
+  assert len(second.stdout.strip().splitlines()) == 2
+  assert not (tmp_path / "runs").exists()
+
+
+def test_the_first_line_is_near_the_best_with_the_lowest_loss():
+  def rows(rate, accuracies, loss):
+    trial = tune.Trial("one_cycle", rate, 32, 5, 100)
+    return [
+      tune.Row(trial, seed, accuracy, loss, None if seed == 0 else 0.1, 1.0)
+      for seed, accuracy in enumerate(accuracies)
+    ]
+
+  # The best by its mean; one within its standard error; one that is not.
+  table = [
+    *rows(0.05, (0.90, 0.94), 0.3),
+    *rows(0.1, (0.91, 0.92), 0.2),
+    *rows(0.2, (0.80, 0.80), 0.1),
+  ]
+  lines = tune.summary(table).splitlines()
+  assert [line.split()[1] for line in lines] == ["0.1", "0.05", "0.2"]
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    (("--rates", "-1"), "rates must be finite, positive, got -1"),
+    (("--epochs", "0"), "epochs must be an integer of at least 1, got 0"),
+    (("--table", __file__), "table must have the columns"),
+  ],
+)
+def test_bad_input(arguments, words):
+  result = run(*arguments)
+  assert result.returncode == 2
+  assert words in result.stderr
+  assert len(result.stderr.strip().splitlines()) == 1
