@@ -1,13 +1,17 @@
-"""Choose the learning rate, batch and passes of a recipe, without test images.
+r"""Choose learning rates, batches and passes of a recipe, without test images.
 
     python -m experiments.tune --recipe digits --rates 0.02 0.05 0.1 0.2
+    python -m experiments.tune --recipe digits --part unlearning \
+      --forget-classes 1 --rates 0.002 0.005 0.01 0.02 --epochs 3 6
 
 trains on four fifths of the training set, a choice of the seed, and measures on
 the fifth that is left. The table is a line a trial and seed; trials that stand
-in it are not done again, so that an interrupted search goes on. What the
-recipes take is the first line of what it prints: of the trials within a
-standard error of the best accuracy, the one with the lowest cross-entropy.
-Their tables are kept in docs/tuning.
+in it are not done again, so that an interrupted search goes on. The first line
+of what it prints is the trial to take: for training, of those within a standard
+error of the best accuracy, the one with the lowest cross-entropy; for
+unlearning, on a request that is not the recipe's own, the one that is nearest
+to two retrained models, by their distance to each other. The tables are kept in
+docs/tuning.
 """
 
 import csv
@@ -17,8 +21,8 @@ import itertools
 import math
 import pathlib
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +30,15 @@ import numpy as np
 import scipy.special
 
 from experiments import cli, files, jobs, recipes
-from psg_jax import checks, data, inference, metrics, training
+from psg_jax import (
+  checks,
+  data,
+  inference,
+  metrics,
+  training,
+  types,
+  unlearning,
+)
 
 VALIDATION_FRACTION = 0.2
 
@@ -35,6 +47,8 @@ VALIDATION_FRACTION = 0.2
 class Options(recipes.Job):
   """Options of a job, and what is to be tried in its training."""
 
+  part: Literal["training", "unlearning"] = "training"
+  """What is tried; unlearning has models trained by the recipe."""
   rates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
   """Highest learning rates."""
   batch_sizes: tuple[int, ...] = ()
@@ -44,7 +58,7 @@ class Options(recipes.Job):
   seeds: int = 2
   """Trainings of each trial, from --seed on."""
   table: str | None = None
-  """CSV file of the trials; <runs_dir>/<recipe>_tune.csv by default."""
+  """CSV file of the trials; <runs_dir>/<recipe>_<part>.csv by default."""
 
 
 class Trial(NamedTuple):
@@ -62,23 +76,26 @@ class Row(NamedTuple):
 
   Attributes:
     trial: The settings.
-    seed: Of training and of the validation part.
-    accuracy: On the validation part, in [0, 1].
-    loss: Cross-entropy there, in nats.
-    spread: KL divergence to the model of the first seed on images that neither
-      was trained on, in nats; None for the first.
-    seconds: Of the training.
+    seed: Of training and unlearning.
+    figures: Those of `FIGURES`, measured on the validation part; None for one
+      that there is not.
   """
 
   trial: Trial
   seed: int
-  accuracy: float
-  loss: float
-  spread: float | None
-  seconds: float
+  figures: dict[str, float | None]
 
 
-FIELDS = (*Trial._fields, *Row._fields[1:])
+# Accuracies are in [0, 1], losses and divergences in nats. `spread`: KL
+# divergence from the model of the first seed. `normalised_*`: KL divergence
+# from two retrained models, by theirs from each other.
+FIGURES = {
+  "training": ("accuracy", "loss", "spread", "seconds"),
+  "unlearning": (
+    *("forget_accuracy", "retain_accuracy"),
+    *("normalised_forget", "normalised_retain", "seconds"),
+  ),
+}
 
 
 def main() -> None:
@@ -98,12 +115,12 @@ def run(options: Options) -> str:
   Raises:
     ValueError: If an option is wrong; nothing is trained then.
   """
-  training_options = options.training
+  tried = getattr(options, options.part)
   options = dataclasses.replace(
     options,
     name=f"{options.recipe}_tune",
-    batch_sizes=options.batch_sizes or (training_options.batch_size,),
-    epochs=options.epochs or (training_options.num_epochs,),
+    batch_sizes=options.batch_sizes or (tried.batch_size,),
+    epochs=options.epochs or (tried.num_epochs or 3,),
   )
   for name in ("rates", "batch_sizes", "epochs"):
     if not getattr(options, name):
@@ -115,82 +132,191 @@ def run(options: Options) -> str:
       checks.integer(name, value, at_least=1)
   checks.integer("seeds", options.seeds, at_least=1)
   path = pathlib.Path(
-    options.table or f"{options.runs_dir}/{options.recipe}_tune.csv"
+    options.table or f"{options.runs_dir}/{options.recipe}_{options.part}.csv"
   )
-  rows = read(path)
+  rows = read(path, options.part)
   context = jobs.prepare(options, is_read_only=True)
   trials = [
-    Trial(
-      training_options.schedule, rate, batch_size, epochs, len(context.train)
-    )
+    Trial(tried.schedule, rate, batch_size, epochs, len(context.train))
     for epochs, batch_size, rate in itertools.product(
       options.epochs, options.batch_sizes, options.rates
     )
   ]
   path.parent.mkdir(parents=True, exist_ok=True)
   seeds = range(options.seed, options.seed + options.seeds)
-  for trial in trials:
-    if {row.seed for row in rows if row.trial == trial} >= set(seeds):
-      continue
-    rows = [row for row in rows if row.trial != trial]
-    first: np.ndarray | None = None
-    for seed in seeds:
-      row, log_probs = _train(context, trial, seed, first)
-      first = log_probs if first is None else first
-      rows.append(row)
-    files.write_text(path, to_csv(rows))
-  return summary([row for row in rows if row.trial in trials])
+
+  def is_missing(trial: Trial) -> bool:
+    return not {row.seed for row in rows if row.trial == trial} >= set(seeds)
+
+  run_trials = _training_rows if options.part == "training" else _unlearn_rows
+  missing = [trial for trial in trials if is_missing(trial)]
+  kept = [row for row in rows if row.trial not in missing]
+  for row in run_trials(context, missing, seeds):
+    kept.append(row)
+    files.write_text(path, to_csv(kept, options.part))
+  return summary([row for row in kept if row.trial in trials], options.part)
 
 
-def _train(
-  context: jobs.Context, trial: Trial, seed: int, first: np.ndarray | None
-) -> tuple[Row, np.ndarray]:
-  """Trains once; returns the line, and log probabilities for validation.
+def _training_rows(
+  context: jobs.Context, trials: Sequence[Trial], seeds: Sequence[int]
+) -> Iterator[Row]:
+  """Trains with each of the settings.
 
   The validation part is that of the first seed for all, so that models of
   several seeds are compared on images that none of them has seen.
   """
-  options = context.job.training
-  part, validation = data.hold_out(
-    context.train, VALIDATION_FRACTION, context.job.seed
+  part, validation = _parts(context)
+  for trial in trials:
+    first: np.ndarray | None = None
+    for seed in seeds:
+      start = time.perf_counter()
+      variables = _fit(context, trial, part, seed)
+      seconds = time.perf_counter() - start
+      log_probs = _log_probs(context, variables, validation)
+      labels = validation.labels
+      losses = -log_probs[np.arange(len(labels)), labels]
+      figures = {
+        "accuracy": metrics.accuracy(log_probs, labels),
+        "loss": float(losses.mean()),
+        "spread": None if first is None else _divergence(first, log_probs),
+        "seconds": seconds,
+      }
+      first = log_probs if first is None else first
+      yield Row(trial, seed, figures)
+
+
+def _unlearn_rows(
+  context: jobs.Context, trials: Sequence[Trial], seeds: Sequence[int]
+) -> Iterator[Row]:
+  """Unlearns the job's request with each of the settings."""
+  if not trials:
+    return
+  part, validation = _parts(context)
+  is_forgotten = np.isin(part.ids, context.split.forget.ids)
+  split = types.Split(
+    part.take(np.flatnonzero(is_forgotten)),
+    part.take(np.flatnonzero(~is_forgotten)),
   )
-  # The rate in the schedule and not in the optimiser: one program for all.
-  num_steps = trial.num_epochs * -(-len(part) // trial.batch_size)
-  factor_fn = training.schedule_fn(trial.schedule, num_steps)
-  init_key, fit_key = jax.random.split(jax.random.key(seed))
-  shape = (1, *part.images.shape[1:])
-  start = time.perf_counter()
-  variables, _ = training.fit(
-    context.model,
-    context.model.init(init_key, jnp.zeros(shape)),
-    part,
-    fit_key,
-    optimizer=training.sgd(
+  if not jobs.is_class_request(context):
+    raise ValueError("forget_classes must be what unlearning is tried with")
+  is_forgotten = np.isin(validation.labels, np.unique(split.forget.labels))
+  held = types.Split(
+    validation.take(np.flatnonzero(is_forgotten)),
+    validation.take(np.flatnonzero(~is_forgotten)),
+  )
+  options = context.job.training
+  recipe = Trial(
+    options.schedule,
+    options.learning_rate,
+    options.batch_size,
+    options.num_epochs,
+    len(context.train),
+  )
+  for seed in seeds:
+    original = _fit(context, recipe, part, seed)
+    references = [
+      [_log_probs(context, variables, dataset) for dataset in held]
+      for variables in (
+        # Seeds that no original has.
+        _fit(context, recipe, split.retain, seed + 1000 * (1 + index))
+        for index in range(2)
+      )
+    ]
+    for trial in trials:
+      start = time.perf_counter()
+      output = _unlearn(context, trial, original, split, seed)
+      figures: dict[str, float | None] = {}
+      for index, name in enumerate(("forget", "retain")):
+        log_probs = _log_probs(context, output, held[index])
+        pair = [reference[index] for reference in references]
+        floor = (_divergence(*pair) + _divergence(*pair[::-1])) / 2
+        distance = np.mean([_divergence(x, log_probs) for x in pair])
+        figures |= {
+          f"{name}_accuracy": metrics.accuracy(log_probs, held[index].labels),
+          f"normalised_{name}": float(distance) / floor,
+        }
+      figures["seconds"] = time.perf_counter() - start
+      yield Row(trial, seed, figures)
+
+
+def _parts(context: jobs.Context) -> tuple[types.Dataset, types.Dataset]:
+  return data.hold_out(context.train, VALIDATION_FRACTION, context.job.seed)
+
+
+def _divergence(reference: np.ndarray, log_probs: np.ndarray) -> float:
+  """KL divergence from log probabilities `[N, K]` in nats, mean over images."""
+  terms = np.exp(reference) * (reference - log_probs)
+  return float(terms.sum(-1).mean())
+
+
+def _log_probs(
+  context: jobs.Context, variables: types.Variables, dataset: types.Dataset
+) -> np.ndarray:
+  logits = inference.predict(
+    context.model.apply, variables, dataset.images, mesh=context.mesh
+  )
+  return scipy.special.log_softmax(np.asarray(logits, np.float64), -1)
+
+
+def _optimizer_and_schedule(
+  trial: Trial, options: recipes.Training | recipes.Unlearning, num_rows: int
+) -> dict[str, Any]:
+  """The rate is part of the schedule: one program serves all rates."""
+  steps = -(-num_rows // min(trial.batch_size, num_rows)) * trial.num_epochs
+  factor_fn = training.schedule_fn(trial.schedule, steps)
+  return {
+    "optimizer": training.sgd(
       1.0, momentum=options.momentum, weight_decay=options.weight_decay
     ),
-    num_epochs=trial.num_epochs,
-    batch_size=trial.batch_size,
-    schedule=lambda step: trial.learning_rate * factor_fn(step),
+    "schedule": lambda step: trial.learning_rate * factor_fn(step),
+    "num_epochs": trial.num_epochs,
+    "batch_size": trial.batch_size,
+    "num_parts": options.num_parts,
+  }
+
+
+def _fit(
+  context: jobs.Context, trial: Trial, dataset: types.Dataset, seed: int
+) -> types.Variables:
+  """Trains a fresh model."""
+  options = context.job.training
+  init_key, fit_key = jax.random.split(jax.random.key(seed))
+  variables, _ = training.fit(
+    context.model,
+    context.model.init(init_key, jnp.zeros((1, *dataset.images.shape[1:]))),
+    dataset,
+    fit_key,
+    **_optimizer_and_schedule(trial, options, len(dataset)),
     augment_fn=jobs.augment_fn(options.augmentation),
-    num_parts=options.num_parts,
     mesh=context.mesh,
     description=f"rate {trial.learning_rate:g}, batch {trial.batch_size}",
   )
-  seconds = time.perf_counter() - start
-  logits = inference.predict(
-    context.model.apply, variables, validation.images, mesh=context.mesh
+  return variables
+
+
+def _unlearn(
+  context: jobs.Context,
+  trial: Trial,
+  variables: types.Variables,
+  split: types.Split,
+  seed: int,
+) -> types.Variables:
+  options = {
+    **jobs.unlearn_options(context),
+    **_optimizer_and_schedule(trial, context.job.unlearning, len(split.forget)),
+  }
+  output = unlearning.unlearn(
+    context.model,
+    variables,
+    split,
+    jax.random.key(seed),
+    **options,
+    mesh=context.mesh,
   )
-  log_probs = scipy.special.log_softmax(np.asarray(logits, np.float64), -1)
-  spread = None
-  if first is not None:
-    spread = float((np.exp(first) * (first - log_probs)).sum(-1).mean())
-  accuracy = metrics.accuracy(logits, validation.labels)
-  assert accuracy is not None
-  loss = -log_probs[np.arange(len(validation)), validation.labels].mean()
-  return Row(trial, seed, accuracy, float(loss), spread, seconds), log_probs
+  return output.variables
 
 
-def read(path: pathlib.Path) -> list[Row]:
+def read(path: pathlib.Path, part: str) -> list[Row]:
   """Reads a table; empty where there is none.
 
   Raises:
@@ -198,14 +324,19 @@ def read(path: pathlib.Path) -> list[Row]:
   """
   if not path.exists():
     return []
+  fields = _fields(part)
   with path.open(newline="") as file:
     reader = csv.DictReader(file)
-    if tuple(reader.fieldnames or ()) != FIELDS:
-      raise ValueError(f"table must have the columns {FIELDS}, got {path}")
-    return [_row(line) for line in reader]
+    if tuple(reader.fieldnames or ()) != fields:
+      raise ValueError(f"table must have the columns {fields}, got {path}")
+    return [_row(line, part) for line in reader]
 
 
-def _row(line: dict[str, str]) -> Row:
+def _fields(part: str) -> tuple[str, ...]:
+  return (*Trial._fields, "seed", *FIGURES[part])
+
+
+def _row(line: dict[str, str], part: str) -> Row:
   return Row(
     Trial(
       line["schedule"],
@@ -213,56 +344,57 @@ def _row(line: dict[str, str]) -> Row:
       *(int(line[name]) for name in Trial._fields[2:]),
     ),
     int(line["seed"]),
-    float(line["accuracy"]),
-    float(line["loss"]),
-    float(line["spread"]) if line["spread"] else None,
-    float(line["seconds"]),
+    {name: float(line[name]) if line[name] else None for name in FIGURES[part]},
   )
 
 
-def to_csv(rows: Sequence[Row]) -> str:
+def to_csv(rows: Sequence[Row], part: str) -> str:
   """Returns the table as text, with a line of names."""
   buffer = io.StringIO()
   writer = csv.writer(buffer, lineterminator="\n")
-  writer.writerow(FIELDS)
+  writer.writerow(_fields(part))
   for row in rows:
-    spread = "" if row.spread is None else f"{row.spread:.4f}"
-    figures: list[Any] = [row.seed, f"{row.accuracy:.4f}", f"{row.loss:.4f}"]
-    writer.writerow([*row.trial, *figures, spread, f"{row.seconds:.1f}"])
+    values = [row.figures[name] for name in FIGURES[part]]
+    texts = ["" if value is None else f"{value:.4f}" for value in values]
+    writer.writerow([*row.trial, row.seed, *texts])
   return buffer.getvalue()
 
 
-def summary(rows: Sequence[Row]) -> str:
+def summary(rows: Sequence[Row], part: str) -> str:
   """Returns one line a trial, first the one to take.
 
-  That is, of those whose mean validation accuracy is within a standard error
-  (binomial, of all seeds' validation images) of the best, the one with the
-  lowest cross-entropy. The others follow by their accuracy.
+  For training, of those whose mean validation accuracy is within a standard
+  error (binomial, of all seeds' validation images) of the best, the one with
+  the lowest cross-entropy; for unlearning, the one with the lowest mean of the
+  normalised distances. The others follow in the order of their figure.
   """
   lines: list[tuple[float, float, str]] = []
   for trial in dict.fromkeys(row.trial for row in rows):
     same = [row for row in rows if row.trial == trial]
-    spreads = [row.spread for row in same if row.spread is not None]
-    accuracy = float(np.mean([row.accuracy for row in same]))
-    loss = float(np.mean([row.loss for row in same]))
-    spread = f"{np.mean(spreads):.3f}" if spreads else "n/a"
+    means = {
+      name: float(np.mean(values))
+      for name in FIGURES[part]
+      if (values := [x for row in same if (x := row.figures[name]) is not None])
+    }
+    score, tie = means.get("accuracy", 0.0), means.get("loss", 0.0)
+    if part == "unlearning":
+      score = -(means["normalised_forget"] + means["normalised_retain"]) / 2
     lines.append(
       (
-        accuracy,
-        loss,
+        score,
+        tie,
         f"rate {trial.learning_rate:<6g} batch {trial.batch_size:<4}"
-        f" epochs {trial.num_epochs:<3} {trial.schedule}: accuracy"
-        f" {accuracy:.4f}, loss {loss:.4f},"
-        f" KL between seeds {spread},"
-        f" {np.mean([row.seconds for row in same]):.0f} s,"
-        f" {len(same)} seeds of {trial.num_images} images",
+        f" epochs {trial.num_epochs:<3} {trial.schedule}: "
+        + ", ".join(f"{name} {value:.3f}" for name, value in means.items())
+        + f"; {len(same)} seeds of {trial.num_images} images",
       )
     )
   lines.sort(reverse=True)
-  if lines:
+  if lines and part == "training":
     best = lines[0][0]
     # Two accuracies of about `best` differ by so much by chance.
-    num_held = VALIDATION_FRACTION * rows[0].trial.num_images * len(same)
+    num_held = VALIDATION_FRACTION * sum(row.trial.num_images for row in rows)
+    num_held /= len(lines)
     error = math.sqrt(best * (1 - best) / num_held)
     near = [line for line in lines if line[0] >= best - error]
     taken = min(near, key=lambda line: line[1])

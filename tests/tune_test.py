@@ -24,16 +24,16 @@ def test_trials_are_kept_and_not_done_again(tmp_path):
   first = run("--rates", "0.05", "--table", str(table))
   assert first.returncode == 0, first.stderr
   before = table.read_text()
-  rows = tune.read(table)
+  rows = tune.read(table, "training")
   assert [row.seed for row in rows] == [2022, 2023]
-  assert rows[0].spread is None
-  assert rows[1].spread > 0
-  assert 0 <= rows[0].accuracy <= 1
+  assert rows[0].figures["spread"] is None
+  assert rows[1].figures["spread"] > 0
+  assert 0 <= rows[0].figures["accuracy"] <= 1
   second = run("--rates", "0.05", "0.1", "--table", str(table))
   assert second.returncode == 0, second.stderr
   # The seconds of a training done anew would differ.
   assert table.read_text().startswith(before)
-  assert len(tune.read(table)) == 4
+  assert len(tune.read(table, "training")) == 4
   assert len(second.stdout.strip().splitlines()) == 2
   assert not (tmp_path / "runs").exists()
 
@@ -42,7 +42,11 @@ def test_the_first_line_is_near_the_best_with_the_lowest_loss():
   def rows(rate, accuracies, loss):
     trial = tune.Trial("one_cycle", rate, 32, 5, 100)
     return [
-      tune.Row(trial, seed, accuracy, loss, None if seed == 0 else 0.1, 1.0)
+      tune.Row(
+        trial,
+        seed,
+        {"accuracy": accuracy, "loss": loss, "spread": 0.1, "seconds": 1.0},
+      )
       for seed, accuracy in enumerate(accuracies)
     ]
 
@@ -52,7 +56,7 @@ def test_the_first_line_is_near_the_best_with_the_lowest_loss():
     *rows(0.1, (0.91, 0.92), 0.2),
     *rows(0.2, (0.80, 0.80), 0.1),
   ]
-  lines = tune.summary(table).splitlines()
+  lines = tune.summary(table, "training").splitlines()
   assert [line.split()[1] for line in lines] == ["0.1", "0.05", "0.2"]
 
 
@@ -69,3 +73,18 @@ def test_bad_input(arguments, words):
   assert result.returncode == 2
   assert words in result.stderr
   assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_unlearning_is_tried_against_retrained_models(tmp_path):
+  table = tmp_path / "unlearning.csv"
+  result = run(
+    *("--part", "unlearning", "--forget-classes", "1", "--seeds", "1"),
+    *("--rates", "0.001", "10", "--epochs", "2", "--table", str(table)),
+  )
+  assert result.returncode == 0, result.stderr
+  small, large = tune.read(table, "unlearning")
+  # A rate that destroys the model is far from retrained ones.
+  assert (
+    large.figures["normalised_retain"] > 2 * small.figures["normalised_retain"]
+  )
+  assert result.stdout.startswith("rate 0.001")
