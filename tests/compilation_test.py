@@ -25,7 +25,8 @@ def main():
   value, vectors = jax.jit(
     lambda x: jnp.linalg.eigh(jnp.sort(x @ x.T, axis=0) + jnp.tanh(x))
   )(x)
-  print(counts["hits"], counts["misses"], (value.sum() + vectors).tobytes().hex())
+  result = (value.sum() + vectors).tobytes().hex()
+  print(counts["hits"], counts["misses"], result)
 
 cli.run(main)
 """
