@@ -3,6 +3,7 @@
 import os
 import pathlib
 import tempfile
+from typing import Any
 
 import jax
 import jaxlib
@@ -44,7 +45,9 @@ def keep_programs() -> None:
   features, so that none is loaded where it would not run. Where the folder
   cannot be written, nothing is kept.
   """
-  if jax.config.jax_compilation_cache_dir is not None:
+  # What JAX adds to its configuration, its types do not tell.
+  config: Any = jax.config
+  if config.jax_compilation_cache_dir is not None:
     return
   folder = cache_dir()
   if folder is None:
