@@ -1,17 +1,26 @@
-# `make demo` and `make test` set up all they need in .venv, with any Python
-# from 3.11 on: make test PYTHON=python3.12
-PYTHON ?= python3
+# `make demo` and `make test` set up all they need in .venv, with the newest
+# Python that constraints.txt has wheels for, or another from 3.11 on:
+# make test PYTHON=python3.12
 VENV ?= .venv
 # Extras to install; torch adds the tests against PyTorch.
 EXTRAS ?= experiments,dev
 
 BIN := $(VENV)/bin
-# pyenv's shims fail for versions that are installed but not made global: then
-# the interpreter behind the shim is taken.
-INTERPRETER := $(shell $(PYTHON) --version >/dev/null 2>&1 && echo $(PYTHON) \
-  || ls $${PYENV_ROOT:-$$HOME/.pyenv}/versions/*/bin/$(PYTHON) 2>/dev/null \
-  | sort -V | tail -n 1)
-WANTED := $(shell $(INTERPRETER) --version 2>&1) with $(EXTRAS)
+# Newest first. PyTorch's wheel for the CPU is there for 3.11 alone; others take
+# one of several GB for CUDA.
+VERSIONS := $(if $(findstring torch,$(EXTRAS)),3.11) 3.14 3.13 3.12 3.11
+ifndef PYTHON
+PYTHON := $(VERSIONS:%=python%) python3
+# What is chosen here must be able to make an environment.
+PROBE := -c "import ensurepip, venv"
+endif
+PROBE ?= --version
+# The first that runs. pyenv's shims fail for versions that are installed but
+# not made global: then the interpreter behind the shim is taken.
+INTERPRETER := $(shell for name in $(PYTHON); do for python in $$name $$(ls \
+  $${PYENV_ROOT:-$$HOME/.pyenv}/versions/*/bin/$$name 2>/dev/null | sort -rV); \
+  do $$python $(PROBE) >/dev/null 2>&1 && echo $$python && exit; done; done)
+WANTED := $(if $(INTERPRETER),$(shell $(INTERPRETER) --version 2>&1) with $(EXTRAS))
 
 .PHONY: setup demo test lint format clean FORCE
 

@@ -225,6 +225,11 @@ class ImageBuilder(  # type: ignore[call-arg]
         )
         bar.advance(1)
 
+  @classmethod
+  def has_files(cls, download_dir: pathlib.Path) -> bool:
+    """Whether all raw files are where the builder looks without a source."""
+    return False
+
   def settings(self) -> dict[str, Any]:
     """Returns the options, with the values by default, that are recorded."""
     return self.options.given()
@@ -333,7 +338,7 @@ def prepare(
       data_dir=work_dir,
       file_format="array_record",
       source=source,
-      download_dir=root / "downloads" / builder,
+      download_dir=registry.download_dir(builder, root),
       is_shown=is_shown,
       options=chosen,
     )

@@ -100,6 +100,11 @@ class PsgFashionMnist(base.ImageBuilder):
       split, _examples(split, images, labels), len(labels)
     )
 
+  @classmethod
+  def has_files(cls, download_dir: pathlib.Path) -> bool:
+    """Whether all four are in Debian's or in the download folder."""
+    return _local_files(download_dir) is not None
+
   def _find_files(self) -> dict[str, pathlib.Path]:
     if self.source is not None:
       missing = [name for name in SHA256 if not (self.source / name).is_file()]
@@ -110,11 +115,8 @@ class PsgFashionMnist(base.ImageBuilder):
           f" {missing[0]}"
         )
       return {name: self.source / name for name in SHA256}
-    for folder in (DEBIAN_DIR, self.download_dir):
-      paths = {name: folder / name for name in SHA256}
-      if all(path.is_file() for path in paths.values()):
-        return paths
-    return {
+    paths = _local_files(self.download_dir)
+    return paths or {
       name: sources.download(
         f"{URL}/{name}",
         sha256,
@@ -124,6 +126,14 @@ class PsgFashionMnist(base.ImageBuilder):
       )
       for name, sha256 in SHA256.items()
     }
+
+
+def _local_files(download_dir: pathlib.Path) -> dict[str, pathlib.Path] | None:
+  for folder in (DEBIAN_DIR, download_dir):
+    paths = {name: folder / name for name in SHA256}
+    if all(path.is_file() for path in paths.values()):
+      return paths
+  return None
 
 
 def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:

@@ -6,6 +6,7 @@ class of the set `my_set` is `PsgMySet`: TFDS then names its folder
 """
 
 import importlib
+import pathlib
 from typing import Any
 
 MODULES = {
@@ -38,3 +39,23 @@ def builder_class(name: str) -> Any:
   """Imports the builder of a data set, one of `MODULES`."""
   module_name, class_name = MODULES[name]
   return getattr(importlib.import_module(module_name), class_name)
+
+
+def download_dir(name: str, root: pathlib.Path) -> pathlib.Path:
+  """Returns where a builder's downloads are, of the folder of prepared sets."""
+  return root / "downloads" / name
+
+
+def is_complete(name: str, root: pathlib.Path) -> bool:
+  """Whether a set can be prepared at once, without a source or a network.
+
+  Args:
+    name: One of `MODULES`.
+    root: Folder of all prepared sets.
+
+  Returns:
+    True for embedded sets, and where all raw files are on this machine.
+  """
+  if name in EMBEDDED:
+    return True
+  return builder_class(name).has_files(download_dir(name, root))

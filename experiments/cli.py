@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from experiments import recipes, sets
+from experiments import compilation, recipes, sets
 
 _CRITERIA = ("forget_classes", "where", "ids", "request")
 _JobT = TypeVar("_JobT", bound=recipes.Job)
@@ -30,6 +30,7 @@ def run(main: Callable[[], None]) -> None:
     SystemExit: With 2 where the input is wrong, with 1 where training or
       unlearning diverged, with 130 on Ctrl-C.
   """
+  compilation.set_up()
   try:
     main()
   except ValueError as error:

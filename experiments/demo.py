@@ -3,9 +3,9 @@
     python -m experiments.demo
 
 forgets the digit 0 of scikit-learn's embedded digits in about a minute on two
-cores. The same on real images, with Fashion-MNIST prepared:
+cores. The same on real images, with Debian's dataset-fashion-mnist, or after
+`python -m data_prep.prepare fashion_mnist`:
 
-    python -m data_prep.prepare fashion_mnist
     python -m experiments.demo --recipe fashion_mnist
 
 See the table in the README for what each recipe measures.

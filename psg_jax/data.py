@@ -146,8 +146,8 @@ def load(
   """Reads one split of a prepared data set into memory.
 
   Sets that need no file (`digits`, `phantom_fundus`) prepare themselves on
-  first use. Rows stand in the order in which they were written, the same on
-  every machine.
+  first use, and so does `fashion_mnist` where its files are on this machine.
+  Rows stand in the order in which they were written, the same on every machine.
 
   Args:
     name: Of a builder, with or without a size, or of a set of the user's own.
@@ -413,7 +413,7 @@ def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
 def _find_version(
   name: str, data_dir: str | os.PathLike[str] | None
 ) -> pathlib.Path:
-  """Returns the newest prepared version, preparing an embedded set first."""
+  """Returns the newest prepared version, preparing it first if it can be."""
   from data_prep import naming, registry
 
   root = root_dir(data_dir)
@@ -421,7 +421,7 @@ def _find_version(
   if versions:
     return max(versions, key=lambda path: tfds.core.Version(path.name))
   parsed = naming.parse(name)
-  if parsed.builder in registry.EMBEDDED:
+  if not parsed.is_own and registry.is_complete(parsed.builder, root):
     from data_prep import base
 
     return base.prepare(name, data_dir=data_dir).folder

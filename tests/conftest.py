@@ -10,8 +10,14 @@ os.environ["XLA_FLAGS"] = (
   + " --xla_backend_optimization_level=0"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Programs that are tested in this process leave the user's cache alone.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 import pytest
+
+from experiments import compilation
+
+compilation.avoid_faults()
 
 REFERENCE = pathlib.Path(__file__).parents[2] / "shared" / "reference"
 

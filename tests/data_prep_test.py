@@ -234,6 +234,23 @@ def test_fashion_mnist_downloads(tmp_path, monkeypatch):
   assert len(data.load("fashion_mnist", "test", data_dir=tmp_path / "out")) == 5
 
 
+@pytest.mark.parametrize("place", ["debian", "out/downloads/fashion_mnist"])
+def test_fashion_mnist_prepares_itself(tmp_path, monkeypatch, place):
+  monkeypatch.setattr(fashion_mnist, "DEBIAN_DIR", tmp_path / "debian")
+  monkeypatch.setattr(fashion_mnist, "URL", (tmp_path / "none").as_uri())
+  (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+  arrays = _write_idx_files(tmp_path / place)
+  name = "t10k-labels-idx1-ubyte.gz"
+  hidden = (tmp_path / place / name).rename(tmp_path / name)
+  (tmp_path / "out").mkdir(exist_ok=True)
+  # One file of four: nothing is downloaded unasked.
+  with pytest.raises(ValueError, match=r"data_prep.prepare fashion_mnist"):
+    data.load("fashion_mnist", "test", data_dir=tmp_path / "out")
+  hidden.rename(tmp_path / place / name)
+  test = data.load("fashion_mnist", "test", data_dir=tmp_path / "out")
+  np.testing.assert_array_equal(test.labels, arrays[name])
+
+
 # CIFAR-10 from images
 
 

@@ -267,7 +267,7 @@ def test_help_and_typos_from_the_command_line(program):
     (["--unlearning.norm=l1"], "l1.*norm"),
     (["--width=abc"], "width.*abc"),
     (["--weights=none.pt"], "weights must be a file, got none.pt"),
-    (["--recipe=fashion_mnist", "--data_dir=nowhere"], "data_dir .* nowhere"),
+    (["--recipe=cifar10", "--data_dir=nowhere"], "data_dir .* nowhere"),
     (["--resume", "--overwrite"], "overwrite must be off to resume"),
   ],
 )
