@@ -128,10 +128,17 @@ def _create(name: str, num_channels: int, **options: Any) -> types.Model:
         f"images must be [B, H, W, {num_channels}], got {list(images.shape)}"
       )
 
-  @jax.jit
+  # Random numbers for each kernel are long to compile and run once.
+  quick_init = jax.jit(
+    network.init, compiler_options={"xla_backend_optimization_level": 0}
+  )
+
   def init(key: jax.Array, images: jax.Array) -> types.Variables:
     check(images)
-    return network.init(key, images)
+    # Options are for whole programs, not for a part of somebody else's.
+    if isinstance(key, jax.core.Tracer) or isinstance(images, jax.core.Tracer):
+      return network.init(key, images)
+    return quick_init(key, images)
 
   def apply(variables: types.Variables, images: jax.Array) -> jax.Array:
     check(images)

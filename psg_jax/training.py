@@ -21,10 +21,11 @@ import optax
 
 from psg_jax import augment, checks, parallel, progress, streaming, types
 
-# A longer epoch is cut into equal calls of one program, so that the bar moves
-# and the program can be interrupted.
+# An epoch is cut into calls of one program, so that the bar moves and the
+# program can be interrupted.
 _MAX_STEPS_PER_CALL = 32
-# Images from disk that wait on the device for one call.
+# Images from disk that wait on the device for one call, and what a pool may
+# take to be padded.
 _STREAM_BYTES = 2**26
 
 History: TypeAlias = list[dict[str, Any]]
@@ -477,6 +478,15 @@ def resident_pool(
   mesh: jax.sharding.Mesh | None = None,
 ) -> Pool:
   """Puts all images and targets onto the device, or on each of a mesh."""
+  images, targets = np.asarray(images), np.asarray(targets)
+  if images.nbytes <= _STREAM_BYTES:
+    # To a power of two: what is left of a small set when a class is taken out
+    # has the shape, and so the program, of the whole. No step asks for more.
+    num_padding = (1 << (len(images) - 1).bit_length()) - len(images)
+    images, targets = (
+      np.pad(x, ((0, num_padding), *((0, 0),) * (x.ndim - 1)))
+      for x in (images, targets)
+    )
   return _Resident(
     parallel.replicate(jnp.asarray(images), mesh),
     parallel.replicate(jnp.asarray(targets), mesh),
@@ -554,8 +564,9 @@ def run_epoch(
     FloatingPointError: If the loss is NaN or infinite, with the step.
   """
   num_steps, batch_size = rows.shape
-  num_calls = -(-num_steps // pool.max_steps)
-  steps_per_call = -(-num_steps // num_calls)
+  # Steps of padding are skipped: one program for epochs of any length.
+  steps_per_call = pool.max_steps
+  num_calls = -(-num_steps // steps_per_call)
   unit = parallel.size(mesh) * num_parts
   padding = (
     (0, num_calls * steps_per_call - num_steps),
