@@ -13,7 +13,7 @@ INTERPRETER := $(shell $(PYTHON) --version >/dev/null 2>&1 && echo $(PYTHON) \
   | sort -V | tail -n 1)
 WANTED := $(shell $(INTERPRETER) --version 2>&1) with $(EXTRAS)
 
-.PHONY: setup demo test lint format clean FORCE
+.PHONY: setup demo test test-all lint format clean FORCE
 
 setup: $(VENV)/.installed
 
@@ -37,6 +37,9 @@ demo: setup
 	$(BIN)/python -m experiments.demo --name demo --overwrite
 
 test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
 	$(BIN)/python -m pytest
 
 lint: setup
