@@ -24,7 +24,7 @@ _P = jax.sharding.PartitionSpec
 def _optimised() -> Iterator[None]:
   """Compiles as users do, unlike the other tests."""
   name = "jax_disable_most_optimizations"
-  before = getattr(jax.config, name)
+  before = jax.config.read(name)
   jax.config.update(name, False)
   yield
   jax.config.update(name, before)
