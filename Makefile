@@ -22,7 +22,7 @@ INTERPRETER := $(shell for name in $(PYTHON); do for python in $$name $$(ls \
   do $$python $(PROBE) >/dev/null 2>&1 && echo $$python && exit; done; done)
 WANTED := $(if $(INTERPRETER),$(shell $(INTERPRETER) --version 2>&1) with $(EXTRAS))
 
-.PHONY: setup demo test lint format clean FORCE
+.PHONY: setup demo test test-all lint format clean FORCE
 
 setup: $(VENV)/.installed
 
@@ -46,6 +46,9 @@ demo: setup
 	$(BIN)/python -m experiments.demo --name demo --overwrite
 
 test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
 	$(BIN)/python -m pytest
 
 lint: setup

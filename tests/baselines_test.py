@@ -37,7 +37,7 @@ from psg_jax.baselines import (
   ssd,
   unsir,
 )
-from tests import fakes
+from tests import fakes, tolerances
 
 KEY = jax.random.key(0)
 MODEL = fakes.linear_model(16, 3)
@@ -65,6 +65,7 @@ def trained():
     optimizer=training.sgd(0.1),
     num_epochs=5,
     batch_size=16,
+    schedule="constant",
     show_progress=False,
   )
   return variables, fakes.split_class(dataset)
@@ -146,6 +147,7 @@ def test_psg_with_soft_labels_is_less_sure_of_forget_images(trained):
   options = {
     **NEEDS["psg"],
     "num_epochs": 20,
+    "schedule": "constant",
     "optimizer": training.sgd(0.1),
   }
   images = split.forget.images / np.float32(255)
@@ -383,10 +385,16 @@ def test_conformance_scrub_teacher_is_not_its_student(trained):
   )
   chex.assert_trees_all_close(output.variables, expected, atol=1e-5)
   first, second = output.history
-  # A student that is its own teacher is never away from it.
-  assert first["forget_distance"] == pytest.approx(0, abs=1e-9)
-  assert second["forget_distance"] > 1e-6
-  assert second["retain_distance"] > 1e-6
+  # A student that is its own teacher is never away from it: their logits are
+  # the same but for the roundings of 16 products and sums, and their
+  # log-probabilities but for those of three exponentials, in two programs. The
+  # divergence averages such differences.
+  temperature = 2.0
+  magnitude = np.abs(logits_of(variables, split.forget)).max() / temperature
+  zero = temperature**2 * tolerances.float32(16 + 3 + 3, magnitude)
+  assert abs(first["forget_distance"]) < zero
+  assert second["forget_distance"] > zero
+  assert second["retain_distance"] > zero
 
 
 def test_scrub_forgets_in_max_passes_and_decays_its_rate(trained):

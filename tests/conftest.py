@@ -1,17 +1,16 @@
-"""Eight fake devices, so that sharding is tested on any machine."""
+"""Compiles little and once, on eight fake devices, so that any machine does."""
 
 import os
 import pathlib
 
+# What the environment says comes last, and wins.
 os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "")
-  + " --xla_force_host_platform_device_count=8"
-  # Compiling is most of the time, and nothing here runs for long.
-  + " --xla_backend_optimization_level=0"
+  "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Programs that are tested in this process leave the user's cache alone.
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# Compiling is most of the time, and nothing here runs for long.
+if "optimization_level" not in os.environ["XLA_FLAGS"]:
+  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pytest
 
@@ -20,6 +19,19 @@ from experiments import compilation
 compilation.avoid_faults()
 
 REFERENCE = pathlib.Path(__file__).parents[2] / "shared" / "reference"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  """Lets the test processes, and the next run, share compiled programs.
+
+  JAX's key of a program has its operations, the flags, jaxlib's version and
+  what the processor can do; one that cannot be read is compiled again.
+  """
+  cache = getattr(config, "cache", None)
+  if cache is None:
+    return
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("xla")))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Tests of the convolution against XLA's own."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import chex
@@ -18,6 +18,16 @@ from psg_jax import convolution
 _RTOL = 2e-5
 
 _P = jax.sharding.PartitionSpec
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimised() -> Iterator[None]:
+  """Compiles as users do, unlike the other tests."""
+  name = "jax_disable_most_optimizations"
+  before = jax.config.read(name)
+  jax.config.update(name, False)
+  yield
+  jax.config.update(name, before)
 
 
 def _assert_close(actual: chex.ArrayTree, expected: chex.ArrayTree) -> None:

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from psg_jax import types
+from psg_jax import models, networks, types
 
 
 def linear_apply(variables, images):
@@ -36,6 +37,27 @@ def linear_model(num_features, num_classes):
     return images.reshape(len(images), -1)
 
   return types.Model(init, linear_apply, apply_train, features)
+
+
+class _OneBlock(networks._Network):
+  """One of the All-CNN's blocks in place of eight."""
+
+  def _backbone(self, hidden, mask, is_training):
+    filters = networks._scaled(96, self.width)
+    block = self._block(networks._ConvBlock)
+    return block(filters, 3, 1, self.dtype, name="block_0")(
+      hidden, mask, is_training
+    )
+
+
+def small_cnn(**options):
+  """The library's convolution, BatchNorm and head, for an eighth of a compile.
+
+  Takes the options of `models.create`.
+  """
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(models._NETWORKS, "one_block", _OneBlock)
+    return models.create("one_block", **options)
 
 
 def blobs(num_images, *, num_classes=3, size=4, channels=1, seed=0):

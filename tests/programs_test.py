@@ -210,6 +210,7 @@ def test_training_then_unlearning_in_the_same_run(tmp_path, data_dir):
   assert result["unlearned"]["relabelling"]["agreement_with_retrained"] is None
 
 
+@pytest.mark.slow
 def test_unlearning_pytorch_weights_with_the_released_search(
   runs, tmp_path, data_dir
 ):

@@ -220,6 +220,7 @@ def users_folder(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_from_a_users_checkpoint_to_an_unlearned_one(
   users_folder, data_dir, tmp_path, capsys
 ):

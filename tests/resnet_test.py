@@ -283,6 +283,7 @@ def test_initial_values_are_torchvisions(images):
   assert 0.9 * bound < np.abs(head).max() <= bound
 
 
+@pytest.mark.slow
 def test_rematerialised_step_is_equal(images, variables):
   def run(is_rematerialised):
     model = models.create(
@@ -320,6 +321,7 @@ def test_rematerialisation_stores_less(name):
   assert count_residuals(True) < 0.5 * count_residuals(False)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close_and_keeps_float32(images, variables):
   plain = models.create("resnet18", **SMALL)
   model = models.create("resnet18", **SMALL, dtype="bfloat16")

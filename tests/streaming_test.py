@@ -230,6 +230,7 @@ def test_accumulation_adds_up_to_the_same_step():
     )
 
 
+@pytest.mark.slow
 def test_accumulation_needs_less_memory():
   model = models.create(
     "all_cnn", num_classes=3, num_channels=1, width=0.05, mean=0.5, std=0.25

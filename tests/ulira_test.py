@@ -255,6 +255,7 @@ def test_predictions_of_an_ensemble(ensemble):
   np.testing.assert_allclose(logits[2], expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_models_that_learn_by_heart_are_found_out():
   # Random labels: nothing but memory tells a member.
   rng = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from psg_jax import boundary, inference, models, training, unlearning
+from psg_jax import boundary, inference, training, unlearning
 from tests import fakes
 
 KEY = jax.random.key(0)
@@ -257,8 +257,8 @@ def test_relabelling_does_not_depend_on_the_batch_size(trained):
 @pytest.fixture(scope="module")
 def small_cnn():
   dataset = fakes.blobs(40, size=8)
-  model = models.create(
-    "all_cnn", num_classes=3, num_channels=1, width=0.05, mean=0.5, std=0.5
+  model = fakes.small_cnn(
+    num_classes=3, num_channels=1, width=0.05, mean=0.5, std=0.5
   )
   variables = model.init(KEY, jnp.zeros((1, 8, 8, 1)))
   return model, variables, fakes.split_class(dataset)
