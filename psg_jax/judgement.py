@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from psg_jax import checks, yardstick
+from psg_jax import checks, resampling, yardstick
 
 AS_RETRAINED = "as another retraining"
 NOT_RETRAINED = "not as retraining"
@@ -130,8 +130,8 @@ def judge(
     return Verdict(
       LEVEL_ONLY,
       bool(rejected),
-      f"The references do not agree ({_spread_words(measured, split)}): only"
-      f" the level can be judged, and it is {level}.",
+      "The references do not agree: only the level can be judged, and it is"
+      f" {level}.",
       against,
     )
   against += tuple(f"{x.name}/{x.split}" for x in far)
@@ -192,6 +192,95 @@ def is_agreed(
   return not (is_near and is_rejected)
 
 
+def record(measured: yardstick.Measurement, verdict: Verdict) -> dict[str, Any]:
+  """Returns a measurement and the verdict on it as a dictionary for JSON."""
+  found = dataclasses.asdict(measured)
+  for each, level in zip(found["attacks"], measured.attacks, strict=True):
+    each["is_flagged"] = level.is_flagged
+  return {
+    **found,
+    "forget_split": measured.forget_split,
+    **dataclasses.asdict(verdict),
+  }
+
+
+def assess(
+  retrained: Mapping[str, Any],
+  models: Mapping[str, Mapping[str, resampling.Unlearned]],
+  labels: Mapping[str, np.ndarray],
+  *,
+  attacks: Mapping[str, Mapping[str, yardstick.Attack]],
+  **options: Any,
+) -> dict[str, Any]:
+  """Measures and judges several models by the same references.
+
+  Args:
+    retrained: As for `yardstick.measure`.
+    models: By name what `yardstick.measure` takes; the `original` among them
+      tells whether the references agree.
+    labels: As for `yardstick.measure`.
+    attacks: By model, `retrained` among them.
+    **options: Others of `yardstick.measure`.
+
+  Returns:
+    A dictionary for JSON: `models`, by name what `record` gives, and for
+    `retrained` what each is to the others; `false_alarms`, and their
+    `statement`.
+  """
+  measured = {
+    name: yardstick.measure(
+      retrained, each, labels, attacks=attacks[name], **options
+    )
+    for name, each in models.items()
+  }
+  original = measured["original"]
+  alarms = held_out(
+    retrained,
+    labels,
+    attacks=attacks["retrained"],
+    original=original,
+    **options,
+  )
+  return {
+    "models": {
+      "retrained": _leave_one_out(original),
+      **{
+        name: record(each, judge(each, original=original))
+        for name, each in measured.items()
+      },
+    },
+    "false_alarms": dataclasses.asdict(alarms),
+    "statement": str(alarms),
+  }
+
+
+def _leave_one_out(measured: yardstick.Measurement) -> dict[str, Any]:
+  """What each reference is to the others: 1 on average."""
+  reason = "1 by definition; the interval is the range over references"
+  distances = [
+    dataclasses.asdict(
+      dataclasses.replace(
+        each,
+        value=1.0,
+        interval=(min(each.references), max(each.references)),
+        unlearned=each.floor,
+        reasons=(reason,),
+      )
+      if each.references
+      else each
+    )
+    for each in measured.distances
+  ]
+  return {
+    "distances": distances,
+    "levels": [],
+    "attacks": [],
+    "num_references": measured.num_references,
+    "forget_split": measured.forget_split,
+    "spreads": [dataclasses.asdict(each) for each in measured.spreads],
+  }
+
+
 def _rejected_levels(measured: yardstick.Measurement) -> list[yardstick.Level]:
   """The levels that are not those of another retraining, all tests together."""
   tested = [(x, x.p) for x in measured.levels if x.p is not None]
@@ -232,7 +321,8 @@ def held_out(
     for name, each in attacks.items():
       null = yardstick.null_std(each.num_samples)
       width = scipy.stats.norm.isf((1 - options.get("confidence", 0.9)) / 2)
-      flags[name] = sum(abs(x - 0.5) > width * null for x in each.retrained)
+      outside = np.abs(np.asarray(each.retrained) - 0.5) > width * null
+      flags[name] = int(outside.sum())
     return FalseAlarms(0, flags, 0, 0)
   rejected = 0
   for place in range(total):
@@ -251,8 +341,8 @@ def held_out(
       **options,
     )
     rejected += judge(found, original=original, margin=margin).is_rejected
-    for each in found.attacks:
-      flags[each.name] += each.is_flagged
+    for level in found.attacks:
+      flags[level.name] += level.is_flagged
   return FalseAlarms(rejected, flags, total, total - 1)
 
 
@@ -284,14 +374,4 @@ def _level_words(
     f"{verb} of retraining ({_words(each.name)} on"
     f" {_words(each.split)} {each.unlearned:.3f} against"
     f" {each.retrained:.3f} ± {each.sd:.3f})"
-  )
-
-
-def _spread_words(measured: yardstick.Measurement, split: str) -> str:
-  each = measured.spread(split)
-  if each is None or each.agreement is None:
-    return "unknown"
-  return (
-    f"two of them predict the same for {100 * each.agreement:.0f} % of the"
-    f" {_words(split)} and are {each.kl_divergence:.2f} nats apart"
   )

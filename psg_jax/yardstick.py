@@ -485,7 +485,7 @@ def _normalised(
     image_freedom,
     bootstrap.confidence,
   )
-  reasons = ()
+  reasons: tuple[str, ...] = ()
   if len(bootstrap.sizes) == 1:
     reasons = ("one training seed was unlearned: this model alone",)
   return Distance(

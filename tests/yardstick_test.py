@@ -1,6 +1,7 @@
 """The yardstick, on models whose distances are known."""
 
 import dataclasses
+import json
 import math
 
 import numpy as np
@@ -298,6 +299,7 @@ def test_attack_with_one_reference_is_compared_with_chance():
     {FORGET: logits}, {FORGET: np.zeros(20, int)}, attacks={"loss": attack}
   )
   assert alarms.attacks == {"loss": 1}
+  json.dumps(dataclasses.asdict(alarms))
   assert "unknown" in str(alarms)
 
 
