@@ -616,7 +616,7 @@ def to_csv(results: Mapping[str, Any]) -> str:
         else [*start, name, repr(figure["value"]), None]
       )
   for model, name, value, reason in compare_verdicts.csv_rows(
-    results["yardstick"]
+    results.get("yardstick")
   ):
     writer.writerow(
       [model, None, None, name, None if value is None else repr(value), reason]

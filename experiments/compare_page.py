@@ -192,7 +192,7 @@ def statements(results: Mapping[str, Any]) -> list[str]:
 
 def yardstick_sentences(results: Mapping[str, Any]) -> list[str]:
   """Returns our verdict, whether references agree, and the false alarms."""
-  found = results["yardstick"]
+  found = results.get("yardstick")
   if found is None:
     return []
   models = found["models"]
@@ -206,10 +206,11 @@ def yardstick_sentences(results: Mapping[str, Any]) -> list[str]:
 
 def _yardstick(results: Mapping[str, Any]) -> dict[str, Any] | None:
   """The table of all normalised distances and levels."""
-  if results["yardstick"] is None:
+  found = results.get("yardstick")
+  if found is None:
     return None
   return yardstick_page.table(
-    results["yardstick"],
+    found,
     {model: _title(results, model) for model in _models(results)},
   )
 
@@ -339,7 +340,7 @@ def _time_name(results: Mapping[str, Any]) -> str:
 def _short_table(results: Mapping[str, Any]) -> dict[str, Any]:
   """Methods as rows, the columns that matter most, and the verdict."""
   columns = _short_columns(results)
-  measured = (results["yardstick"] or {"models": {}})["models"]
+  measured = (results.get("yardstick") or {"models": {}})["models"]
   leading = yardstick_page.columns(measured)
   rows = []
   for model in _models(results):
