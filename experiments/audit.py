@@ -70,6 +70,7 @@ from psg_jax import (
   checkpoints,
   checks,
   data,
+  ensembles,
   inference,
   parallel,
   progress,
@@ -111,7 +112,7 @@ class Options(recipes.Job):
   set: tuple[str, ...] = ()
   """Arguments to change, as METHOD.ARGUMENT=VALUE."""
   mode: Literal["map", "vmap", "sharded"] = "map"
-  """How models are trained together; see `psg_jax.ulira.train_ensemble`."""
+  """How models are trained together; see `psg_jax.ensembles.train`."""
 
 
 class Plan(NamedTuple):
@@ -200,7 +201,7 @@ def run(options: Options) -> pathlib.Path:
   images = np.concatenate(
     [context.train.images[plan.targets], context.test.images[plan.test]]
   )
-  logits = ulira.predict_ensemble(context.model, variables, images)
+  logits = ensembles.predict(context.model, variables, images)
   predict_seconds = time.perf_counter() - start
   resolved = _resolve(context, options, plan, overrides)
   unlearned = _unlearn_all(context, options, resolved, plan, variables, images)
@@ -263,7 +264,7 @@ def check(options: Options) -> dict[str, Any]:
   fraction = options.retain_fraction
   checks.number("retain_fraction", fraction, above=0, at_most=1)
   checks.one_of("settings", options.settings, compare_recipes.SETTINGS)
-  checks.one_of("mode", options.mode, ulira.MODES)
+  checks.one_of("mode", options.mode, ensembles.MODES)
   for name in ("weights", "pretrained"):
     if getattr(options, name) is not None:
       raise ValueError(
@@ -369,7 +370,7 @@ def _ensemble(
     variables: Any = checkpoints.restore(found[name])
     return variables, checkpoints.metadata(found[name])["history"]
   is_sharded = options.mode == "sharded"
-  variables, history = ulira.train_ensemble(
+  variables, history = ensembles.train(
     context.model,
     context.train,
     plan.membership(len(context.train)),

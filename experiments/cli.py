@@ -80,8 +80,12 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
     job = read_job(pathlib.Path(given.run))
   if given.method is not None and "method" in extends:
     job = dataclasses.replace(job, unlearning=recipes.method(given.method))
+  # What a program declares anew has a default of its own.
+  own = set() if options is recipes.Job else set(options.__annotations__)
   values = {
-    field.name: getattr(job, field.name) for field in dataclasses.fields(job)
+    field.name: getattr(job, field.name)
+    for field in dataclasses.fields(job)
+    if field.name not in own
   }
   if any(getattr(given, name) is not None for name in _CRITERIA):
     # A request of one's own takes the place of the recipe's.

@@ -12,7 +12,8 @@ interruption, or to add methods, seeds or metrics, the same command with
 
     runs/<name>/config.json, request.json, data.json    as other programs
     runs/<name>/compare.json                the options of the comparison
-    runs/<name>/models/seed-<seed>/         original and retrained model
+    runs/<name>/models/seed-<seed>/         original and retrained model; of
+                                            further references, retrained alone
     runs/<name>/cells/<method>-<seed>-<unlearning seed>/
                                             result.json, logits.npz
 
@@ -24,6 +25,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import pathlib
 import shutil
 import time
@@ -38,6 +40,7 @@ from experiments import (
   compare_page,
   compare_recipes,
   compare_summary,
+  compare_verdicts,
   files,
   jobs,
   recipes,
@@ -46,7 +49,6 @@ from psg_jax import (
   baselines,
   checks,
   metrics,
-  types,
 )
 
 DEFAULT_METRICS = (
@@ -77,6 +79,7 @@ DEFAULT_METRICS = (
   "run_time_efficiency",
 )
 REFERENCES = ("original", "retrained")
+_SLOW_PIXELS = 10**8
 SECONDS = ("seconds", "seconds_without_compiling")
 
 
@@ -88,6 +91,9 @@ class Options(recipes.Job):
   """Methods to compare, of `psg_jax.baselines`; all by default."""
   seeds: int = 3
   """Training seeds, from --seed on; each has models of its own."""
+  references: int | None = None  # type: ignore[assignment]
+  """Retrained models that all are compared with, of the seeds from --seed on,
+  at least as many as --seeds; by default 5, and 3 where training is slow."""
   unlearn_seeds: int = 1
   """Unlearning seeds of each training seed."""
   metrics: tuple[str, ...] = DEFAULT_METRICS
@@ -128,6 +134,7 @@ def run(options: Options) -> pathlib.Path:
   context = jobs.prepare(options)
   print(jobs.announce(context))
   stated = {field: getattr(options, field) for field in _own_fields()}
+  stated["references"] = num_references(context, options)
   jobs.write_json(context.run_dir / "compare.json", stated)
   resolved = {
     method: compare_recipes.resolve(
@@ -139,7 +146,7 @@ def run(options: Options) -> pathlib.Path:
     for method in options.methods
   }
   _check_arguments(context.run_dir, options, resolved)
-  references = _run_all(context, options, resolved)
+  references = _run_all(context, options, resolved, stated["references"])
   results = _collect(context, options, resolved, references)
   folder = context.run_dir
   jobs.write_json(folder / "results.json", results)
@@ -163,6 +170,11 @@ def check(options: Options) -> dict[str, dict[str, Any]]:
     checks.one_of("methods", method, baselines.METHODS)
   checks.integer("seeds", options.seeds, at_least=1)
   checks.integer("unlearn_seeds", options.unlearn_seeds, at_least=1)
+  if options.references is not None and options.references < options.seeds:
+    raise ValueError(
+      f"references must be at least the {options.seeds} seeds, got"
+      f" {options.references}"
+    )
   if not options.metrics:
     raise ValueError("metrics must name at least one, got none")
   for name in options.metrics:
@@ -180,6 +192,29 @@ def check(options: Options) -> dict[str, dict[str, Any]]:
   if folder.is_dir() and options.resume:
     _check_same(folder, options, overrides)
   return overrides
+
+
+def num_references(context: jobs.Context, options: Options) -> int:
+  """Returns how many retrained models there are to be.
+
+  Five, and three where training is slow: where it takes more than 10⁸ pixels,
+  of all retained images and epochs. Six epochs of 12,000 images of 28 pixels a
+  side take half of that.
+
+  Args:
+    context: The job.
+    options: The options.
+
+  Returns:
+    The number asked for, or by default no fewer than training seeds.
+  """
+  if not options.retrained:
+    return 0
+  if options.references is not None:
+    return options.references
+  num_pixels = math.prod(context.train.images.shape[1:])
+  passes = len(context.split.retain) * options.training.num_epochs
+  return max(5 if passes * num_pixels <= _SLOW_PIXELS else 3, options.seeds)
 
 
 def _check_same(
@@ -270,6 +305,7 @@ def _run_all(
   context: jobs.Context,
   options: Options,
   resolved: Mapping[str, compare_recipes.Resolved],
+  num_retrained: int,
 ) -> dict[int, compare_cells.Reference]:
   """Runs the cells that are missing; returns the models of each seed."""
   folder = context.run_dir / "cells"
@@ -311,6 +347,10 @@ def _run_all(
         f"[{num_done}/{len(cells)}] {_line(cell, result)}{left}",
         flush=True,
       )
+  for seed in range(seeds.stop, options.seed + num_retrained):
+    references[seed] = compare_cells.reference(
+      compare_cells.at_seed(context, seed), needs_variables=False, is_alone=True
+    )._replace(variables={})
   return references
 
 
@@ -388,9 +428,12 @@ def _collect(
       for method in options.methods
     },
     "verification": {
-      method: _verify(context, method, cells, references)
+      method: compare_verdicts.verify(context, method, cells, references)
       for method in options.methods
     },
+    "yardstick": compare_verdicts.yardstick_of(
+      context, options.methods, rows, cells, references
+    ),
     "rows": rows,
     "cells": [{k: v for k, v in c.items() if k != "metrics"} for c in cells],
   }
@@ -487,6 +530,9 @@ def _reference_rows(
         name: metrics.Outputs(logits, seconds=here.seconds[name])
         for name, logits in here.logits.items()
       }
+      # Further references are compared with one of the originals.
+      first = references[seeds[place % options.seeds]]
+      others.setdefault("original", metrics.Outputs(first.logits["original"]))
       own = others[model]._replace(seconds=None)
       if model == "retrained":
         own = others.pop(model)
@@ -517,61 +563,6 @@ def _one_reference(figures: Mapping[str, Any]) -> dict[str, Any]:
     else figure
     for name, figure in figures.items()
   }
-
-
-def _verify(
-  context: jobs.Context,
-  method: str,
-  cells: Sequence[Mapping[str, Any]],
-  references: Mapping[int, compare_cells.Reference],
-) -> dict[str, Any]:
-  """Compares a method with the retrained models, all seeds together."""
-  own = [cell for cell in cells if cell["method"] == method]
-  done = [cell for cell in own if cell["status"] == compare_cells.DONE]
-  by_seed: dict[int, list[dict[str, np.ndarray]]] = {}
-  for cell in done:
-    name = compare_cells.Cell(method, cell["seed"], cell["unlearn_seed"]).name
-    path = context.run_dir / "cells" / name / "logits.npz"
-    by_seed.setdefault(cell["seed"], []).append(compare_cells.arrays(path))
-  labels = compare_cells.labels(context)
-  group = context.asked.request.group
-  found = [each.logits.get("retrained") for each in references.values()]
-  known = [each for each in found if each is not None]
-  return compare_summary.verify(
-    {x: np.stack([each[x] for each in known]) for x in compare_summary.SPLITS}
-    if known
-    else None,
-    {
-      split: {
-        seed: np.stack([each[split] for each in arrays])
-        for seed, arrays in by_seed.items()
-      }
-      for split in compare_summary.SPLITS
-    },
-    {split: labels[split] for split in compare_summary.SPLITS},
-    num_diverged=len(own) - len(done),
-    num_cells=len(own),
-    groups=None
-    if group is None
-    else {
-      split: _groups(context.parts[split], group)
-      for split in compare_summary.SPLITS
-    },
-  )
-
-
-def _groups(part: types.Dataset, column: str) -> np.ndarray:
-  """The groups of images; one without a group stands alone."""
-  assert part.metadata is not None
-  ids = np.asarray(part.ids)
-  return np.array(
-    [
-      f"image {each}" if value in (None, "") else f"group {value}"
-      for each, value in zip(
-        ids, part.metadata.column(column).to_pylist(), strict=True
-      )
-    ]
-  )
 
 
 def _losses(
@@ -608,7 +599,8 @@ def to_csv(results: Mapping[str, Any]) -> str:
   Returns:
     Text with the columns `model`, `seed`, `unlearn_seed` (empty for the
     original and the retrained model), `metric`, `value` (empty where it is not
-    available) and `not_available`, the reason.
+    available) and `not_available`, the reason. The figures of the yardstick,
+    which are of all seeds together, follow without either seed.
   """
   buffer = io.StringIO()
   writer = csv.writer(buffer, lineterminator="\n")
@@ -623,6 +615,12 @@ def to_csv(results: Mapping[str, Any]) -> str:
         if figure["value"] is None
         else [*start, name, repr(figure["value"]), None]
       )
+  for model, name, value, reason in compare_verdicts.csv_rows(
+    results.get("yardstick")
+  ):
+    writer.writerow(
+      [model, None, None, name, None if value is None else repr(value), reason]
+    )
   return buffer.getvalue()
 
 

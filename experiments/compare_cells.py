@@ -70,9 +70,20 @@ def at_seed(context: jobs.Context, seed: int) -> jobs.Context:
   return context._replace(job=job, run_dir=folder)
 
 
-def reference(context: jobs.Context, *, needs_variables: bool) -> Reference:
-  """Trains or restores the models of a seed, and keeps their logits."""
-  steps = {"original": jobs.original}
+def reference(
+  context: jobs.Context, *, needs_variables: bool, is_alone: bool = False
+) -> Reference:
+  """Trains or restores the models of a seed, and keeps their logits.
+
+  Args:
+    context: The job at the seed.
+    needs_variables: Whether to restore what is finished.
+    is_alone: Whether the seed has a retrained model and no original.
+
+  Returns:
+    The models.
+  """
+  steps = {} if is_alone else {"original": jobs.original}
   if context.job.retrained:
     steps["retrained"] = jobs.retrained
   variables, logits = {}, {}

@@ -15,6 +15,7 @@ from experiments import (
   files,
   report,
   request_page,
+  yardstick_page,
 )
 
 NOT_AVAILABLE = report.NOT_AVAILABLE
@@ -66,12 +67,13 @@ def build(
     _TEMPLATE,
     title=f"{num_methods} unlearning method{'s' * (num_methods > 1)} compared"
     f" on {job['dataset']}",
-    outcome=statements(results),
+    outcome=[*yardstick_sentences(results), *statements(results)],
     facts=_facts(results),
     asked=request_page.asked(results["data"]),
     short=_short_table(results),
     reasons=_reasons(results),
     standing=standing(results),
+    yardstick=_yardstick(results),
     full=_full_table(results),
     missing=_missing(results),
     pictures=_pictures(folder / "figures", results, losses),
@@ -105,7 +107,9 @@ def text_table(results: Mapping[str, Any]) -> str:
     lines.append("* surely better than every other method, given the seeds")
   compiled = "without" if _time_name(results) != "seconds" else "with"
   lines.append(f"times are {compiled} compiling, and without evaluation")
-  return "\n".join([*lines, *statements(results)])
+  return "\n".join(
+    [*lines, *yardstick_sentences(results), *statements(results)]
+  )
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -123,7 +127,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     ]
     name = f"**{row['title']}**" if row["is_ours"] else row["title"]
     lines.append(f"| {name} | {' | '.join(cells)} | {row['verdict'] or ''} |")
-  lines += ["", *statements(results)]
+  lines += ["", *yardstick_sentences(results), *statements(results)]
   rows = standing(results)
   rows = [{k: v.replace("|", "\\|") for k, v in x.items()} for x in rows]
   if rows:
@@ -184,6 +188,31 @@ def statements(results: Mapping[str, Any]) -> list[str]:
   if any(x is not None and x["gap"] is not None for x in results["nearest"]):
     found.append("Intervals are of 90% over training seeds.")
   return found
+
+
+def yardstick_sentences(results: Mapping[str, Any]) -> list[str]:
+  """Returns our verdict, whether references agree, and the false alarms."""
+  found = results.get("yardstick")
+  if found is None:
+    return []
+  models = found["models"]
+  said = [
+    f"{_title(results, name)}: {models[name]['sentence']}"
+    for name in compare_recipes.OURS
+    if name in models
+  ]
+  return [each for each in (*said, yardstick_page.around(found)) if each]
+
+
+def _yardstick(results: Mapping[str, Any]) -> dict[str, Any] | None:
+  """The table of all normalised distances and levels."""
+  found = results.get("yardstick")
+  if found is None:
+    return None
+  return yardstick_page.table(
+    found,
+    {model: _title(results, model) for model in _models(results)},
+  )
 
 
 def shown_models(results: Mapping[str, Any]) -> list[str]:
@@ -311,6 +340,8 @@ def _time_name(results: Mapping[str, Any]) -> str:
 def _short_table(results: Mapping[str, Any]) -> dict[str, Any]:
   """Methods as rows, the columns that matter most, and the verdict."""
   columns = _short_columns(results)
+  measured = (results.get("yardstick") or {"models": {}})["models"]
+  leading = yardstick_page.columns(measured)
   rows = []
   for model in _models(results):
     found = results["verification"].get(model)
@@ -320,19 +351,25 @@ def _short_table(results: Mapping[str, Any]) -> dict[str, Any]:
         "title": _title(results, model),
         "paper": results["methods"].get(model, {}).get("paper"),
         "is_ours": model in compare_recipes.OURS,
-        "cells": [_cell(results, model, name) for name, _ in columns],
+        "cells": [
+          *yardstick_page.cells(measured.get(model), leading),
+          *(_cell(results, model, name) for name, _ in columns),
+        ],
         "verdict": None if found is None else found["verdict"],
         "why": None if found is None else "; ".join(_why(found)),
       }
     )
   return {
     "columns": [
-      {
-        "title": title,
-        "plain": title.lower(),
-        "arrow": _ARROWS[results["metrics"][name]["direction"]],
-      }
-      for name, title in columns
+      *(each.header for each in leading),
+      *(
+        {
+          "title": title,
+          "plain": title.lower(),
+          "arrow": _ARROWS[results["metrics"][name]["direction"]],
+        }
+        for name, title in columns
+      ),
     ],
     "rows": rows,
   }

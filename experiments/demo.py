@@ -21,7 +21,7 @@ def main() -> None:
   print(jobs.announce(context))
   variables = {"original": jobs.original(context)}
   if job.retrained:
-    variables["retrained"] = jobs.retrained(context)
+    variables |= jobs.references(context)
   variables["unlearned"] = jobs.unlearned(context, variables["original"])
   print(jobs.table(jobs.evaluate(context, variables)))
   print(report.build(context.run_dir))

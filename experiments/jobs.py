@@ -2,7 +2,8 @@
 
     runs/<name>/config.json     options, versions, device, git commit
     runs/<name>/data.json       classes, counts and the forget request
-    runs/<name>/checkpoints/    original, retrained, unlearned
+    runs/<name>/checkpoints/    original, retrained, unlearned; retrained-1 and
+                                so on where more references are asked for
     runs/<name>/history.json    curves of the three
     runs/<name>/metrics.json    figures of the three
     runs/<name>/flips.csv       retained images that are wrong now
@@ -29,7 +30,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import psg_jax
-from experiments import files, read_out, recipes, requests, sets
+from experiments import (
+  files,
+  read_out,
+  recipes,
+  requests,
+  sets,
+  yardstick_page,
+)
 from psg_jax import (
   augment,
   boundary,
@@ -122,7 +130,7 @@ def check(job: recipes.Job) -> None:
   checks.one_of("model", job.model, models.names())
   checks.number("width", job.width, above=0)
   checks.integer("seed", job.seed, at_least=0)
-  for name in ("num_train", "num_devices"):
+  for name in ("num_train", "num_devices", "references"):
     if getattr(job, name) is not None:
       checks.integer(name, getattr(job, name), at_least=1)
   for part in ("training", "unlearning"):
@@ -276,6 +284,18 @@ def retrained(context: Context) -> types.Variables:
   return _trained(context, "retrained", context.split.retain)
 
 
+def references(context: Context) -> dict[str, types.Variables]:
+  """Trains all references: `retrained`, and `retrained-1` and so on.
+
+  The last ones are what the retrained model is with the seeds after the job's.
+  """
+  names = [f"retrained-{number}" for number in range(context.job.references)]
+  return {
+    name: _trained(context, name, context.split.retain)
+    for name in ("retrained", *names[1:])
+  }
+
+
 def unlearned(
   context: Context, original_variables: types.Variables
 ) -> types.Variables:
@@ -414,7 +434,8 @@ def evaluate(
 
   Args:
     context: What the steps share.
-    variables: The models' variables, by name.
+    variables: The models' variables, by name; of further references
+      (`references`) the yardstick alone is computed.
 
   Returns:
     The content of `metrics.json`.
@@ -431,6 +452,9 @@ def evaluate(
     for name, each in variables.items()
   }
   reference = logits.get("retrained")
+  retrained = [x for name, x in logits.items() if name.startswith("retrained")]
+  variables = {name: variables[name] for name in MODELS if name in variables}
+  logits = {name: logits[name] for name in variables}
   values = {
     (name, column): requests.values(part, column)
     for name, part in parts.items()
@@ -457,6 +481,13 @@ def evaluate(
     }
   if "original" in logits:
     _read_out(context, logits, records, result)
+  if retrained and {"original", "unlearned"} <= set(logits):
+    result["unlearned"]["yardstick"] = read_out.yardstick(
+      parts,
+      {name: logits[name] for name in ("original", "unlearned")},
+      retrained,
+      context.asked.request.group,
+    )
   _save_features(context, variables)
   write_json(context.run_dir / "metrics.json", result)
   return result
@@ -495,6 +526,9 @@ def table(result: dict[str, Any]) -> str:
           f"{name}: {title}, test forget {cell(figures[of]['test_forget'])},"
           f" test retain {cell(figures[of]['test_retain'])}"
         )
+  measured = result.get("unlearned", {}).get("yardstick")
+  if measured is not None:
+    lines += yardstick_page.sentences(measured)
   return "\n".join(lines)
 
 
@@ -522,8 +556,9 @@ def read_json(path: pathlib.Path) -> Any:
 
 def _key(context: Context, name: str) -> jax.Array:
   # Each model has a seed of its own: the retrained model is no rerun.
+  model, _, number = name.partition("-")
   return jax.random.fold_in(
-    jax.random.key(context.job.seed), MODELS.index(name)
+    jax.random.key(context.job.seed + int(number or 0)), MODELS.index(model)
   )
 
 
@@ -701,11 +736,12 @@ def _copy_run(
 
   The retrained model belongs to its request, the original to any.
   """
+  # All retrained models, too: a name begins with its kind.
   left_out = ("unlearned",) if is_same_request else ("unlearned", "retrained")
   partial = folder.with_name(f".{folder.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
   for name, path in checkpoints.run_checkpoints(source).items():
-    if name not in left_out:
+    if not name.startswith(left_out):
       shutil.copytree(path, partial / "checkpoints" / name)
   history = read_json(source / "history.json")
   write_json(
@@ -745,6 +781,8 @@ def _check_same_job(
     "name",
     "num_devices",
     "data_dir",
+    # More of them are trained, and fewer are used.
+    "references",
     *may_change,
   }
   changed = sorted(

@@ -16,7 +16,15 @@ import numpy as np
 import scipy.special
 
 from experiments import files, requests
-from psg_jax import diagnosis, metrics, types, unlearning, verification
+from psg_jax import (
+  diagnosis,
+  judgement,
+  metrics,
+  types,
+  unlearning,
+  verification,
+)
+from psg_jax import yardstick as yardstick_lib
 
 FIGURES = (
   "sensitivity",
@@ -36,6 +44,8 @@ ATTACKS = (
   "mia_logistic",
   "mia_svc",
 )
+# A retrained model has seen the fourth part.
+_JUDGED = ("train_forget", "test_forget", "test_retain")
 _NUM_PICTURES = 12
 _KEPT = (
   *("value", "reason", "per_class", "num_right", "num_harmed"),
@@ -88,6 +98,78 @@ def figures(
       "membership": _kept(metrics.compute(ATTACKS, inputs)),
     }
   return found
+
+
+def yardstick(
+  parts: Parts,
+  logits: Mapping[str, Logits],
+  retrained: Sequence[Logits],
+  group: str | None,
+) -> dict[str, Any]:
+  """Measures models by what retrained ones are to one another.
+
+  Args:
+    parts: The four parts of the data.
+    logits: Of `original` and `unlearned`, by part.
+    retrained: Of the references, by part.
+    group: Column of what is drawn as a whole, such as patients; None for none.
+
+  Returns:
+    As `judgement.assess`.
+  """
+  truth = {name: part.labels for name, part in parts.items()}
+  sides = {"retrained": list(retrained), **{k: [v] for k, v in logits.items()}}
+  computed = {
+    name: [
+      metrics.compute(
+        [x for x in ATTACKS if x.endswith("_auc")],
+        metrics.Inputs(labels=truth, model=metrics.Outputs(each)),
+      )
+      for each in models
+    ]
+    for name, models in sides.items()
+  }
+  known = [
+    name
+    for name in computed["original"][0]
+    if all(x[name]["value"] is not None for y in computed.values() for x in y)
+  ]
+  return judgement.assess(
+    {part: np.stack([x[part] for x in retrained]) for part in _JUDGED},
+    {
+      name: {part: each[part][None, None] for part in _JUDGED}
+      for name, each in logits.items()
+    },
+    {part: truth[part] for part in _JUDGED},
+    attacks={
+      name: {
+        attack: yardstick_lib.Attack(
+          [x[attack]["value"] for x in figures],
+          [x[attack]["value"] for x in computed["retrained"]],
+          figures[0][attack]["num_samples"],
+        )
+        for attack in known
+      }
+      for name, figures in computed.items()
+    },
+    groups=None
+    if group is None
+    else {part: group_names(parts[part], group) for part in _JUDGED},
+  )
+
+
+def group_names(part: types.Dataset, column: str) -> np.ndarray:
+  """The groups of images; one without a group stands alone."""
+  assert part.metadata is not None
+  ids = np.asarray(part.ids)
+  return np.array(
+    [
+      f"image {each}" if value in (None, "") else f"group {value}"
+      for each, value in zip(
+        ids, part.metadata.column(column).to_pylist(), strict=True
+      )
+    ]
+  )
 
 
 def judge(

@@ -141,6 +141,9 @@ class Job:
   """Columns to show results by; by default those with a few values."""
   retrained: bool = True
   """Also train the reference: a fresh model on the retained images alone."""
+  references: int = 1
+  """Retrained models, of the seeds from --seed on: one cannot say how far two
+  are from each other, and with three a distance can be judged."""
   seed: int = 2022
   num_devices: int | None = None
   """Devices to work on; all by default."""

@@ -28,7 +28,9 @@ from experiments import (
   read_out_page,
   request_page,
   requests,
+  yardstick_page,
 )
+from psg_jax import judgement
 
 MODELS = figures.MODELS
 NOT_AVAILABLE = "not available"
@@ -138,6 +140,7 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
     read_out=read_out_page.read_out(run.metrics, _class_names(run), percent),
     flips=read_out_page.flips(run.flips, run.flip_images, run.metrics),
     judgement=read_out_page.judgement(run.metrics),
+    yardstick=_yardstick(run),
     reasons=read_out_page.reasons(run.metrics),
     non_members=read_out_page.non_members(run.metrics),
     examples=_examples(run),
@@ -224,6 +227,10 @@ def headline(run: Run) -> tuple[str, str]:
   original on these images, accuracy proves nothing and the verb claims
   nothing.
 
+  Where several references are there, the yardstick leads: the verdict stands in
+  the headline, and its figures, the references' spread and the false alarms in
+  the first sentences.
+
   Args:
     run: The run.
 
@@ -237,6 +244,8 @@ def headline(run: Run) -> tuple[str, str]:
   )
   if "unlearned" not in run.metrics:
     title = f"{_upper(trained)}: {subject} has not been taken out yet"
+  elif _verdict(run) is not None:
+    title = f"{_upper(subject)} unlearned from {trained}: {_verdict(run)}"
   else:
     title = f"{_upper(subject)} {_verb(run)} {trained}{_pace(run)}"
   split = _forget_split(run)
@@ -252,7 +261,36 @@ def headline(run: Run) -> tuple[str, str]:
       run, split.replace("forget", "retain"), "On all others it", "retrained"
     ),
   ]
+  found = _get(run, "unlearned", "yardstick")
+  if found is not None:
+    sentences = [*yardstick_page.sentences(found), *sentences]
   return title, " ".join(filter(None, sentences))
+
+
+def _verdict(run: Run) -> str | None:
+  """The verdict of the yardstick; None with fewer than two references."""
+  found = _get(run, "unlearned", "yardstick", "models", "unlearned")
+  if found is None or found["num_references"] < 2:
+    return None
+  if found["verdict"] == judgement.LEVEL_ONLY:
+    level = "not that" if found["is_rejected"] else "that"
+    return f"only its level can be judged, and is {level} of retraining"
+  return {
+    judgement.AS_RETRAINED: "as near as another retraining",
+    judgement.NOT_RETRAINED: "not as a retrained model",
+    judgement.CANNOT_TELL: "it cannot be told from the references there are",
+  }[found["verdict"]]
+
+
+def _yardstick(run: Run) -> dict[str, Any] | None:
+  """The normalised distances, levels and attacks, so far as they are known."""
+  found = _get(run, "unlearned", "yardstick")
+  if found is None:
+    return None
+  return {
+    **yardstick_page.table(found, {x: x.capitalize() for x in _models(run)}),
+    "has_distances": _verdict(run) is not None,
+  }
 
 
 def percent(value: float | None) -> str:

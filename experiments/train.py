@@ -18,7 +18,7 @@ def main() -> None:
   print(jobs.announce(context))
   variables = {"original": jobs.original(context)}
   if job.retrained:
-    variables["retrained"] = jobs.retrained(context)
+    variables |= jobs.references(context)
   if "unlearned" in checkpoints.run_checkpoints(context.run_dir):
     variables["unlearned"] = jobs.unlearned(context, variables["original"])
   print(jobs.table(jobs.evaluate(context, variables)))

@@ -58,7 +58,7 @@ def main() -> None:
   if "retrained" in checkpoints.run_checkpoints(context.run_dir) or (
     is_new and options.retrained
   ):
-    variables["retrained"] = jobs.retrained(context)
+    variables |= jobs.references(context)
   variables["unlearned"] = jobs.unlearned(context, variables["original"])
   print(jobs.table(jobs.evaluate(context, variables)))
   if options.export:

@@ -9,14 +9,12 @@ samples. It answers "equivalent", "not equivalent" or "cannot tell".
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
-import scipy.special
-import scipy.stats
 
-from psg_jax import checks
+from psg_jax import checks, resampling
 
 EQUIVALENT = "equivalent"
 NOT_EQUIVALENT = "not equivalent"
@@ -26,18 +24,6 @@ DEFAULT_MARGINS = {"accuracy": 0.02, "agreement": 0.02, "kl_divergence": 0.05}
 # Which bounds must lie within the margin. A model nearer to the retrained ones
 # than they are to each other is no worse for it.
 _SIDES = {"agreement": "lower", "kl_divergence": "upper"}
-# Counts of resampled images that lie in memory at a time.
-_MAX_COUNTS = 2**22
-
-StatisticFn: TypeAlias = Callable[[np.ndarray, np.ndarray], Any]
-"""`(logits [N, K], labels [N])` -> one value an image `[N]`, or a number.
-
-Values of images are averaged, which takes no time. A function that gives a
-number is called anew for each model and resample.
-"""
-
-Unlearned: TypeAlias = np.ndarray | Mapping[Any, np.ndarray]
-"""`[T, U, N, K]`, or `[U, N, K]` by training seed, with any `U` for each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,37 +267,12 @@ def claims(num_retrained: int, *, num_training_seeds: int = 1) -> Claims:
   return Claims(can=tuple(can), cannot=tuple(cannot))
 
 
-class _Runs(NamedTuple):
-  """The unlearned models of a split in a row, those of a seed together."""
-
-  logits: np.ndarray  # [M, N, K]
-  sizes: tuple[int, ...]  # [T], of sum M
-
-
-class _Values(NamedTuple):
-  """A statistic of each model: of each image, or of resampled images.
-
-  For a distance, `unlearned` holds it to each retrained model, and `retrained`
-  the jackknife pseudo-values of the mean over pairs of retrained models.
-  """
-
-  unlearned: np.ndarray  # [M, 1 or S, X]
-  retrained: np.ndarray | None  # [S, X]
-
-
-class _Statistic(NamedTuple):
-  name: str
-  values: _Values | None  # By image; None for a function to be called anew.
-  fn: StatisticFn | None
-  is_share: bool
-
-
 def compare(
   retrained: Mapping[str, Any] | None,
-  unlearned: Mapping[str, Unlearned],
+  unlearned: Mapping[str, resampling.Unlearned],
   labels: Mapping[str, np.ndarray],
   *,
-  statistics: Mapping[str, StatisticFn] | None = None,
+  statistics: Mapping[str, resampling.StatisticFn] | None = None,
   margins: Mapping[str, float] | None = None,
   groups: Mapping[str, np.ndarray] | None = None,
   confidence: float = 0.9,
@@ -385,29 +346,35 @@ def compare(
     raise ValueError(f"confidence must be below 1, got {confidence}")
   statistics = dict(statistics or {})
   margins = _checked_margins(margins, statistics, labels)
-  _check_splits(labels, {"unlearned": unlearned, "retrained": retrained})
+  resampling.check_splits(
+    labels, {"unlearned": unlearned, "retrained": retrained}
+  )
   references, runs, group_of = {}, {}, {}
   for split in labels:
     where = np.asarray(labels[split])
-    runs[split] = _checked_runs(split, unlearned[split], where)
-    references[split] = _checked_reference(
+    runs[split] = resampling.checked_runs(split, unlearned[split], where)
+    references[split] = resampling.checked_reference(
       split, None if retrained is None else retrained[split], runs[split]
     )
-    group_of[split] = _checked_groups(split, (groups or {}).get(split), where)
-  sizes = _common("unlearned", [each.sizes for each in runs.values()])
-  num_retrained = _common("retrained", [len(x) for x in references.values()])
+    group_of[split] = resampling.checked_groups(
+      split, (groups or {}).get(split), where
+    )
+  sizes = resampling.common("unlearned", [each.sizes for each in runs.values()])
+  num_retrained = resampling.common(
+    "retrained", [len(x) for x in references.values()]
+  )
   # Streams of their own: a further split changes no other's resamples.
   streams = np.random.SeedSequence(seed).spawn(1 + len(labels))
   rng = np.random.default_rng(streams[0])
   weights = (
-    _unlearned_weights(rng, sizes, num_resamples),
-    _drawn_weights(rng, max(num_retrained, 1), num_resamples),
+    resampling.unlearned_weights(rng, sizes, num_resamples),
+    resampling.drawn_weights(rng, max(num_retrained, 1), num_resamples),
   )
   comparisons = []
   for split, stream in zip(labels, streams[1:], strict=True):
     here = np.asarray(labels[split])
     found = _statistics(runs[split].logits, references[split], here, statistics)
-    resampled = _resample(
+    resampled = resampling.resample(
       found,
       (runs[split].logits, references[split], here),
       group_of[split],
@@ -443,9 +410,9 @@ def compare(
 
 
 def _compare(
-  statistic: _Statistic,
+  statistic: resampling.Statistic,
   split: str,
-  means: tuple[_Values, _Values] | None,
+  means: tuple[resampling.Values, resampling.Values] | None,
   weights: tuple[np.ndarray, np.ndarray],
   *,
   sizes: tuple[int, ...],
@@ -469,29 +436,32 @@ def _compare(
       reasons=(reason,),
     )
   whole, resampled = means
-  uniform = _uniform_weights(sizes)
+  uniform = resampling.uniform_weights(sizes)
   equal = np.full((1, max(num_retrained, 1)), 1 / max(num_retrained, 1))
   theirs = whole.unlearned[:, :, 0].mean(1)
-  estimate = _combine(whole, uniform, equal)
+  estimate = resampling.combine(whole, uniform, equal)
   value = float(uniform[0] @ theirs)
   reasons = _reasons(num_retrained, sizes, num_groups, is_distance=is_distance)
   is_blocked = bool(reasons) and reasons[0] != _ONE_ORIGINAL
   difference, interval = None, None
   if estimate is not None:
     difference = float(estimate[0])
-    replicates = _combine(resampled, *weights)
+    replicates = resampling.combine(resampled, *weights)
     assert replicates is not None
     is_finite = np.isfinite(replicates)
     if not is_finite.all():
       reasons.append("undefined on some resamples, which were left out")
     if is_finite.mean() > 0.5:
-      interval = _interval(
+      interval = resampling.interval(
         difference,
         replicates[is_finite],
         # Seeds alone, on all images.
         [
-          (_combine(whole, uniform, weights[1]), num_retrained - 1),
-          (_combine(whole, weights[0], equal), _seed_freedom(sizes)),
+          (resampling.combine(whole, uniform, weights[1]), num_retrained - 1),
+          (
+            resampling.combine(whole, weights[0], equal),
+            resampling.seed_freedom(sizes),
+          ),
         ],
         num_groups - 1,
         confidence,
@@ -558,48 +528,6 @@ def _reasons(
   return reasons
 
 
-def _combine(
-  values: _Values, ours: np.ndarray, theirs: np.ndarray
-) -> np.ndarray | None:
-  """Differences `[B]`, from values `[.., B or 1]` and weights `[B or 1, ..]`.
-
-  Returns None where there is nothing to compare with.
-  """
-  if values.retrained is None:
-    return None
-  columns = theirs.T if values.unlearned.shape[1] > 1 else np.ones((1, 1))
-  unlearned = np.sum(values.unlearned * ours.T[:, None] * columns, (0, 1))
-  return unlearned - np.sum(values.retrained * theirs.T, 0)
-
-
-def _interval(
-  estimate: float,
-  replicates: np.ndarray,
-  seeds: Sequence[tuple[np.ndarray | None, int]],
-  image_freedom: int,
-  confidence: float,
-) -> tuple[float, float]:
-  """Percentiles, widened from the normal to Student's t distribution."""
-  parts = [
-    (float(np.var(alone)), freedom)
-    for alone, freedom in seeds
-    if alone is not None and freedom > 0
-  ]
-  rest = float(np.var(replicates)) - sum(variance for variance, _ in parts)
-  parts.append((max(rest, 0.0), max(image_freedom, 1)))
-  total = sum(variance for variance, _ in parts)
-  tail = (1 - confidence) / 2
-  factor = 1.0
-  if total > 0:
-    freedom = total**2 / sum(variance**2 / n for variance, n in parts)
-    factor = scipy.stats.t.isf(tail, freedom) / scipy.stats.norm.isf(tail)
-  low, high = np.quantile(replicates, [tail, 1 - tail])
-  return (
-    float(min(estimate, estimate + factor * (low - estimate))),
-    float(max(estimate, estimate + factor * (high - estimate))),
-  )
-
-
 def _verdict(interval: tuple[float, float], margin: float, side: str) -> str:
   low, high = interval
   if side == "upper":
@@ -610,44 +538,6 @@ def _verdict(interval: tuple[float, float], margin: float, side: str) -> str:
     inside = low >= -margin and high <= margin
     outside = low > margin or high < -margin
   return EQUIVALENT if inside else NOT_EQUIVALENT if outside else CANNOT_TELL
-
-
-def _drawn_weights(
-  rng: np.random.Generator, num_seeds: int, num_resamples: int
-) -> np.ndarray:
-  """Weights `[B, n]` of `n - 1` draws from `n` seeds (one of one)."""
-  num_draws = max(num_seeds - 1, 1)
-  draws = rng.integers(0, num_seeds, (num_resamples, num_draws))
-  return _counts(draws, num_seeds) / num_draws
-
-
-def _unlearned_weights(
-  rng: np.random.Generator, sizes: tuple[int, ...], num_resamples: int
-) -> np.ndarray:
-  """Weights `[B, M]`: training seeds, and unlearning seeds within each."""
-  all_sizes = np.asarray(sizes)
-  starts = np.cumsum(all_sizes) - all_sizes
-  num_draws = max(len(sizes) - 1, 1)
-  chosen = rng.integers(0, len(sizes), (num_resamples, num_draws))
-  size = all_sizes[chosen][..., None]
-  num_within = np.maximum(size - 1, 1)
-  slots = np.arange(max(num_within.max(), 1))
-  within = np.floor(rng.random((*chosen.shape, len(slots))) * size)
-  models = starts[chosen][..., None] + within.astype(np.int64)
-  shares = (slots < num_within) / (num_within * num_draws)
-  weights = np.zeros((num_resamples, sum(sizes)))
-  rows = np.arange(num_resamples)[:, None, None]
-  np.add.at(weights, (rows, models), shares)
-  return weights
-
-
-def _uniform_weights(sizes: tuple[int, ...]) -> np.ndarray:
-  """Weights `[1, M]`: each training seed counts the same."""
-  return np.repeat(1 / (len(sizes) * np.asarray(sizes)), sizes)[None]
-
-
-def _seed_freedom(sizes: tuple[int, ...]) -> int:
-  return len(sizes) - 1 if len(sizes) > 1 else sizes[0] - 1
 
 
 def _seed_stds(
@@ -666,27 +556,20 @@ def _seed_stds(
   return between, within
 
 
-def _counts(draws: np.ndarray, size: int) -> np.ndarray:
-  """How often each of `size` things is in each row of draws."""
-  offsets = np.arange(len(draws))[:, None] * size
-  counts = np.bincount((draws + offsets).ravel(), minlength=len(draws) * size)
-  return counts.reshape(len(draws), size)
-
-
 def _statistics(
   unlearned: np.ndarray,
   retrained: np.ndarray,
   labels: np.ndarray,
-  extra: Mapping[str, StatisticFn],
-) -> list[_Statistic]:
+  extra: Mapping[str, resampling.StatisticFn],
+) -> list[resampling.Statistic]:
   """Computes the statistics of a split, image by image where possible."""
   if not len(labels):
     names = (*DEFAULT_MARGINS, *extra)
-    return [_Statistic(name, None, None, False) for name in names]
+    return [resampling.Statistic(name, None, None, False) for name in names]
   found = [
-    _Statistic(
+    resampling.Statistic(
       "accuracy",
-      _Values(
+      resampling.Values(
         (np.argmax(unlearned, -1) == labels)[:, None].astype(np.float64),
         (np.argmax(retrained, -1) == labels).astype(np.float64)
         if len(retrained)
@@ -697,20 +580,20 @@ def _statistics(
     )
   ]
   for name, distance, is_share in (
-    ("agreement", _agreement, True),
-    ("kl_divergence", _kl_divergence, False),
+    ("agreement", resampling.agreement, True),
+    ("kl_divergence", resampling.kl_divergence, False),
   ):
     values = None
     if len(retrained):
-      values = _Values(
+      values = resampling.Values(
         distance(unlearned, retrained),
-        _pseudo_values(distance(retrained, retrained)),
+        resampling.pseudo_values(distance(retrained, retrained)),
       )
-    found.append(_Statistic(name, values, None, is_share))
+    found.append(resampling.Statistic(name, values, None, is_share))
   for name, fn in extra.items():
     first = _checked_value(name, fn(unlearned[0], labels), len(labels))
     if not first.ndim:
-      found.append(_Statistic(name, None, fn, False))
+      found.append(resampling.Statistic(name, None, fn, False))
       continue
     ours, theirs = (
       np.stack(
@@ -724,135 +607,11 @@ def _statistics(
     every = ours if theirs is None else np.concatenate([ours, theirs])
     is_share = bool(np.all((every >= 0) & (every <= 1)))
     found.append(
-      _Statistic(name, _Values(ours[:, None], theirs), None, is_share)
+      resampling.Statistic(
+        name, resampling.Values(ours[:, None], theirs), None, is_share
+      )
     )
   return found
-
-
-def _agreement(logits: np.ndarray, retrained: np.ndarray) -> np.ndarray:
-  """Whether predictions are the same, `[M, S, N]`."""
-  ours, theirs = np.argmax(logits, -1), np.argmax(retrained, -1)
-  return (ours[:, None] == theirs[None]).astype(np.float64)
-
-
-def _kl_divergence(logits: np.ndarray, retrained: np.ndarray) -> np.ndarray:
-  """`KL(retrained_s ‖ model_m)` of each image in nats, `[M, S, N]`."""
-  log_q = scipy.special.log_softmax(np.asarray(logits, np.float64), -1)
-  log_p = scipy.special.log_softmax(np.asarray(retrained, np.float64), -1)
-  p = np.exp(log_p)
-  entropies = np.sum(p * log_p, -1)
-  return entropies[None] - np.einsum("snk,mnk->msn", p, log_q)
-
-
-def _pseudo_values(distances: np.ndarray) -> np.ndarray | None:
-  """Makes values `[S, N]` of seeds from distances of pairs `[S, S, N]`.
-
-  Their mean is the mean over pairs, and weighing them as seeds are drawn gives
-  the variance of the jackknife: a pair drawn twice would have no distance.
-  """
-  num_seeds = len(distances)
-  if num_seeds < 2:
-    return None
-  diagonal = np.einsum("ssn->sn", distances)
-  of_seed = distances.sum(0) + distances.sum(1) - 2 * diagonal
-  total = of_seed.sum(0) / 2
-  mean = total / (num_seeds * (num_seeds - 1))
-  if num_seeds == 2:
-    return np.stack([mean, mean])
-  without = (total - of_seed) / ((num_seeds - 1) * (num_seeds - 2))
-  return num_seeds * mean - (num_seeds - 1) * without
-
-
-def _resample(
-  statistics: Sequence[_Statistic],
-  data: tuple[np.ndarray, np.ndarray, np.ndarray],
-  groups: np.ndarray,
-  num_resamples: int,
-  rng: np.random.Generator,
-) -> list[tuple[_Values, _Values] | None]:
-  """Gives each statistic on all images, and on the resamples, shared by all."""
-  labels = data[-1]
-  if not len(labels):
-    return [None] * len(statistics)
-  sizes = np.bincount(groups).astype(np.float64)
-  num_groups = len(sizes)
-  order = np.argsort(groups, kind="stable")
-  starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-  sums = [
-    _map(lambda x: np.add.reduceat(x[..., order], starts, -1), each.values)
-    for each in statistics
-  ]
-
-  def evaluate(counts: np.ndarray) -> list[_Values | None]:
-    """Evaluates where groups are drawn so often, `[b, G]`."""
-    weights = counts.astype(np.float64)
-    totals = weights @ sizes
-
-    def mean(values: np.ndarray) -> np.ndarray:
-      # The long side first: on busy cores OpenBLAS takes ten times as long, and
-      # NumPy longer still over stacks, for the transposed product.
-      flat = weights @ values.reshape(-1, num_groups).T / totals[:, None]
-      return flat.T.reshape(*values.shape[:-1], -1)
-
-    return [
-      _call(each.fn, data, counts[:, groups])
-      if each.fn is not None
-      else _map(mean, values)
-      for each, values in zip(statistics, sums, strict=True)
-    ]
-
-  whole = evaluate(np.ones((1, num_groups), np.int64))
-  for each, values in zip(statistics, whole, strict=True):
-    if values is not None and not np.isfinite(values.unlearned).all():
-      raise ValueError(f"statistic {each.name!r} must be finite on all images")
-  chunk = max(1, _MAX_COUNTS // num_groups)
-  parts = []
-  for start in range(0, num_resamples, chunk):
-    shape = (min(chunk, num_resamples - start), num_groups)
-    draws = rng.integers(0, num_groups, shape)
-    parts.append(evaluate(_counts(draws, num_groups)))
-  result: list[tuple[_Values, _Values] | None] = []
-  for index, values in enumerate(whole):
-    if values is None:
-      result.append(None)
-      continue
-    drawn = [part[index] for part in parts]
-    joined = _Values(
-      np.concatenate([x.unlearned for x in drawn if x is not None], -1),
-      None
-      if values.retrained is None
-      else np.concatenate(
-        [x.retrained for x in drawn if x and x.retrained is not None], -1
-      ),
-    )
-    result.append((values, joined))
-  return result
-
-
-def _map(
-  fn: Callable[[np.ndarray], np.ndarray], values: _Values | None
-) -> _Values | None:
-  """Applies a function to both sides."""
-  if values is None:
-    return None
-  theirs = None if values.retrained is None else fn(values.retrained)
-  return _Values(fn(values.unlearned), theirs)
-
-
-def _call(
-  fn: StatisticFn,
-  data: tuple[np.ndarray, np.ndarray, np.ndarray],
-  counts: np.ndarray,
-) -> _Values:
-  """Calls a function of all images for each model and row of counts."""
-  unlearned, retrained, labels = data
-  ours = np.zeros((len(unlearned), 1, len(counts)))
-  theirs = np.zeros((len(retrained), len(counts)))
-  for index, count in enumerate(counts):
-    rows = np.repeat(np.arange(len(labels)), count)
-    ours[:, 0, index] = [fn(logits[rows], labels[rows]) for logits in unlearned]
-    theirs[:, index] = [fn(logits[rows], labels[rows]) for logits in retrained]
-  return _Values(ours, theirs if len(retrained) else None)
 
 
 def _checked_value(name: str, value: Any, num_images: int) -> np.ndarray:
@@ -869,7 +628,7 @@ def _checked_value(name: str, value: Any, num_images: int) -> np.ndarray:
 
 def _checked_margins(
   margins: Mapping[str, float] | None,
-  statistics: Mapping[str, StatisticFn],
+  statistics: Mapping[str, resampling.StatisticFn],
   labels: Mapping[str, np.ndarray],
 ) -> dict[str, float]:
   """Returns the margins with the defaults, after checking all names."""
@@ -886,85 +645,3 @@ def _checked_margins(
     if not all({name, f"{name}/{split}"} & set(result) for split in labels):
       raise ValueError(f"margins must have one for {name!r}, got none")
   return result
-
-
-def _check_splits(
-  labels: Mapping[str, np.ndarray], sides: Mapping[str, Any]
-) -> None:
-  if not labels:
-    raise ValueError("labels must have at least one split, got none")
-  for name, side in sides.items():
-    if side is not None and set(side) != set(labels):
-      raise ValueError(
-        f"{name} must have the splits of labels, {sorted(labels)}, got"
-        f" {sorted(side)}"
-      )
-
-
-def _checked_runs(split: str, logits: Unlearned, labels: np.ndarray) -> _Runs:
-  name = f"unlearned[{split!r}]"
-  parts = list(logits.values() if isinstance(logits, Mapping) else logits)
-  parts = [np.asarray(part) for part in parts]
-  if not parts or any(part.ndim != 3 or not len(part) for part in parts):
-    raise ValueError(
-      f"{name} must be [T, U, N, K], or [U, N, K] by training seed, got"
-      f" {[list(part.shape) for part in parts]}"
-    )
-  shapes = {part.shape[1:] for part in parts}
-  if len(shapes) > 1 or labels.shape != parts[0].shape[1:2]:
-    raise ValueError(
-      f"{name} must have as many images as labels {list(labels.shape)}, got"
-      f" {sorted(shapes)}"
-    )
-  _check_finite(name, parts)
-  checks.labels(labels, len(labels), parts[0].shape[-1])
-  return _Runs(np.concatenate(parts), tuple(len(part) for part in parts))
-
-
-def _checked_reference(split: str, logits: Any, runs: _Runs) -> np.ndarray:
-  if logits is None:
-    return np.zeros((0, *runs.logits.shape[1:]))
-  name = f"retrained[{split!r}]"
-  if isinstance(logits, Mapping):
-    logits = list(logits.values())
-  if not len(logits):
-    raise ValueError(
-      f"{name} must have a model, or retrained be None, got none"
-    )
-  shapes = {np.shape(model) for model in logits}
-  if shapes != {runs.logits.shape[1:]}:
-    raise ValueError(
-      f"{name} must be [S, {runs.logits.shape[1]}, {runs.logits.shape[2]}], as"
-      f" the unlearned models', got models of {sorted(shapes)}"
-    )
-  reference = np.stack([np.asarray(model) for model in logits])
-  _check_finite(name, [reference])
-  return reference
-
-
-def _check_finite(name: str, parts: Iterable[np.ndarray]) -> None:
-  if not all(np.isfinite(part).all() for part in parts):
-    raise ValueError(f"{name} must be finite, got NaN or infinity")
-
-
-def _checked_groups(
-  split: str, groups: np.ndarray | None, labels: np.ndarray
-) -> np.ndarray:
-  """Returns the number of each image's group `[N]`."""
-  if groups is None:
-    return np.arange(len(labels))
-  groups = np.asarray(groups)
-  if groups.shape != labels.shape:
-    raise ValueError(
-      f"groups[{split!r}] must be {list(labels.shape)}, got"
-      f" {list(groups.shape)}"
-    )
-  return np.unique(groups, return_inverse=True)[1]
-
-
-def _common(name: str, values: Sequence[Any]) -> Any:
-  if len(set(values)) > 1:
-    raise ValueError(
-      f"{name} must have the same models in all splits, got {values}"
-    )
-  return values[0]

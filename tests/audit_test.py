@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from experiments import audit, audit_page, compare_recipes, jobs
-from psg_jax import data, ulira
+from psg_jax import data, ensembles, ulira
 from tests import fakes, programs_test
 
 SMALL = [
@@ -368,7 +368,7 @@ def no_work(*args, **kwargs):
 def test_another_method_takes_the_same_models(runs, monkeypatch):
   # Drawing takes longer than all else here.
   monkeypatch.setattr(audit_page, "build", lambda folder, *_: folder)
-  monkeypatch.setattr(ulira, "train_ensemble", no_work)
+  monkeypatch.setattr(ensembles, "train", no_work)
   before = read(runs / "one" / "audit.json")
   # The oracle: chance within what eight pairs of models can say.
   found = go_on(runs, "--method=retrain")
@@ -415,7 +415,7 @@ def test_a_model_that_diverges_does_not_lose_the_others(runs, monkeypatch):
   monkeypatch.setattr(
     audit.baselines, "find", lambda name: find(name)._replace(fn=fail_once)
   )
-  monkeypatch.setattr(ulira, "train_ensemble", no_work)
+  monkeypatch.setattr(ensembles, "train", no_work)
   found = go_on(runs, "--method=finetune")
   assert fail_once.calls == 16
   assert found["diverged"] == [

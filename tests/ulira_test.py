@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from psg_jax import parallel, training, types, ulira
+from psg_jax import ensembles, parallel, training, types, ulira
 from tests import fakes
 
 KEY = jax.random.key(0)
@@ -198,7 +198,7 @@ def ensemble():
   image = np.zeros((1, 4, 4, 1), np.float32)
   alone = []
   for index, row in enumerate(membership):
-    init_key, fit_key = ulira.ensemble_keys(KEY, index)
+    init_key, fit_key = ensembles.model_keys(KEY, index)
     start = MODEL.init(init_key, image)
     alone.append(
       training.fit(MODEL, start, dataset.take(row), fit_key, **OPTIONS)
@@ -206,12 +206,12 @@ def ensemble():
   return dataset, membership, alone
 
 
-@pytest.mark.parametrize("mode", ulira.MODES)
+@pytest.mark.parametrize("mode", ensembles.MODES)
 def test_ensemble_equals_one_by_one(mode, ensemble):
   dataset, membership, alone = ensemble
   # Three devices for four models.
   mesh = parallel.create_mesh(3) if mode == "sharded" else None
-  variables, history = ulira.train_ensemble(
+  variables, history = ensembles.train(
     MODEL, dataset, membership, KEY, mode=mode, mesh=mesh, **OPTIONS
   )
   for index, (expected, records) in enumerate(alone):
@@ -237,7 +237,7 @@ def test_images_that_are_not_members_do_not_matter(ensemble):
     class_names=dataset.class_names,
   )
   ours, theirs = (
-    ulira.train_ensemble(MODEL, x, membership, KEY, **OPTIONS)[0]["params"]
+    ensembles.train(MODEL, x, membership, KEY, **OPTIONS)[0]["params"]
     for x in (dataset, other)
   )
   np.testing.assert_array_equal(ours["kernel"][1], theirs["kernel"][1])
@@ -246,10 +246,8 @@ def test_images_that_are_not_members_do_not_matter(ensemble):
 
 def test_predictions_of_an_ensemble(ensemble):
   dataset, membership, alone = ensemble
-  variables, _ = ulira.train_ensemble(
-    MODEL, dataset, membership, KEY, **OPTIONS
-  )
-  logits = ulira.predict_ensemble(MODEL, variables, dataset.images)
+  variables, _ = ensembles.train(MODEL, dataset, membership, KEY, **OPTIONS)
+  logits = ensembles.predict(MODEL, variables, dataset.images)
   assert logits.shape == (4, 60, 3)
   expected = MODEL.apply(alone[2][0], dataset.images / np.float32(255))
   np.testing.assert_allclose(logits[2], expected, atol=1e-4)
@@ -266,11 +264,11 @@ def test_models_that_learn_by_heart_are_found_out():
   )
   model = fakes.linear_model(64, 3)
   membership = ulira.draw_membership(16, 60, rng)
-  variables, history = ulira.train_ensemble(
+  variables, history = ensembles.train(
     model, dataset, membership, KEY, **{**OPTIONS, "num_epochs": 40}
   )
   assert np.mean(history[-1]["accuracy"]) > 0.8
-  logits = ulira.predict_ensemble(model, variables, dataset.images)
+  logits = ensembles.predict(model, variables, dataset.images)
   values = ulira.logit_confidence(logits, dataset.labels)
   found = ulira.attack(
     np.where(membership, values, np.nan), np.where(membership, np.nan, values)
@@ -288,7 +286,7 @@ def test_divergence_names_the_model(ensemble):
   dataset, membership, _ = ensemble
   optimizer = training.sgd(1e38)
   with pytest.raises(FloatingPointError, match=r"of model \d is not finite in"):
-    ulira.train_ensemble(
+    ensembles.train(
       MODEL, dataset, membership, KEY, **{**OPTIONS, "optimizer": optimizer}
     )
 
@@ -304,9 +302,7 @@ def test_bad_input(ensemble):
     (membership, {"mesh": parallel.create_mesh(2), "mode": "map"}, "mesh must"),
   ]:
     with pytest.raises(ValueError, match=message):
-      ulira.train_ensemble(
-        MODEL, dataset, argument, KEY, **{**OPTIONS, **options}
-      )
+      ensembles.train(MODEL, dataset, argument, KEY, **{**OPTIONS, **options})
   good = np.zeros((4, 5))
   for call, message in [
     (lambda: ulira.attack(good, good[:, :4]), "must have the same images"),
