@@ -244,7 +244,7 @@ JOBS: dict[str, Job] = {
     dataset="cifar10",
     num_train=10000,
     width=0.25,
-    training=Training(num_epochs=8, augmentation="flip"),
+    training=Training(num_epochs=8, batch_size=16, augmentation="flip"),
   ),
   "mri": Job(
     recipe="mri",

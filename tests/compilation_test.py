@@ -32,12 +32,16 @@ cli.run(main)
 """
 
 
+_CACHE_OPTIONS = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
+
+
 def _run(**variables: str | None) -> tuple[int, int, str]:
   """Runs the program; its hits, misses and result. It must print no warning."""
   environment = {
     name: value
     for name, value in (os.environ | variables).items()
-    if value is not None and name != "JAX_ENABLE_COMPILATION_CACHE"
+    # The tests have a cache of their own.
+    if value is not None and not name.startswith(_CACHE_OPTIONS)
   }
   done = subprocess.run(
     [sys.executable, "-c", _PROGRAM],
