@@ -204,10 +204,14 @@ JOBS: dict[str, Job] = {
     dataset="digits",
     width=0.125,
     references=3,
-    # docs/tuning/digits.csv and digits_unlearning_0.csv.
+    # docs/tuning/digits.csv and digits_unlearning_0_phi3.csv.
     training=Training(learning_rate=0.2, num_epochs=5, batch_size=32),
     unlearning=Unlearning(
-      step_size=0.02, learning_rate=0.002, num_epochs=6, batch_size=32
+      step_size=0.02,
+      learning_rate=0.002,
+      num_epochs=6,
+      batch_size=32,
+      retain_weight=3.0,
     ),
   ),
   "fashion_mnist": Job(

@@ -192,7 +192,8 @@ def _unlearn_rows(
   if not trials:
     return
   part, validation = _parts(context)
-  is_forgotten = np.isin(part.ids, context.split.forget.ids)
+  ids = np.asarray(context.split.forget.ids)
+  is_forgotten = np.isin(np.asarray(part.ids), ids)
   split = types.Split(
     part.take(np.flatnonzero(is_forgotten)),
     part.take(np.flatnonzero(~is_forgotten)),
