@@ -224,6 +224,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_benchmark_writes_what_it_measured(
   torch_loop, synthetic, monkeypatch, tmp_path, capsys
 ):

@@ -37,6 +37,7 @@ def run_dir(tmp_path_factory, data_dir):
   return folder / "one"
 
 
+@pytest.mark.slow
 def test_references_are_added_to_a_finished_run(run_dir):
   assert read(run_dir / "compare.json")["references"] == 3
   for seed in (2023, 2024):
@@ -184,6 +185,7 @@ def test_run_with_several_references(run, run_dir):
   assert "3 retrained models" in jobs.table(found)
 
 
+@pytest.mark.slow
 def test_references_stay_with_their_request(run):
   """A copy of the run has them for the same request, and not for another."""
   given = ["--num_devices=1", f"--run={run}", f"--runs_dir={run.parent}"]

@@ -75,6 +75,7 @@ def test_bad_input(arguments, words):
   assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_unlearning_is_tried_against_retrained_models(tmp_path):
   table = tmp_path / "unlearning.csv"
   result = run(
