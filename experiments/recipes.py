@@ -198,6 +198,16 @@ _PAPER_MEDICAL = Training(
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_REFERENCE = Job(
+  recipe="reference",
+  dataset="fashion_mnist",
+  num_train=12000,
+  width=0.25,
+  mean=(0.5,),
+  std=(0.5,),
+  training=Training(learning_rate=0.1, num_epochs=6),
+)
+
 JOBS: dict[str, Job] = {
   "digits": Job(
     recipe="digits",
@@ -223,23 +233,11 @@ JOBS: dict[str, Job] = {
     # The rate of docs/tuning/reference.csv.
     training=Training(learning_rate=0.1, num_epochs=4, augmentation="flip"),
   ),
-  "reference": Job(
-    recipe="reference",
-    dataset="fashion_mnist",
-    num_train=12000,
-    width=0.25,
-    mean=(0.5,),
-    std=(0.5,),
-    training=Training(learning_rate=0.1, num_epochs=6),
-  ),
+  "reference": _REFERENCE,
   # The same at the paper's rate.
-  "reference_constant": Job(
+  "reference_constant": dataclasses.replace(
+    _REFERENCE,
     recipe="reference_constant",
-    dataset="fashion_mnist",
-    num_train=12000,
-    width=0.25,
-    mean=(0.5,),
-    std=(0.5,),
     training=Training(learning_rate=0.01, schedule="constant", num_epochs=6),
     unlearning=Unlearning(learning_rate=1e-3, schedule="constant"),
   ),
