@@ -92,7 +92,7 @@ def train(
   if mode == "sharded" and mesh is None:
     mesh = parallel.create_mesh()
   if optimizer is None:
-    optimizer = training.sgd(0.01 if schedule == "constant" else 0.05)
+    optimizer = training.default_optimizer(schedule)
   # Devices that do not divide the models train the first ones twice.
   num_models = len(members)
   padded = parallel.padded_size(num_models, mesh)

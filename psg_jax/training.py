@@ -147,6 +147,11 @@ def check_schedule(schedule: Schedule) -> None:
     checks.one_of("schedule", schedule, SCHEDULES)
 
 
+def default_optimizer(schedule: Schedule) -> optax.GradientTransformation:
+  """Returns what `fit` trains with: the paper's rate where it is constant."""
+  return sgd(0.01 if schedule == "constant" else 0.05)
+
+
 def schedule_factors(schedule: Schedule, num_steps: int) -> np.ndarray:
   """Returns `schedule_fn` at all steps of a run, float32 `[num_steps]`."""
   factors = jax.vmap(schedule_fn(schedule, num_steps))(jnp.arange(num_steps))
@@ -702,7 +707,7 @@ def fit(
     raise ValueError("dataset must not be empty, got 0 images")
   check_classes(model, variables, dataset)
   if optimizer is None:
-    optimizer = sgd(0.01 if schedule == "constant" else 0.05)
+    optimizer = default_optimizer(schedule)
   if state is None:
     state = init_state(variables, optimizer, key)
   else:
