@@ -88,12 +88,13 @@ class Row(NamedTuple):
 
 # Accuracies are in [0, 1], losses and divergences in nats. `spread`: KL
 # divergence from the model of the first seed. `normalised_*`: KL divergence
-# from two retrained models, by theirs from each other.
+# from two retrained models, by theirs from each other. `agreement`: the part of
+# the forgotten classes' images on which these two say the same.
 FIGURES = {
   "training": ("accuracy", "loss", "spread", "seconds"),
   "unlearning": (
     *("forget_accuracy", "retain_accuracy"),
-    *("normalised_forget", "normalised_retain", "seconds"),
+    *("normalised_forget", "normalised_retain", "seconds", "agreement"),
   ),
 }
 
@@ -223,10 +224,13 @@ def _unlearn_rows(
         for index in range(2)
       )
     ]
+    first, second = (reference[0].argmax(-1) for reference in references)
     for trial in trials:
       start = time.perf_counter()
       output = _unlearn(context, trial, original, split, seed)
-      figures: dict[str, float | None] = {}
+      figures: dict[str, float | None] = {
+        "agreement": float(np.mean(first == second))
+      }
       for index, name in enumerate(("forget", "retain")):
         log_probs = _log_probs(context, output, held[index])
         pair = [reference[index] for reference in references]
@@ -321,14 +325,16 @@ def read(path: pathlib.Path, part: str) -> list[Row]:
   """Reads a table; empty where there is none.
 
   Raises:
-    ValueError: If the file is no such table.
+    ValueError: If the file is no such table. The last columns may be missing:
+      older tables have no `agreement`.
   """
   if not path.exists():
     return []
   fields = _fields(part)
   with path.open(newline="") as file:
-    reader = csv.DictReader(file)
-    if tuple(reader.fieldnames or ()) != fields:
+    reader = csv.DictReader(file, restval="")
+    names = tuple(reader.fieldnames or ())
+    if len(names) < len(fields) - 1 or names != fields[: len(names)]:
       raise ValueError(f"table must have the columns {fields}, got {path}")
     return [_row(line, part) for line in reader]
 
@@ -345,7 +351,10 @@ def _row(line: dict[str, str], part: str) -> Row:
       *(int(line[name]) for name in Trial._fields[2:]),
     ),
     int(line["seed"]),
-    {name: float(line[name]) if line[name] else None for name in FIGURES[part]},
+    {
+      name: float(line[name]) if line.get(name) else None
+      for name in FIGURES[part]
+    },
   )
 
 

@@ -89,3 +89,22 @@ def test_unlearning_is_tried_against_retrained_models(tmp_path):
     large.figures["normalised_retain"] > 2 * small.figures["normalised_retain"]
   )
   assert result.stdout.startswith("rate 0.001")
+  assert small.figures["agreement"] == large.figures["agreement"]
+  assert 0 <= small.figures["agreement"] <= 1
+
+
+def test_tables_without_the_last_column_are_read(tmp_path):
+  trial = tune.Trial("one_cycle", 0.1, 32, 3, 100)
+  figures = dict.fromkeys(tune.FIGURES["unlearning"], 0.5)
+  text = tune.to_csv([tune.Row(trial, 1, figures)], "unlearning")
+  table = tmp_path / "table.csv"
+  table.write_text(text)
+  assert tune.read(table, "unlearning")[0].figures["agreement"] == 0.5
+  table.write_text(
+    "".join(
+      line.rpartition(",")[0] + "\n" for line in text.strip().splitlines()
+    )
+  )
+  (row,) = tune.read(table, "unlearning")
+  assert row.figures["agreement"] is None
+  assert row.figures["normalised_retain"] == 0.5
