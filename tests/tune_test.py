@@ -1,9 +1,7 @@
-import subprocess
-import sys
-
 import pytest
 
 from experiments import tune
+from tests import programs_test
 
 ARGUMENTS = (
   *("--recipe", "digits", "--num-train", "60", "--width", "0.05"),
@@ -12,29 +10,25 @@ ARGUMENTS = (
 
 
 def run(*arguments):
-  return subprocess.run(
-    [sys.executable, "-m", "experiments.tune", *ARGUMENTS, *arguments],
-    capture_output=True,
-    text=True,
-  )
+  programs_test.call(tune, *ARGUMENTS, *arguments)
 
 
-def test_trials_are_kept_and_not_done_again(tmp_path):
+@pytest.mark.slow
+def test_trials_are_kept_and_not_done_again(tmp_path, capsys):
   table = tmp_path / "tables" / "digits.csv"
-  first = run("--rates", "0.05", "--table", str(table))
-  assert first.returncode == 0, first.stderr
+  run("--rates", "0.05", "--table", str(table))
   before = table.read_text()
   rows = tune.read(table, "training")
   assert [row.seed for row in rows] == [2022, 2023]
   assert rows[0].figures["spread"] is None
   assert rows[1].figures["spread"] > 0
   assert 0 <= rows[0].figures["accuracy"] <= 1
-  second = run("--rates", "0.05", "0.1", "--table", str(table))
-  assert second.returncode == 0, second.stderr
+  capsys.readouterr()
+  run("--rates", "0.05", "0.1", "--table", str(table))
   # The seconds of a training done anew would differ.
   assert table.read_text().startswith(before)
   assert len(tune.read(table, "training")) == 4
-  assert len(second.stdout.strip().splitlines()) == 2
+  assert len(capsys.readouterr().out.strip().splitlines()) == 2
   assert not (tmp_path / "runs").exists()
 
 
@@ -68,27 +62,23 @@ def test_the_first_line_is_near_the_best_with_the_lowest_loss():
     (("--table", __file__), "table must have the columns"),
   ],
 )
-def test_bad_input(arguments, words):
-  result = run(*arguments)
-  assert result.returncode == 2
-  assert words in result.stderr
-  assert len(result.stderr.strip().splitlines()) == 1
+def test_bad_input(capsys, arguments, words):
+  assert words in programs_test.failing(capsys, tune, *ARGUMENTS, *arguments)
 
 
 @pytest.mark.slow
-def test_unlearning_is_tried_against_retrained_models(tmp_path):
+def test_unlearning_is_tried_against_retrained_models(tmp_path, capsys):
   table = tmp_path / "unlearning.csv"
-  result = run(
+  run(
     *("--part", "unlearning", "--forget-classes", "1", "--seeds", "1"),
     *("--rates", "0.001", "10", "--epochs", "2", "--table", str(table)),
   )
-  assert result.returncode == 0, result.stderr
   small, large = tune.read(table, "unlearning")
   # A rate that destroys the model is far from retrained ones.
   assert (
     large.figures["normalised_retain"] > 2 * small.figures["normalised_retain"]
   )
-  assert result.stdout.startswith("rate 0.001")
+  assert capsys.readouterr().out.startswith("rate 0.001")
   assert small.figures["agreement"] == large.figures["agreement"]
   assert 0 <= small.figures["agreement"] <= 1
 
