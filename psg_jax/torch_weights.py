@@ -155,6 +155,33 @@ def _like_variables(
   return result
 
 
+def misfit(
+  variables: types.Variables, expected: types.Variables, *, model_name: str
+) -> str | None:
+  """Says how variables differ in shape from those that a model has.
+
+  Args:
+    variables: As `load` returns them.
+    expected: As `models.create` makes them; their shapes are enough.
+    model_name: As in `models.create`.
+
+  Returns:
+    Their numbers of classes and channels, and the first arrays that differ; or
+    None where none does.
+  """
+  layout = torch_layouts.layout(model_name)
+  given, wanted = (dict(_flatten((), tree)) for tree in (variables, expected))
+  faults = _shape_faults(given, wanted, layout.entries)
+  if not faults:
+    return None
+  first = np.shape(given["/".join(layout.entries[0].path)])
+  (num_classes,) = np.shape(given["params/head/bias"])
+  return (
+    f"others, of {num_classes} class{'es' * (num_classes != 1)} and"
+    f" {first[2]} channel{'s' * (first[2] != 1)}: {torch_layouts.few(faults)}"
+  )
+
+
 def _shape_faults(
   given: Mapping[str, Any],
   expected: Mapping[str, Any],

@@ -15,7 +15,8 @@ import safetensors
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
-from psg_jax import models, torch_weights
+from psg_jax import convolution, models, torch_weights
+from tests import torch_files_test
 
 POSITIONS = (0, 1, 2, 4, 5, 6, 8, 9)
 
@@ -443,6 +444,186 @@ def test_backbone_says_what_is_wrong(tmp_path, resnet):
   fails(lambda: load_backbone(broken), "path", "missing bn1.bias")
 
 
+# Files as people have them.
+
+
+@pytest.mark.parametrize(
+  "prefix",
+  [
+    *("model.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."),
+    *("module.model.", "net.", "backbone.", "0.encoder_q."),
+  ],
+)
+def test_any_prefix_that_all_keys_share(tmp_path, prefix):
+  state = make_state()
+  given = {prefix + key: array for key, array in state.items()}
+  # Of an averaged model, a loss and a counter of operations.
+  given["n_averaged"] = np.array(3)
+  given["criterion.weight"] = np.ones(4, np.float32)
+  given[f"{prefix}total_ops"] = np.zeros(1)
+  path = save_state(tmp_path / "a.safetensors", given)
+  variables = load(path)
+  assert_same_bits(save(tmp_path / "b.safetensors", variables), state)
+  said = torch_weights.describe(path, model_name="all_cnn")
+  for part in (prefix[:-1], "n_averaged", "criterion", f"{prefix}total_ops"):
+    assert part in said
+
+
+@pytest.mark.parametrize(
+  "where", ["", "state_dict", "model_state_dict", "model", "net", "ema", "a.b"]
+)
+def test_any_dictionary_of_the_file(tmp_path, where):
+  state = make_state()
+  tree = torch_files_test.tensors(
+    {f"module.{key}": array for key, array in state.items()}
+  )
+  for name in reversed(where.split(".") if where else []):
+    tree = {"epoch": 3, name: tree, "optimizer": {"state": {0: {}}}}
+  path = torch_files_test.write_pt(tmp_path / "a.ckpt", tree, state)
+  torch_weights.save(
+    tmp_path / "b.safetensors", load(path), model_name="all_cnn", like=path
+  )
+  assert_same_bits(
+    safetensors_numpy.load_file(tmp_path / "b.safetensors"),
+    {f"module.{key}": array for key, array in state.items()},
+  )
+  said = torch_weights.describe(path, model_name="all_cnn")
+  assert ("left aside: epoch, optimizer" in said) == bool(where)
+
+
+def test_which_of_several_is_meant(tmp_path):
+  state = make_state()
+  other = {key: array + 1 for key, array in state.items()}
+  both = state | {f"other {key}": array for key, array in other.items()}
+  every = torch_files_test.tensors(both)
+  first = {key: every[key] for key in state}
+  second = {key: every[f"other {key}"] for key in state}
+
+  def write(tree):
+    return torch_files_test.write_pt(tmp_path / "a.pt", tree, both)
+
+  # The usual names come first, whatever the order in the file.
+  path = write({"ema": second, "model": first})
+  assert_same_bits(save(tmp_path / "b.safetensors", load(path)), state)
+  assert "left aside: ema" in torch_weights.describe(path, model_name="all_cnn")
+  path = write({"teacher": second, "student": first})
+  fails(lambda: load(path), "2 times", "'teacher', 'student'")
+  path = write(
+    {f"{name}.{key}": x for name in ("a", "b") for key, x in second.items()}
+  )
+  assert_same_bits(save(tmp_path / "b.safetensors", load(path)), other)
+  path = write(
+    {f"net.{key}": x for key, x in first.items()}
+    | {f"ema.{key}": x for key, x in second.items()}
+  )
+  fails(lambda: load(path), "2 times", "'net', 'ema'")
+
+
+def test_weights_of_another_network_are_named(tmp_path):
+  path = save_state(tmp_path / "a.safetensors", make_resnet_state("resnet18"))
+  fails(
+    lambda: torch_weights.load(path, model_name="resnet50"),
+    "missing layer1.0.conv3.weight",
+    "it is a state dict of 'resnet18'",
+  )
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_computed_in_float32(tmp_path, dtype):
+  state = make_state(dtype)
+  # Some halve everything: a count of 70,000 is infinite then.
+  for key in [key for key in state if key.endswith(COUNT)]:
+    state[key] = state[key].astype(dtype)
+  state[f"features.0.1.{COUNT}"] = np.array(np.inf, dtype)
+  path = save_state(tmp_path / "a.safetensors", state)
+  variables = load(path)
+  for leaf in jax.tree.leaves(variables):
+    assert isinstance(leaf, jax.Array)
+    assert leaf.dtype == (jnp.float32 if leaf.ndim else jnp.int32)
+  np.testing.assert_array_equal(
+    variables["params"]["head"]["bias"],
+    state["classifier.0.bias"].astype(np.float32),
+  )
+  said = torch_weights.describe(path, model_name="all_cnn")
+  assert f"{np.dtype(dtype).name} read as float32" in said
+  torch_weights.save(
+    tmp_path / "b.safetensors", variables, model_name="all_cnn", like=path
+  )
+  again = safetensors_numpy.load_file(tmp_path / "b.safetensors")
+  assert {x.dtype for x in again.values()} == {np.dtype(dtype)}
+  assert again["classifier.0.bias"].tobytes() == (
+    state["classifier.0.bias"].tobytes()
+  )
+
+
+def test_values_too_large_for_the_type_of_like(tmp_path):
+  path = save_state(tmp_path / "a.safetensors", make_state(np.float16))
+  variables = load(path)
+  variables["params"]["head"]["bias"] = jnp.full(4, 1e6)
+  fails(
+    lambda: torch_weights.save(
+      tmp_path / "b.safetensors", variables, model_name="all_cnn", like=path
+    ),
+    "params/head/bias",
+    "float16 of like",
+  )
+
+
+def test_float64_computes_as_float32(tmp_path):
+  state = make_state(np.float64)
+  kernel = load(save_state(tmp_path / "a.safetensors", state))["params"][
+    "block_0"
+  ]["kernel"]
+  images = jnp.ones((1, 4, 4, 1))
+  np.testing.assert_array_equal(
+    convolution.conv2d(images, kernel),
+    convolution.conv2d(images, jnp.asarray(kernel, jnp.float32)),
+  )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value, dtype):
+  state = make_state(dtype)
+  state["features.4.1.running_var"][1] = value
+  path = save_state(tmp_path / "a.safetensors", state)
+  parts = "features.4.1.running_var has NaN or infinity in 1 of 3 values", "a.s"
+  fails(lambda: load(path), *parts)
+  good = load(save_state(tmp_path / "b.safetensors", make_state()))
+  fails(
+    lambda: torch_weights.load_backbone(path, good, model_name="all_cnn"),
+    *parts,
+  )
+
+
+def test_misfit_names_classes_channels_and_arrays(tmp_path):
+  model = models.create("all_cnn", num_classes=4, width=0.03, mean=0.5, std=0.5)
+  expected = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+  )
+
+  def misfit(**options):
+    state = make_state(widths=(2, 2, 5, 5, 5, 5, 5, 5), **options)
+    variables = load(save_state(tmp_path / "a.safetensors", state))
+    return torch_weights.misfit(variables, expected, model_name="all_cnn")
+
+  assert misfit(channels=3, classes=4) is None
+  assert misfit(channels=1).startswith(
+    "others, of 4 classes and 1 channel: features.0.0.weight has shape [2, 1,"
+  )
+  assert "1 class and 3 channels: classifier" in misfit(channels=3, classes=1)
+
+
+def test_the_umask_decides_the_mode_of_a_file(tmp_path):
+  variables = load(save_state(tmp_path / "a.safetensors", make_state()))
+  before = os.umask(0o027)
+  try:
+    save(tmp_path / "b.safetensors", variables)
+  finally:
+    os.umask(before)
+  assert (tmp_path / "b.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 # The .pt reader, against PyTorch itself.
 
 
@@ -582,6 +763,36 @@ def test_torch_network_reads_what_is_saved(torch, tmp_path):
   layers.load_state_dict(loaded, strict=True)
   for key, tensor in layers.state_dict().items():
     assert torch.equal(tensor, before[key])
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_training_checkpoint(torch, tmp_path, is_new):
+  state = make_state()
+  head = torch.nn.Linear(2, 2)
+  optimizer = torch.optim.Adam(head.parameters())
+  head(torch.ones(2)).sum().backward()
+  optimizer.step()
+  checkpoint = {
+    "state_dict": to_torch(torch, state),
+    "optimizer": optimizer.state_dict(),
+    "scheduler": torch.optim.lr_scheduler.MultiStepLR(
+      optimizer, [3, 5]
+    ).state_dict(),
+    "best": np.float64(0.5),
+    "device": torch.device("cpu"),
+    "generator": torch.get_rng_state(),
+    "loss": torch.nn.CrossEntropyLoss(),
+    "sparse": torch.eye(2).to_sparse(),
+    "args": torch.Size([2]),
+  }
+  path = tmp_path / "a.pth.tar"
+  torch.save(checkpoint, path, _use_new_zipfile_serialization=is_new)
+  assert_same_bits(save(tmp_path / "b.safetensors", load(path)), state)
+
+
+def test_a_scripted_network_is_named(torch, tmp_path):
+  torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "a.pt")
+  fails(lambda: load(tmp_path / "a.pt"), "TorchScript", "state_dict()")
 
 
 def test_pt_of_a_whole_network_is_refused(torch, tmp_path):
