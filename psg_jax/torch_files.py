@@ -489,6 +489,9 @@ class _Unpickler(pickle.Unpickler):
     return found
 
   def persistent_load(self, pid: Any) -> Any:
+    # Of a whole network, the old format keeps the source beside the class.
+    if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+      return pid[1]
     if not isinstance(pid, tuple) or not 5 <= len(pid) <= 6:
       return _Placeholder()
     tag, kind, key, _, number, *view = pid

@@ -160,7 +160,7 @@ def assert_is_state(arrays, state=STATE):
     tensor("gone", np.zeros(3, np.float32)),
     tensor("0", np.zeros(3, np.float32), shape=(9, 9), strides=(9, 1)),
     tensor("0", np.zeros(3, np.float32), shape=(3,), strides=(-1,)),
-    Raw(dump(("module", named("a.B"), "b.py", "class B: ...")) + b"Q"),
+    Raw(dump(("module", named("a.B"), "b.py", "class B: ...")) + b"Q)\x81"),
   ],
 )
 def test_what_stands_beside_the_weights_is_left(tmp_path, extra):

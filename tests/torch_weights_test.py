@@ -768,16 +768,13 @@ def test_torch_network_reads_what_is_saved(torch, tmp_path):
 @pytest.mark.parametrize("is_new", [True, False])
 def test_training_checkpoint(torch, tmp_path, is_new):
   state = make_state()
-  head = torch.nn.Linear(2, 2)
-  optimizer = torch.optim.Adam(head.parameters())
-  head(torch.ones(2)).sum().backward()
-  optimizer.step()
   checkpoint = {
     "state_dict": to_torch(torch, state),
-    "optimizer": optimizer.state_dict(),
-    "scheduler": torch.optim.lr_scheduler.MultiStepLR(
-      optimizer, [3, 5]
-    ).state_dict(),
+    "optimizer": {
+      "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 2)}},
+      "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0]}],
+    },
+    "scheduler": {"milestones": collections.Counter([3, 5])},
     "best": np.float64(0.5),
     "device": torch.device("cpu"),
     "generator": torch.get_rng_state(),
