@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from psg_jax import checks, torch_files
+from psg_jax import checks, torch_files, torch_pickles
 
 _COUNT = ".num_batches_tracked"
 _PARTS = ("weight", "bias", "running_mean", "running_var")
@@ -80,7 +80,7 @@ class Found(NamedTuple):
 
   where: str
   spelling: Spelling
-  tensors: dict[str, torch_files.Tensor]
+  tensors: dict[str, torch_pickles.Tensor]
   left: tuple[str, ...]
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from psg_jax import torch_files, torch_layouts, types
+from psg_jax import torch_files, torch_layouts, torch_pickles, types
 
 _SHORT = ("float16", "bfloat16")
 _FLOATS = (*_SHORT, "float32", "float64")
@@ -266,7 +266,7 @@ def _typed(
   if name is None or name == array.dtype.name:
     return array
   with np.errstate(over="ignore"):
-    typed = array.astype(torch_files.DTYPES[name])
+    typed = array.astype(torch_pickles.DTYPES[name])
   if entry.kind != "count" and np.any(_is_finite(array) & ~_is_finite(typed)):
     raise ValueError(
       f"variables have values in {'/'.join(entry.path)} that are too large for"

@@ -1,4 +1,4 @@
-"""Tests of psg_jax.torch_files."""
+"""Tests of psg_jax.torch_files and psg_jax.torch_pickles."""
 
 import argparse
 import collections
@@ -16,7 +16,7 @@ import pytest
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
-from psg_jax import torch_files
+from psg_jax import torch_files, torch_pickles
 
 
 class Raw(bytes):
@@ -386,7 +386,7 @@ def test_damaged_safetensors(tmp_path, header, length):
 def test_types_of_safetensors(tmp_path):
   state = {
     name: np.array([0, 1, 3], dtype)
-    for name, dtype in torch_files.DTYPES.items()
+    for name, dtype in torch_pickles.DTYPES.items()
   }
   safetensors_numpy.save_file(state, tmp_path / "a.safetensors")
   assert_is_state(load(tmp_path / "a.safetensors"), state)
@@ -487,7 +487,7 @@ STORAGE = (
 def test_odd_pickles_are_refused(tmp_path, data):
   path = write_archive(tmp_path / "a.pt", data)
   fails(lambda: load(path), "path must be a PyTorch state dict")
-  assert torch_files._rebuild_tensor.__defaults__ is None
+  assert torch_pickles._rebuild_tensor.__defaults__ is None
 
 
 def test_odd_archives_are_refused(tmp_path):
