@@ -259,6 +259,11 @@ def announce(context: Context) -> str:
   """Says what is about to be forgotten, and which images have twins."""
   asked = context.asked
   lines = [str(asked.preview)]
+  if context.job.weights is not None:
+    taken = torch_weights.describe(
+      context.job.weights, model_name=context.job.model
+    )
+    lines.insert(0, f"weights: {taken}")
   if asked.twins is not None and (asked.twins.pairs or asked.twins.groups):
     lines.append(str(asked.twins))
   if asked.num_moved:
@@ -691,19 +696,20 @@ def _imported(context: Context) -> types.Variables:
   """Loads the weights that the job names, if they are this model's."""
   job = context.job
   assert job.weights is not None
-  variables = torch_weights.load(job.weights, model_name=job.model)
+  try:
+    variables = torch_weights.load(job.weights, model_name=job.model)
+  except ValueError as error:
+    raise ValueError(f"weights: {error}") from None
   shape = (1, *context.train.images.shape[1:])
   expected = jax.eval_shape(
     context.model.init, jax.random.key(0), jnp.zeros(shape)
   )
-  if jax.tree.map(jnp.shape, dict(variables)) != jax.tree.map(
-    jnp.shape, dict(expected)
-  ):
-    num_classes = int(variables["params"]["head"]["bias"].shape[0])
+  misfit = torch_weights.misfit(variables, expected, model_name=job.model)
+  if misfit is not None:
     raise ValueError(
       f"weights must be those of {job.model} at width {job.width} with"
-      f" {context.train.num_classes} classes and {shape[-1]} channels, got"
-      f" others, of {num_classes} classes, in {job.weights}"
+      f" {context.train.num_classes} classes and {shape[-1]} channels, as the"
+      f" data has, got in {job.weights} {misfit}"
     )
   return variables
 

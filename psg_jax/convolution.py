@@ -68,6 +68,8 @@ def conv2d(
     ValueError: If a rank, the number of channels, the type, the stride or the
       padding is not as above, or the kernel exceeds the padded images.
   """
+  # NumPy's float64 is what JAX makes of it, as under jit.
+  images, kernel = jnp.asarray(images), jnp.asarray(kernel)
   if images.ndim != 4:
     raise ValueError(f"images must be [B, H, W, C], got {images.shape}")
   if kernel.ndim != 4:

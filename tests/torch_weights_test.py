@@ -1,13 +1,9 @@
 """Tests of psg_jax.torch_weights."""
 
 import collections
-import io
 import os
-import pickle
-import struct
 import subprocess
 import sys
-import zipfile
 
 import hypothesis
 import jax
@@ -15,10 +11,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 from hypothesis import strategies as st
 from safetensors import numpy as safetensors_numpy
 
-from psg_jax import models, torch_weights
+from psg_jax import convolution, models, torch_weights
+from tests import torch_files_test
 
 POSITIONS = (0, 1, 2, 4, 5, 6, 8, 9)
 
@@ -129,18 +127,16 @@ def test_layout_is_that_of_the_network(tmp_path):
 )
 def test_round_trip_from_pytorch_keeps_every_bit(tmp_path, dtype):
   state = make_state(dtype)
-  state["features.0.1.bias"][0] = np.nan
   state["features.0.1.bias"][1] = -0.0
-  variables = load(save_state(tmp_path / "a.safetensors", state))
+  path = save_state(tmp_path / "a.safetensors", state)
+  variables = load(path)
   torch_weights.save(
-    tmp_path / "b.safetensors", variables, model_name="all_cnn"
+    tmp_path / "b.safetensors", variables, model_name="all_cnn", like=path
   )
   first, second = (
     {
       key: (spec["dtype"], spec["shape"], bytes(spec["data"]))
-      for key, spec in torch_weights.safetensors.deserialize(
-        (tmp_path / name).read_bytes()
-      )
+      for key, spec in safetensors.deserialize((tmp_path / name).read_bytes())
     }
     for name in ("a.safetensors", "b.safetensors")
   )
@@ -448,6 +444,186 @@ def test_backbone_says_what_is_wrong(tmp_path, resnet):
   fails(lambda: load_backbone(broken), "path", "missing bn1.bias")
 
 
+# Files as people have them.
+
+
+@pytest.mark.parametrize(
+  "prefix",
+  [
+    *("model.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."),
+    *("module.model.", "net.", "backbone.", "0.encoder_q."),
+  ],
+)
+def test_any_prefix_that_all_keys_share(tmp_path, prefix):
+  state = make_state()
+  given = {prefix + key: array for key, array in state.items()}
+  # Of an averaged model, a loss and a counter of operations.
+  given["n_averaged"] = np.array(3)
+  given["criterion.weight"] = np.ones(4, np.float32)
+  given[f"{prefix}total_ops"] = np.zeros(1)
+  path = save_state(tmp_path / "a.safetensors", given)
+  variables = load(path)
+  assert_same_bits(save(tmp_path / "b.safetensors", variables), state)
+  said = torch_weights.describe(path, model_name="all_cnn")
+  for part in (prefix[:-1], "n_averaged", "criterion", f"{prefix}total_ops"):
+    assert part in said
+
+
+@pytest.mark.parametrize(
+  "where", ["", "state_dict", "model_state_dict", "model", "net", "ema", "a.b"]
+)
+def test_any_dictionary_of_the_file(tmp_path, where):
+  state = make_state()
+  tree = torch_files_test.tensors(
+    {f"module.{key}": array for key, array in state.items()}
+  )
+  for name in reversed(where.split(".") if where else []):
+    tree = {"epoch": 3, name: tree, "optimizer": {"state": {0: {}}}}
+  path = torch_files_test.write_pt(tmp_path / "a.ckpt", tree, state)
+  torch_weights.save(
+    tmp_path / "b.safetensors", load(path), model_name="all_cnn", like=path
+  )
+  assert_same_bits(
+    safetensors_numpy.load_file(tmp_path / "b.safetensors"),
+    {f"module.{key}": array for key, array in state.items()},
+  )
+  said = torch_weights.describe(path, model_name="all_cnn")
+  assert ("left aside: epoch, optimizer" in said) == bool(where)
+
+
+def test_which_of_several_is_meant(tmp_path):
+  state = make_state()
+  other = {key: array + 1 for key, array in state.items()}
+  both = state | {f"other {key}": array for key, array in other.items()}
+  every = torch_files_test.tensors(both)
+  first = {key: every[key] for key in state}
+  second = {key: every[f"other {key}"] for key in state}
+
+  def write(tree):
+    return torch_files_test.write_pt(tmp_path / "a.pt", tree, both)
+
+  # The usual names come first, whatever the order in the file.
+  path = write({"ema": second, "model": first})
+  assert_same_bits(save(tmp_path / "b.safetensors", load(path)), state)
+  assert "left aside: ema" in torch_weights.describe(path, model_name="all_cnn")
+  path = write({"teacher": second, "student": first})
+  fails(lambda: load(path), "2 times", "'teacher', 'student'")
+  path = write(
+    {f"{name}.{key}": x for name in ("a", "b") for key, x in second.items()}
+  )
+  assert_same_bits(save(tmp_path / "b.safetensors", load(path)), other)
+  path = write(
+    {f"net.{key}": x for key, x in first.items()}
+    | {f"ema.{key}": x for key, x in second.items()}
+  )
+  fails(lambda: load(path), "2 times", "'net', 'ema'")
+
+
+def test_weights_of_another_network_are_named(tmp_path):
+  path = save_state(tmp_path / "a.safetensors", make_resnet_state("resnet18"))
+  fails(
+    lambda: torch_weights.load(path, model_name="resnet50"),
+    "missing layer1.0.conv3.weight",
+    "it is a state dict of 'resnet18'",
+  )
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_computed_in_float32(tmp_path, dtype):
+  state = make_state(dtype)
+  # Some halve everything: a count of 70,000 is infinite then.
+  for key in [key for key in state if key.endswith(COUNT)]:
+    state[key] = state[key].astype(dtype)
+  state[f"features.0.1.{COUNT}"] = np.array(np.inf, dtype)
+  path = save_state(tmp_path / "a.safetensors", state)
+  variables = load(path)
+  for leaf in jax.tree.leaves(variables):
+    assert isinstance(leaf, jax.Array)
+    assert leaf.dtype == (jnp.float32 if leaf.ndim else jnp.int32)
+  np.testing.assert_array_equal(
+    variables["params"]["head"]["bias"],
+    state["classifier.0.bias"].astype(np.float32),
+  )
+  said = torch_weights.describe(path, model_name="all_cnn")
+  assert f"{np.dtype(dtype).name} read as float32" in said
+  torch_weights.save(
+    tmp_path / "b.safetensors", variables, model_name="all_cnn", like=path
+  )
+  again = safetensors_numpy.load_file(tmp_path / "b.safetensors")
+  assert {x.dtype for x in again.values()} == {np.dtype(dtype)}
+  assert again["classifier.0.bias"].tobytes() == (
+    state["classifier.0.bias"].tobytes()
+  )
+
+
+def test_values_too_large_for_the_type_of_like(tmp_path):
+  path = save_state(tmp_path / "a.safetensors", make_state(np.float16))
+  variables = load(path)
+  variables["params"]["head"]["bias"] = jnp.full(4, 1e6)
+  fails(
+    lambda: torch_weights.save(
+      tmp_path / "b.safetensors", variables, model_name="all_cnn", like=path
+    ),
+    "params/head/bias",
+    "float16 of like",
+  )
+
+
+def test_float64_computes_as_float32(tmp_path):
+  state = make_state(np.float64)
+  kernel = load(save_state(tmp_path / "a.safetensors", state))["params"][
+    "block_0"
+  ]["kernel"]
+  images = jnp.ones((1, 4, 4, 1))
+  np.testing.assert_array_equal(
+    convolution.conv2d(images, kernel),
+    convolution.conv2d(images, jnp.asarray(kernel, jnp.float32)),
+  )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value, dtype):
+  state = make_state(dtype)
+  state["features.4.1.running_var"][1] = value
+  path = save_state(tmp_path / "a.safetensors", state)
+  parts = "features.4.1.running_var has NaN or infinity in 1 of 3 values", "a.s"
+  fails(lambda: load(path), *parts)
+  good = load(save_state(tmp_path / "b.safetensors", make_state()))
+  fails(
+    lambda: torch_weights.load_backbone(path, good, model_name="all_cnn"),
+    *parts,
+  )
+
+
+def test_misfit_names_classes_channels_and_arrays(tmp_path):
+  model = models.create("all_cnn", num_classes=4, width=0.03, mean=0.5, std=0.5)
+  expected = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3))
+  )
+
+  def misfit(**options):
+    state = make_state(widths=(2, 2, 5, 5, 5, 5, 5, 5), **options)
+    variables = load(save_state(tmp_path / "a.safetensors", state))
+    return torch_weights.misfit(variables, expected, model_name="all_cnn")
+
+  assert misfit(channels=3, classes=4) is None
+  assert misfit(channels=1).startswith(
+    "others, of 4 classes and 1 channel: features.0.0.weight has shape [2, 1,"
+  )
+  assert "1 class and 3 channels: classifier" in misfit(channels=3, classes=1)
+
+
+def test_the_umask_decides_the_mode_of_a_file(tmp_path):
+  variables = load(save_state(tmp_path / "a.safetensors", make_state()))
+  before = os.umask(0o027)
+  try:
+    save(tmp_path / "b.safetensors", variables)
+  finally:
+    os.umask(before)
+  assert (tmp_path / "b.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 # The .pt reader, against PyTorch itself.
 
 
@@ -542,7 +718,7 @@ def test_pt_types(torch, tmp_path, name):
   }
   torch.save(tensors, tmp_path / "a.pt")
   kernel = load(tmp_path / "a.pt")["params"]["block_0"]["kernel"]
-  assert kernel.dtype.name == name
+  assert kernel.dtype.name == {"float64": "float64"}.get(name, "float32")
   np.testing.assert_array_equal(
     np.asarray(kernel, np.float64).transpose(3, 2, 0, 1),
     tensors["features.0.0.weight"].double().numpy(),
@@ -589,6 +765,33 @@ def test_torch_network_reads_what_is_saved(torch, tmp_path):
     assert torch.equal(tensor, before[key])
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_training_checkpoint(torch, tmp_path, is_new):
+  state = make_state()
+  checkpoint = {
+    "state_dict": to_torch(torch, state),
+    "optimizer": {
+      "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.ones(2, 2)}},
+      "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999), "params": [0]}],
+    },
+    "scheduler": {"milestones": collections.Counter([3, 5])},
+    "best": np.float64(0.5),
+    "device": torch.device("cpu"),
+    "generator": torch.get_rng_state(),
+    "loss": torch.nn.CrossEntropyLoss(),
+    "sparse": torch.eye(2).to_sparse(),
+    "args": torch.Size([2]),
+  }
+  path = tmp_path / "a.pth.tar"
+  torch.save(checkpoint, path, _use_new_zipfile_serialization=is_new)
+  assert_same_bits(save(tmp_path / "b.safetensors", load(path)), state)
+
+
+def test_a_scripted_network_is_named(torch, tmp_path):
+  torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "a.pt")
+  fails(lambda: load(tmp_path / "a.pt"), "TorchScript", "state_dict()")
+
+
 def test_pt_of_a_whole_network_is_refused(torch, tmp_path):
   torch.save(torch.nn.Linear(2, 2), tmp_path / "a.pt")
   fails(
@@ -597,158 +800,6 @@ def test_pt_of_a_whole_network_is_refused(torch, tmp_path):
     "torch.nn.modules.linear.Linear",
     "state_dict",
   )
-
-
-def test_pt_with_an_old_format_is_refused(torch, tmp_path):
-  torch.save(
-    to_torch(torch, make_state()),
-    tmp_path / "a.pt",
-    _use_new_zipfile_serialization=False,
-  )
-  fails(lambda: load(tmp_path / "a.pt"), "path", "1.6")
-
-
-# Hostile and damaged .pt files.
-
-
-def write_archive(path, data, *, compression=zipfile.ZIP_STORED, **files):
-  with zipfile.ZipFile(path, "w", compression) as archive:
-    archive.writestr("archive/data.pkl", data)
-    for name, content in files.items():
-      archive.writestr(f"archive/data/{name}", content)
-  return path
-
-
-class _Evil:
-  def __init__(self, function, *arguments):
-    self.call = function, arguments
-
-  def __reduce__(self):
-    return self.call
-
-
-@pytest.mark.parametrize("protocol", [0, 1, 2, 4, 5])
-def test_no_code_is_run(tmp_path, protocol):
-  marker = tmp_path / "ran"
-  data = pickle.dumps(_Evil(os.mkdir, str(marker)), protocol)
-  path = write_archive(tmp_path / "a.pt", data)
-  fails(lambda: load(path), "path", "mkdir", "no state dict needs")
-  assert not marker.exists()
-
-
-@pytest.mark.parametrize(
-  ("module", "name"),
-  [
-    ("builtins", "eval"),
-    ("builtins", "getattr"),
-    ("os", "system"),
-    ("numpy", "dtype"),
-    ("torch._utils", "_rebuild_tensor_v2.__globals__"),
-    ("psg_jax.torch_weights", "_read_pt"),
-    ("torch", "load"),
-    ("x" * 10_000, "y"),
-  ],
-)
-def test_globals_are_refused_by_name(tmp_path, module, name):
-  data = f"c{module}\n{name}\n.".encode()
-  path = write_archive(tmp_path / "a.pt", data)
-  fails(lambda: load(path), "path", f"{module}.{name}"[:100])
-
-
-# Opcodes that set attributes of the stand-ins: with a state dict (`}`) as the
-# first or as the second part.
-TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
-STORAGE = (
-  b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu"
-)
-
-
-@pytest.mark.parametrize(
-  "data",
-  [
-    pytest.param(TENSOR + b"}X\x01\0\0\0aK\x01sb.", id="attribute"),
-    pytest.param(TENSOR + b"N}X\x0c\0\0\0__defaults__K\x01s\x86b.", id="slot"),
-    pytest.param(b"ccollections\nOrderedDict\n)\x81.", id="newobj"),
-    pytest.param(TENSOR + b"(N)))tR.", id="no storage"),
-    pytest.param(STORAGE + b"J\xff\xff\xff\xfftQ.", id="negative length"),
-    pytest.param(STORAGE + b"K\x02tQ.", id="bare storage"),
-    pytest.param(
-      b"}X\x01\0\0\0a" + TENSOR + b"(" + STORAGE + b"K\x02tQK\x01K\x02\x85"
-      b"K\x01\x85tRs.",
-      id="beyond the storage",
-    ),
-    pytest.param(b"}X\x01\0\0\0aK\x01Q.", id="persistent id"),
-    pytest.param(b"}r\xff\xff\xff\x7f.", id="memo"),
-    pytest.param(b"", id="empty"),
-    pytest.param(b"}", id="cut short"),
-    pytest.param(b"}.", id="no entries"),
-    pytest.param(b"K\x01.", id="number"),
-    pytest.param(b"]" + b"]a" * 10 + b".", id="list"),
-    pytest.param(b"\x82\x01.", id="extension"),
-    pytest.param(b"(" * 100_000 + b".", id="marks"),
-  ],
-)
-def test_odd_pickles_are_refused(tmp_path, data):
-  path = write_archive(tmp_path / "a.pt", data)
-  fails(lambda: load(path), "path must be a PyTorch state dict")
-  assert torch_weights._rebuild_tensor.__defaults__ is None
-
-
-def test_odd_archives_are_refused(tmp_path):
-  no_storage = b"}X\x01\0\0\0a" + TENSOR + b"(" + STORAGE
-  no_storage += b"K\x02tQK\x00K\x02\x85K\x01\x85tRs."
-  path = write_archive(tmp_path / "a.pt", no_storage)
-  fails(lambda: load(path), "path")
-  path = write_archive(tmp_path / "b.pt", no_storage, **{"0": b"\0" * 7})
-  fails(lambda: load(path), "cut short")
-  path = write_archive(
-    tmp_path / "c.pt", b"}.", compression=zipfile.ZIP_DEFLATED
-  )
-  fails(lambda: load(path), "compressed")
-  with zipfile.ZipFile(tmp_path / "d.pt", "w") as archive:
-    archive.writestr("other", b"")
-  fails(lambda: load(tmp_path / "d.pt"), "data.pkl")
-
-
-def test_big_endian_storages(tmp_path):
-  data = b"}X\x01\0\0\0a" + TENSOR + b"(" + STORAGE
-  data += b"K\x02tQK\x00K\x02\x85K\x01\x85tRs."
-  buffer = io.BytesIO()
-  with zipfile.ZipFile(buffer, "w") as archive:
-    archive.writestr("archive/data.pkl", data)
-    archive.writestr("archive/byteorder", "big")
-    archive.writestr("archive/data/0", struct.pack(">2f", 1.5, -2.0))
-  with zipfile.ZipFile(buffer) as archive:
-    state = torch_weights._read_archive(archive)
-  np.testing.assert_array_equal(state["a"], np.array([1.5, -2.0], np.float32))
-
-
-def small_archive(folder):
-  tensor = b"}X\x01\0\0\0a" + TENSOR + b"(" + STORAGE
-  tensor += b"K\x02tQK\x00K\x02\x85K\x01\x85tRs."
-  path = write_archive(folder / "a.pt", tensor, **{"0": bytes(8)})
-  return path.read_bytes()
-
-
-def test_names_that_a_damaged_file_quotes_are_cut(tmp_path):
-  damaged = bytearray(small_archive(tmp_path))
-  damaged[177] ^= 1
-  (tmp_path / "a.pt").write_bytes(damaged)
-  fails(lambda: load(tmp_path / "a.pt"), "path", "...")
-
-
-@hypothesis.settings(max_examples=50, deadline=None)
-@hypothesis.given(st.data())
-def test_damaged_files_give_one_line(tmp_path_factory, data):
-  folder = tmp_path_factory.mktemp("damaged")
-  whole = small_archive(folder)
-  place = data.draw(st.integers(0, len(whole) - 1))
-  damaged = bytearray(whole)
-  damaged[place] ^= data.draw(st.integers(1, 255))
-  if data.draw(st.booleans()):
-    damaged = damaged[:place]
-  (folder / "a.pt").write_bytes(damaged)
-  fails(lambda: load(folder / "a.pt"), "path")
 
 
 # Bad input.
@@ -810,7 +861,7 @@ def changed(**replaced):
       ["features.0.1.num_batches_tracked", "2147483648"],
     ),
     (
-      {"features.0.1.num_batches_tracked": np.array(1.0)},
+      {"features.0.1.num_batches_tracked": np.array(1.5)},
       ["features.0.1.num_batches_tracked", "float64"],
     ),
     (
@@ -877,7 +928,7 @@ def test_bad_paths_and_names(tmp_path):
     "'vgg'",
   )
   fails(lambda: load(tmp_path / "no.safetensors"), "path", "no.safetensors")
-  fails(lambda: load(tmp_path / "a.ckpt"), "path", ".safetensors", "a.ckpt")
+  fails(lambda: load(tmp_path / "a.ckpt"), "path must be a file", "a.ckpt")
   fails(lambda: load(tmp_path), "path")
   fails(lambda: save(tmp_path / "a.pt", variables), "path", ".safetensors")
   fails(lambda: save(tmp_path / "no" / "a.safetensors", variables), "path")
@@ -896,7 +947,7 @@ def test_save_replaces_whole_files_only(tmp_path, monkeypatch):
     raise OSError("the disk is full")
 
   monkeypatch.setattr(os, "replace", fail)
-  with pytest.raises(OSError, match="full"):
+  with pytest.raises(OSError, match=r"full.*a\.safetensors"):
     torch_weights.save(path, variables, model_name="all_cnn")
   assert path.read_bytes() == before
   assert list(tmp_path.iterdir()) == [path]
