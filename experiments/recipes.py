@@ -214,14 +214,10 @@ JOBS: dict[str, Job] = {
     dataset="digits",
     width=0.125,
     references=3,
-    # docs/tuning/digits.csv and digits_unlearning_0_phi3.csv.
-    training=Training(learning_rate=0.2, num_epochs=5, batch_size=32),
+    # docs/tuning/digits.csv and digits_unlearning.csv.
+    training=Training(learning_rate=0.1, num_epochs=8, batch_size=16),
     unlearning=Unlearning(
-      step_size=0.02,
-      learning_rate=0.002,
-      num_epochs=6,
-      batch_size=32,
-      retain_weight=3.0,
+      step_size=0.02, learning_rate=0.004, num_epochs=4, batch_size=32
     ),
   ),
   "fashion_mnist": Job(
