@@ -54,6 +54,9 @@ class Options(NamedTuple):
     encoding: Of that file.
     group: Column of it whose images stay on one side of the split.
     seed: Of the split and of the order of the rows.
+    window: How DICOM files become grey levels: `"file"` by the window that each
+      states and else by the range of all, `"full"` by that range, or
+      `"CENTER,WIDTH"`.
     is_skipping_corrupt: Whether to leave out images that cannot be decoded.
   """
 
@@ -63,6 +66,7 @@ class Options(NamedTuple):
   encoding: str | None = None
   group: str | None = None
   seed: int | None = None
+  window: str | None = None
   is_skipping_corrupt: bool = False
 
   def given(self) -> dict[str, Any]:
@@ -314,6 +318,12 @@ def prepare(
       or its value is wrong, or the set is already there with other options.
   """
   builder, full_name, chosen = _resolve(name, set_name, Options(**options))
+  if source is not None:
+    source = data.expanded(source, "source")
+  if chosen.metadata is not None:
+    chosen = chosen._replace(
+      metadata=data.expanded(chosen.metadata, "metadata")
+    )
   if source is not None and not pathlib.Path(source).exists():
     raise ValueError(
       f"source must be an existing file or folder, got {os.fspath(source)!r}"
@@ -342,12 +352,34 @@ def prepare(
       is_shown=is_shown,
       options=chosen,
     )
-    made.write()
+    _write(made, root)
     if not is_overwriting and data.is_prepared(folder):
       # Another process was faster, and somebody may be reading its files.
       return _describe(full_name, folder, is_new=False)
-    _swap(pathlib.Path(made.data_dir), folder, pathlib.Path(work_dir) / "old")
+    try:
+      _swap(pathlib.Path(made.data_dir), folder, pathlib.Path(work_dir) / "old")
+    except OSError as error:
+      raise _unwritable(root, error) from error
   return _describe(full_name, folder, is_new=True)
+
+
+def _write(builder: ImageBuilder, root: pathlib.Path) -> None:
+  """Writes a set; a disk that is full or read-only is one line."""
+  try:
+    builder.write()
+  except ValueError:
+    raise
+  # RuntimeError: of ArrayRecord, which also ends so when it is closed.
+  except (OSError, RuntimeError) as error:
+    raise _unwritable(root, error) from error
+
+
+def _unwritable(root: pathlib.Path, error: Exception) -> ValueError:
+  reason = getattr(error, "strerror", None) or str(error)
+  return ValueError(
+    "data_dir must be a folder that can be written and has room, got"
+    f" {str(root)!r}: {' '.join(reason.split())}"
+  )
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -469,6 +501,31 @@ def _check_same(
         f"{option} must be {settings.get(option)!r}, as {name!r} is prepared in"
         f" {folder}, got {value!r}; --overwrite prepares it anew"
       )
+  recorded = stored.get("fingerprint")
+  if recorded and source and settings.get("source") == absolute(source):
+    _check_unchanged(name, recorded, source, settings.get("metadata"))
+
+
+def _check_unchanged(
+  name: str,
+  recorded: Mapping[str, str | None],
+  source: str | os.PathLike[str],
+  metadata: str | None,
+) -> None:
+  """Raises ValueError if a source or its table is not as it was."""
+  from data_prep import image_tree
+
+  now = image_tree.fingerprint(pathlib.Path(source), metadata)
+  if now["files"] != recorded["files"]:
+    what = f"source must be as it was, got {os.fspath(source)!r}"
+  elif now != recorded:
+    what = f"metadata must be as it was, got {metadata!r}"
+  else:
+    return
+  raise ValueError(
+    f"{what}, which has changed since {name!r} was prepared from it;"
+    " --overwrite prepares it anew"
+  )
 
 
 def _describe(name: str, folder: pathlib.Path, *, is_new: bool) -> Prepared:

@@ -12,6 +12,7 @@ environment variable PSG_JAX_DATA, else to ~/.cache/psg_jax.
 """
 
 import dataclasses
+import io
 import pathlib
 import sys
 import time
@@ -43,6 +44,8 @@ class Options:
     group: Column of it whose images stay on one side of the split, such as
       patient_id.
     seed: Of the split and of the order of the images.
+    window: How DICOM files become grey levels: file (the window that each
+      states, else the range of all), full (that range), or CENTER,WIDTH.
     skip_corrupt: Leave out images that cannot be decoded.
   """
 
@@ -57,11 +60,16 @@ class Options:
   encoding: str | None = None
   group: str | None = None
   seed: int | None = None
+  window: str | None = None
   skip_corrupt: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def main() -> None:
   """Runs the program; wrong input ends it with one line and status 2."""
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      # Names of files that the locale cannot write.
+      stream.reconfigure(errors="backslashreplace")
   options = tyro.cli(
     Options, prog="python -m data_prep.prepare", use_underscores=True
   )
@@ -80,6 +88,7 @@ def main() -> None:
       encoding=options.encoding,
       group=options.group,
       seed=options.seed,
+      window=options.window,
       is_skipping_corrupt=options.skip_corrupt,
     )
   except (OSError, ValueError) as error:

@@ -68,13 +68,15 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
   for name in ("recipe", "run", "method"):
     first.add_argument(f"--{name}")
   first.add_argument("--data", "--dataset")
+  first.add_argument("--data_dir", "--data-dir")
   for name in _CRITERIA:
     first.add_argument(f"--{name}", nargs="*")
   given, _ = first.parse_known_args()
   extends = {field.name for field in dataclasses.fields(options)}
   recipe = given.recipe or options().recipe
-  if given.recipe is None and given.data and sets.is_path(given.data):
-    recipe = "own"
+  if given.recipe is None and given.data:
+    is_own = sets.is_path(given.data, given.data_dir)
+    recipe = "own" if is_own else recipe
   job = recipes.find(recipe)
   if given.run is not None and "run" in extends:
     job = read_job(pathlib.Path(given.run))

@@ -108,7 +108,25 @@ def root_dir(
   """
   if data_dir is None:
     data_dir = os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/psg_jax"
-  return pathlib.Path(data_dir).expanduser().resolve()
+  return expanded(data_dir, f"data_dir (or {DATA_DIR_VARIABLE})").resolve()
+
+
+def expanded(path: str | os.PathLike[str], name: str) -> pathlib.Path:
+  """Returns a path with a `~` in front replaced.
+
+  Args:
+    path: The path.
+    name: Of the argument, for the message.
+
+  Raises:
+    ValueError: If there is no such home.
+  """
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError as error:
+    raise ValueError(
+      f"{name} must be given where there is no home, got {os.fspath(path)!r}"
+    ) from error
 
 
 def set_dir(

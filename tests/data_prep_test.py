@@ -334,7 +334,7 @@ def _without(name: str):
     ),
     (
       lambda files: _without("test/frog/")(files) | {"test/frog/a.txt": b""},
-      "class folder test/frog is empty",
+      r"class folder test/frog holds none, but 1 \.txt \(not an image\)",
     ),
     (lambda files: files | {"train/unicorn/0.png": b""}, "got train/unicorn"),
   ],
