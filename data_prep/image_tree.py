@@ -375,7 +375,7 @@ def _left_out(plan: Plan) -> dict[str, str]:
 def _say_range(known: images.Range, group: Sequence[images.Range]) -> str:
   bits = "" if known.num_bits is None else f" ({known.num_bits} bits)"
   said = (
-    f"{len(group):,} images of {known.kind}: {known.low:g} becomes black and"
+    f"{len(group):,} images in {known.kind}: {known.low:g} becomes black and"
     f" {known.high:g} white{bits}"
   )
   middle = float(np.median([each.high for each in group]))
