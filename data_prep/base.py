@@ -181,6 +181,7 @@ class ImageBuilder(  # type: ignore[call-arg]
       disable_shuffling=True,
       metadata=tfds.core.MetadataDict(
         source=origin,
+        class_names=list(class_names),
         columns=typed,
         settings=self.settings(),
         notes=[],
@@ -488,7 +489,7 @@ def _check_same(
   source: str | os.PathLike[str] | None,
 ) -> None:
   """Raises ValueError if a set was prepared otherwise than is now wished."""
-  stored = tfds.builder_from_directory(folder).info.metadata or {}
+  stored = data.read_builder(folder).info.metadata or {}
   settings = stored.get("settings") or {}
   # What it leaves out, if anything, the notes tell.
   wished = options._replace(is_skipping_corrupt=False).given()
@@ -529,7 +530,7 @@ def _check_unchanged(
 
 
 def _describe(name: str, folder: pathlib.Path, *, is_new: bool) -> Prepared:
-  info = tfds.builder_from_directory(folder).info
+  info = data.read_builder(folder).info
   metadata = info.metadata or {}
   return Prepared(
     folder=folder,
