@@ -4,6 +4,7 @@ A builder states its features in `_info` (through `image_info`) and yields
 `Example`s in `_generate_examples` (through `records`).
 """
 
+import contextlib
 import io
 import os
 import pathlib
@@ -250,23 +251,27 @@ class ImageBuilder(  # type: ignore[call-arg]
     """
     return ()
 
-  def write(self) -> None:
+  def write(self, root: pathlib.Path) -> None:
     """Writes all splits in their order, a few examples at a time.
 
     TFDS's own `download_and_prepare` keeps a split in memory, and from 1 GB on
     needs TensorFlow.
 
+    Args:
+      root: The folder that the user named, for messages.
+
     Raises:
-      ValueError: If the raw files are not of the right form, or a split is
-        empty.
+      ValueError: If the raw files are not of the right form, a split is empty,
+        or the folder cannot be written.
     """
     folder = pathlib.Path(self.data_dir)
-    folder.mkdir(parents=True)
     splits = self._split_generators(None)
-    writer = tfds.core.SequentialWriter(
-      self.info, _EXAMPLES_PER_SHARD, file_format="array_record"
-    )
-    writer.initialize_splits(list(splits))
+    with _writing(root):
+      folder.mkdir(parents=True)
+      writer = tfds.core.SequentialWriter(
+        self.info, _EXAMPLES_PER_SHARD, file_format="array_record"
+      )
+      writer.initialize_splits(list(splits))
     empty = []
     for split, records in splits.items():
       num_records = 0
@@ -275,15 +280,18 @@ class ImageBuilder(  # type: ignore[call-arg]
         part.append(record)
         num_records += 1
         if len(part) == _EXAMPLES_PER_WRITE:
-          writer.add_examples({split: part})
+          with _writing(root):
+            writer.add_examples({split: part})
           part = []
-      writer.add_examples({split: part})
+      with _writing(root):
+        writer.add_examples({split: part})
       if not num_records:
         empty.append(split)
     self.info.metadata["notes"] = list(self.finish())
     if empty:
       raise ValueError(f"source must have images in {empty[0]}, got none")
-    writer.close_all()
+    with _writing(root):
+      writer.close_all()
 
 
 def prepare(
@@ -353,34 +361,27 @@ def prepare(
       is_shown=is_shown,
       options=chosen,
     )
-    _write(made, root)
+    made.write(root)
     if not is_overwriting and data.is_prepared(folder):
       # Another process was faster, and somebody may be reading its files.
       return _describe(full_name, folder, is_new=False)
-    try:
+    with _writing(root):
       _swap(pathlib.Path(made.data_dir), folder, pathlib.Path(work_dir) / "old")
-    except OSError as error:
-      raise _unwritable(root, error) from error
   return _describe(full_name, folder, is_new=True)
 
 
-def _write(builder: ImageBuilder, root: pathlib.Path) -> None:
-  """Writes a set; a disk that is full or read-only is one line."""
+@contextlib.contextmanager
+def _writing(root: pathlib.Path) -> Iterator[None]:
+  """Says which folder is full or read-only, whatever writing raises."""
   try:
-    builder.write()
-  except ValueError:
-    raise
-  # RuntimeError: of ArrayRecord, which also ends so when it is closed.
+    yield
+  # RuntimeError: of ArrayRecord.
   except (OSError, RuntimeError) as error:
-    raise _unwritable(root, error) from error
-
-
-def _unwritable(root: pathlib.Path, error: Exception) -> ValueError:
-  reason = getattr(error, "strerror", None) or str(error)
-  return ValueError(
-    "data_dir must be a folder that can be written and has room, got"
-    f" {str(root)!r}: {' '.join(reason.split())}"
-  )
+    reason = getattr(error, "strerror", None) or str(error)
+    raise ValueError(
+      "data_dir must be a folder that can be written and has room, got"
+      f" {str(root)!r}: {' '.join(reason.split())}"
+    ) from error
 
 
 def encode_png(image: Image.Image) -> bytes:

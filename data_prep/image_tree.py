@@ -124,13 +124,13 @@ class ImageTreeBuilder(base.ImageBuilder):
     _check_text(plan)
     return plan
 
-  def write(self) -> None:
+  def write(self, root: pathlib.Path) -> None:
     """Writes all splits, as any builder, without the decoders' warnings."""
     with warnings.catch_warnings():
       # They name no file, and what is wrong with one is said in the end.
       warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\.")
       self._find_ranges()
-      super().write()
+      super().write(root)
 
   def _find_ranges(self) -> None:
     """Looks for the values of all images of more than 8 bits."""

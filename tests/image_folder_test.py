@@ -6,6 +6,7 @@ import os
 import pathlib
 import struct
 import tarfile
+import types
 import zipfile
 import zlib
 
@@ -22,7 +23,7 @@ from data_prep import (
   sources,
   splits,
 )
-from experiments import recipes, sets
+from experiments import cli, jobs, recipes, request_page, sets
 from psg_jax import data
 
 RNG = np.random.default_rng(0)
@@ -978,6 +979,45 @@ def test_names_and_paths_of_jobs(tmp_path, monkeypatch, capsys):
   assert "./scans is the folder" in capsys.readouterr().err
   with pytest.raises(ValueError, match="window must be given with a folder"):
     sets.check(recipes.Job(dataset="digits", window="full"))
+
+
+def test_report_accounts_for_every_file():
+  source = {
+    "name": "scans",
+    "files": 14,
+    "read": 11,
+    "left_out": [{"why": "hidden", "ending": "", "count": 3, "first": ".a"}],
+    "further_pages": {"pages": 2, "files": 1},
+  }
+  parts = ("train_forget", "train_retain", "test_forget", "test_retain")
+  fake = types.SimpleNamespace(
+    source=source,
+    parts=dict(zip(parts, ([0], [0] * 4, [0], [0] * 3), strict=True)),
+  )
+  record = {
+    "source": jobs._source_record(fake),
+    "counts": {name: len(part) for name, part in fake.parts.items()},
+  }
+  assert request_page.source(record) == [
+    ("Files of scans", "14"),
+    ("forgotten", "1"),
+    ("retained", "4"),
+    ("test images", "4"),
+    ("read, and not used", "2"),
+    ("left out: no ending, hidden", "3"),
+    ("besides, further pages of files that were read", "2"),
+  ]
+  # Of a run of before.
+  assert request_page.source({"counts": record["counts"]}) == []
+
+
+def test_home_in_options(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  arguments = ["--runs_dir=~/runs", "--data", "~/scans", "--where=a ~ 'b'"]
+  monkeypatch.setattr("sys.argv", ["program", *arguments])
+  job = cli.parse_job(recipes.Job, "test")
+  assert (job.runs_dir, job.dataset) == ("/home/me/runs", "/home/me/scans")
+  assert job.where == "a ~ 'b'"
 
 
 # Grey levels
