@@ -759,6 +759,20 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
   assert not _tree_of(tmp_path / "new")
 
 
+def test_full_output_is_one_line(prepared_digits):
+  if not pathlib.Path("/dev/full").exists():
+    pytest.skip("no /dev/full on this system")
+  command = [sys.executable, "-m", "data_prep.prepare", "digits", "--data_dir"]
+  with open("/dev/full", "w") as full:
+    done = subprocess.run(
+      [*command, prepared_digits[0]], stdout=full, stderr=-1, cwd=ROOT
+    )
+  assert done.returncode == 2
+  assert done.stderr.splitlines() == [
+    b"error: the output cannot be written: No space left on device"
+  ]
+
+
 def test_no_home(monkeypatch):
   def fail(path):
     raise RuntimeError("Could not determine home directory.")
