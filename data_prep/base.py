@@ -4,6 +4,7 @@ A builder states its features in `_info` (through `image_info`) and yields
 `Example`s in `_generate_examples` (through `records`).
 """
 
+import contextlib
 import io
 import os
 import pathlib
@@ -54,6 +55,9 @@ class Options(NamedTuple):
     encoding: Of that file.
     group: Column of it whose images stay on one side of the split.
     seed: Of the split and of the order of the rows.
+    window: How DICOM files become grey levels: `"file"` by the window that each
+      states and else by the range of all, `"full"` by that range, or
+      `"CENTER,WIDTH"`.
     is_skipping_corrupt: Whether to leave out images that cannot be decoded.
   """
 
@@ -63,6 +67,7 @@ class Options(NamedTuple):
   encoding: str | None = None
   group: str | None = None
   seed: int | None = None
+  window: str | None = None
   is_skipping_corrupt: bool = False
 
   def given(self) -> dict[str, Any]:
@@ -177,6 +182,7 @@ class ImageBuilder(  # type: ignore[call-arg]
       disable_shuffling=True,
       metadata=tfds.core.MetadataDict(
         source=origin,
+        class_names=list(class_names),
         columns=typed,
         settings=self.settings(),
         notes=[],
@@ -245,23 +251,27 @@ class ImageBuilder(  # type: ignore[call-arg]
     """
     return ()
 
-  def write(self) -> None:
+  def write(self, root: pathlib.Path) -> None:
     """Writes all splits in their order, a few examples at a time.
 
     TFDS's own `download_and_prepare` keeps a split in memory, and from 1 GB on
     needs TensorFlow.
 
+    Args:
+      root: The folder that the user named, for messages.
+
     Raises:
-      ValueError: If the raw files are not of the right form, or a split is
-        empty.
+      ValueError: If the raw files are not of the right form, a split is empty,
+        or the folder cannot be written.
     """
     folder = pathlib.Path(self.data_dir)
-    folder.mkdir(parents=True)
     splits = self._split_generators(None)
-    writer = tfds.core.SequentialWriter(
-      self.info, _EXAMPLES_PER_SHARD, file_format="array_record"
-    )
-    writer.initialize_splits(list(splits))
+    with _writing(root):
+      folder.mkdir(parents=True)
+      writer = tfds.core.SequentialWriter(
+        self.info, _EXAMPLES_PER_SHARD, file_format="array_record"
+      )
+      writer.initialize_splits(list(splits))
     empty = []
     for split, records in splits.items():
       num_records = 0
@@ -270,15 +280,18 @@ class ImageBuilder(  # type: ignore[call-arg]
         part.append(record)
         num_records += 1
         if len(part) == _EXAMPLES_PER_WRITE:
-          writer.add_examples({split: part})
+          with _writing(root):
+            writer.add_examples({split: part})
           part = []
-      writer.add_examples({split: part})
+      with _writing(root):
+        writer.add_examples({split: part})
       if not num_records:
         empty.append(split)
     self.info.metadata["notes"] = list(self.finish())
     if empty:
       raise ValueError(f"source must have images in {empty[0]}, got none")
-    writer.close_all()
+    with _writing(root):
+      writer.close_all()
 
 
 def prepare(
@@ -314,6 +327,12 @@ def prepare(
       or its value is wrong, or the set is already there with other options.
   """
   builder, full_name, chosen = _resolve(name, set_name, Options(**options))
+  if source is not None:
+    source = data.expanded(source, "source")
+  if chosen.metadata is not None:
+    chosen = chosen._replace(
+      metadata=data.expanded(chosen.metadata, "metadata")
+    )
   if source is not None and not pathlib.Path(source).exists():
     raise ValueError(
       f"source must be an existing file or folder, got {os.fspath(source)!r}"
@@ -342,12 +361,27 @@ def prepare(
       is_shown=is_shown,
       options=chosen,
     )
-    made.write()
+    made.write(root)
     if not is_overwriting and data.is_prepared(folder):
       # Another process was faster, and somebody may be reading its files.
       return _describe(full_name, folder, is_new=False)
-    _swap(pathlib.Path(made.data_dir), folder, pathlib.Path(work_dir) / "old")
+    with _writing(root):
+      _swap(pathlib.Path(made.data_dir), folder, pathlib.Path(work_dir) / "old")
   return _describe(full_name, folder, is_new=True)
+
+
+@contextlib.contextmanager
+def _writing(root: pathlib.Path) -> Iterator[None]:
+  """Says which folder is full or read-only, whatever writing raises."""
+  try:
+    yield
+  # RuntimeError: of ArrayRecord.
+  except (OSError, RuntimeError) as error:
+    reason = getattr(error, "strerror", None) or str(error)
+    raise ValueError(
+      "data_dir must be a folder that can be written and has room, got"
+      f" {str(root)!r}: {' '.join(reason.split())}"
+    ) from error
 
 
 def encode_png(image: Image.Image) -> bytes:
@@ -456,7 +490,7 @@ def _check_same(
   source: str | os.PathLike[str] | None,
 ) -> None:
   """Raises ValueError if a set was prepared otherwise than is now wished."""
-  stored = tfds.builder_from_directory(folder).info.metadata or {}
+  stored = data.read_builder(folder).info.metadata or {}
   settings = stored.get("settings") or {}
   # What it leaves out, if anything, the notes tell.
   wished = options._replace(is_skipping_corrupt=False).given()
@@ -469,10 +503,35 @@ def _check_same(
         f"{option} must be {settings.get(option)!r}, as {name!r} is prepared in"
         f" {folder}, got {value!r}; --overwrite prepares it anew"
       )
+  recorded = stored.get("fingerprint")
+  if recorded and source and settings.get("source") == absolute(source):
+    _check_unchanged(name, recorded, source, settings.get("metadata"))
+
+
+def _check_unchanged(
+  name: str,
+  recorded: Mapping[str, str | None],
+  source: str | os.PathLike[str],
+  metadata: str | None,
+) -> None:
+  """Raises ValueError if a source or its table is not as it was."""
+  from data_prep import image_tree
+
+  now = image_tree.fingerprint(pathlib.Path(source), metadata)
+  if now["files"] != recorded["files"]:
+    what = f"source must be as it was, got {os.fspath(source)!r}"
+  elif now != recorded:
+    what = f"metadata must be as it was, got {metadata!r}"
+  else:
+    return
+  raise ValueError(
+    f"{what}, which has changed since {name!r} was prepared from it;"
+    " --overwrite prepares it anew"
+  )
 
 
 def _describe(name: str, folder: pathlib.Path, *, is_new: bool) -> Prepared:
-  info = tfds.builder_from_directory(folder).info
+  info = data.read_builder(folder).info
   metadata = info.metadata or {}
   return Prepared(
     folder=folder,

@@ -50,7 +50,9 @@ class PsgImageFolder(image_tree.ImageTreeBuilder):
 
   def make_plan(self, source: pathlib.Path) -> image_tree.Plan:
     """Lists the classes, reads the table, and splits where folders do not."""
-    tree = sources.strip_wrappers(sources.list_files(source), _SPLIT_NAMES)
+    tree, headers = image_tree.read_headers(
+      sources.strip_wrappers(sources.list_files(source), _SPLIT_NAMES)
+    )
     class_names, found, notes = _find_images(tree)
     classes = {
       path: class_names[label]
@@ -64,6 +66,7 @@ class PsgImageFolder(image_tree.ImageTreeBuilder):
       path=None if metadata is None else str(metadata),
       encoding=self.options.encoding,
     )
+    table, said = image_tree.add_columns(table, headers, classes)
     groups = self._groups(table, tree)
     if "all" in found:
       found = _split(found["all"], groups, self.seed)
@@ -75,10 +78,14 @@ class PsgImageFolder(image_tree.ImageTreeBuilder):
           )
     else:
       notes += _across(found, groups, self.group())
-    outside = sum(map(sources.is_image, tree.paths)) - len(classes)
-    if outside:
-      notes += (f"{outside:,} images outside class folders are left out",)
-    return image_tree.Plan(tree, class_names, found, table, (*notes, *more))
+    return image_tree.Plan(
+      tree,
+      class_names,
+      found,
+      table,
+      (*notes, *more, *said),
+      None if metadata is None else image_tree.read_file(str(metadata)),
+    )
 
   def _groups(
     self, table: tables.Table | None, tree: sources.Tree

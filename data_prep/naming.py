@@ -141,7 +141,7 @@ def command(name: str, settings: Mapping[str, Any] | None = None) -> str:
     words += ["--name", parsed.key if parsed.is_own else "NAME"]
     if "size" in settings:
       words += ["--size", str(settings["size"])]
-  for option in ("fit", "metadata", "encoding", "group", "seed"):
+  for option in ("fit", "metadata", "encoding", "group", "seed", "window"):
     if option in settings:
       words += [f"--{option}", str(settings[option])]
   if settings.get("is_skipping_corrupt"):

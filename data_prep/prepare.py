@@ -12,6 +12,8 @@ environment variable PSG_JAX_DATA, else to ~/.cache/psg_jax.
 """
 
 import dataclasses
+import io
+import os
 import pathlib
 import sys
 import time
@@ -43,6 +45,8 @@ class Options:
     group: Column of it whose images stay on one side of the split, such as
       patient_id.
     seed: Of the split and of the order of the images.
+    window: How DICOM files become grey levels: file (the window that each
+      states, else the range of all), full (that range), or CENTER,WIDTH.
     skip_corrupt: Leave out images that cannot be decoded.
   """
 
@@ -57,52 +61,72 @@ class Options:
   encoding: str | None = None
   group: str | None = None
   seed: int | None = None
+  window: str | None = None
   skip_corrupt: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
 
 def main() -> None:
   """Runs the program; wrong input ends it with one line and status 2."""
+  for stream in (sys.stdout, sys.stderr):
+    if isinstance(stream, io.TextIOWrapper):
+      # Names of files that the locale cannot write.
+      stream.reconfigure(errors="backslashreplace")
   options = tyro.cli(
     Options, prog="python -m data_prep.prepare", use_underscores=True
   )
-  start = time.monotonic()
   try:
-    prepared = base.prepare(
-      options.dataset,
-      data_dir=options.data_dir,
-      source=options.source,
-      is_overwriting=options.overwrite,
-      is_shown=True,
-      set_name=options.name,
-      size=options.size,
-      fit=options.fit,
-      metadata=options.metadata,
-      encoding=options.encoding,
-      group=options.group,
-      seed=options.seed,
-      is_skipping_corrupt=options.skip_corrupt,
-    )
+    _print(_run(options))
   except (OSError, ValueError) as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(2) from None
   except KeyboardInterrupt:
     print("interrupted: nothing was changed", file=sys.stderr)
     raise SystemExit(130) from None
+
+
+def _print(text: str) -> None:
+  """Prints a result; raises OSError if the output is full or closed."""
+  try:
+    print(text, flush=True)
+  except OSError as error:
+    # Else Python tries again when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    raise OSError(f"the output cannot be written: {error.strerror}") from error
+
+
+def _run(options: Options) -> str:
+  """Prepares the set and says what was done."""
+  start = time.monotonic()
+  prepared = base.prepare(
+    options.dataset,
+    data_dir=options.data_dir,
+    source=options.source,
+    is_overwriting=options.overwrite,
+    is_shown=True,
+    set_name=options.name,
+    size=options.size,
+    fit=options.fit,
+    metadata=options.metadata,
+    encoding=options.encoding,
+    group=options.group,
+    seed=options.seed,
+    window=options.window,
+    is_skipping_corrupt=options.skip_corrupt,
+  )
   counts = ", ".join(
     f"{count:,} {split}" for split, count in prepared.num_images.items()
   )
   notes = "".join(f"; {note}" for note in prepared.notes)
   if prepared.is_new:
     seconds = time.monotonic() - start
-    print(
+    return (
       f"prepared {prepared.name} ({counts}) from {prepared.source} in"
       f" {seconds:.1f} s: {prepared.folder}{notes}"
     )
-  else:
-    print(
-      f"{prepared.name} ({counts}) is already prepared from {prepared.source}:"
-      f" {prepared.folder}; --overwrite redoes it{notes}"
-    )
+  return (
+    f"{prepared.name} ({counts}) is already prepared from {prepared.source}:"
+    f" {prepared.folder}; --overwrite redoes it{notes}"
+  )
 
 
 if __name__ == "__main__":

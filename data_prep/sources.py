@@ -1,21 +1,60 @@
 """Raw files: folders and zips of images by class, and downloads."""
 
+import collections
+import functools
 import hashlib
 import http.client
+import json
 import os
 import pathlib
+import stat
 import tempfile
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from data_prep import dicom
 from psg_jax import progress
+
+METADATA_FILE = "metadata.csv"
 
 IMAGE_SUFFIXES = frozenset(
   {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 )
+SYSTEM_FOLDERS = frozenset(
+  {
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "@eadir",
+    "@recently-snapshot",
+    "@recycle",
+    "@tmp",
+    "__macosx",
+    "lost+found",
+    "system volume information",
+  }
+)
+"""What systems and network drives put among files; in lower case."""
+# The preview in them, which is all that a decoder finds, is not the image.
+_RAW_SUFFIXES = frozenset(
+  {
+    *(".3fr", ".arw", ".cr2", ".dng", ".erf", ".iiq", ".nef", ".nrw"),
+    *(".orf", ".pef", ".rw2", ".sr2", ".srw"),
+    *(".ndpi", ".scn", ".svs"),
+  }
+)
+HEAD_BYTES = 132
+"""From them the kind of a file is known."""
+_ARCHIVES = {
+  b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+  b"Rar!": "a rar archive",
+  b"\x1f\x8b": "a gzip file, such as a tar archive",
+  b"BZh": "a bzip2 file, such as a tar archive",
+  b"\xfd7zXZ": "an xz file, such as a tar archive",
+}
 MAX_FILE_BYTES = 512 << 20
 """Of one image or table, whether in a folder or unpacked from a zip."""
 MAX_TOTAL_BYTES = 1 << 40
@@ -33,16 +72,46 @@ class Tree(NamedTuple):
 
   Attributes:
     name: The folder or zip, for messages.
-    paths: Every file's path with "/", relative to the root, sorted; hidden
-      files are left out.
+    paths: Every file's path with "/", relative to the root, sorted; without
+      those that are left out.
     folders: Every folder's path, empty ones too.
-    read: Path -> content.
+    read: Path, and how many bytes at most (-1 for all) -> content.
+    kind: Path -> `"image"`, `"DICOM"` or `""`, by its ending, or else by its
+      first bytes.
+    left_out: Path in the folder or zip -> why it is not read, such as
+      `"hidden"`.
+    fingerprint: A SHA-256 that changes with the files: of a folder by path,
+      size and time of change, of a zip by path, size and checksum.
+    root: Path of the root in the folder or zip, with a slash behind, or "".
   """
 
   name: str
   paths: tuple[str, ...]
   folders: frozenset[str]
-  read: Callable[[str], bytes]
+  read: Callable[..., bytes]
+  kind: Callable[[str], str]
+  left_out: Mapping[str, str]
+  fingerprint: str
+  root: str = ""
+
+  def is_read(self, path: str) -> bool:
+    """Whether a file is an image that can be read here."""
+    kind = self.kind(path)
+    return bool(kind) and (kind != "DICOM" or dicom.is_available())
+
+  def without(self, left_out: Mapping[str, str]) -> "Tree":
+    """Leaves files out, path -> why."""
+    named = {self.root + path: why for path, why in left_out.items()}
+    return self._replace(
+      paths=tuple(path for path in self.paths if path not in left_out),
+      left_out={**self.left_out, **named},
+    )
+
+  def reason(self, path: str) -> str:
+    """Returns why a file outside all that is read is left out."""
+    if self.is_read(path):
+      return "outside class folders"
+    return "DICOM, without pydicom" if self.kind(path) else "not an image"
 
 
 def check_entry(name: str, archive: str) -> None:
@@ -87,11 +156,45 @@ def list_files(source: pathlib.Path) -> Tree:
   """Lists a folder or zip, as `open_tree` without a look at its form."""
   if source.is_dir():
     return _folder_tree(source)
-  if zipfile.is_zipfile(source):
+  # Anything else, such as a pipe, would be waited for.
+  if source.is_file() and zipfile.is_zipfile(source):
     return _zip_tree(source)
   raise ValueError(
     f"source must be a folder or a zip of images, got {str(source)!r}"
+    f"{_what_it_is(source)}"
   )
+
+
+def _what_it_is(source: pathlib.Path) -> str:
+  """Says what a file is instead of a zip, where its first bytes tell."""
+  if not source.is_file():
+    return ", which is neither"
+  with source.open("rb") as file:
+    head = file.read(512)
+  found = [_ARCHIVES[start] for start in _ARCHIVES if head.startswith(start)]
+  if head[257:262] == b"ustar":
+    found = ["a tar archive"]
+  if found:
+    return f", which is {found[0]}: unpack it, and name the folder"
+  if kind_of(head):
+    return ", which is an image: name the folder around the class folders"
+  return ""
+
+
+def kind_of(head: bytes) -> str:
+  """Returns what a file is by its first bytes: `"image"`, `"DICOM"` or `""`."""
+  if head[128:132] == b"DICM":
+    return "DICOM"
+  is_image = (
+    head.startswith(
+      (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
+    )
+    or head.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"))
+    or (head.startswith(b"RIFF") and head[8:12] == b"WEBP")
+    # Text may begin with BM, too.
+    or (head.startswith(b"BM") and head[6:10] == bytes(4))
+  )
+  return "image" if is_image else ""
 
 
 def strip_wrappers(tree: Tree, top_folders: Iterable[str]) -> Tree:
@@ -106,9 +209,9 @@ def strip_wrappers(tree: Tree, top_folders: Iterable[str]) -> Tree:
     The files below.
   """
   while True:
-    outer = {path.partition("/")[0] for path in (*tree.paths, *tree.folders)}
+    outer = {path.partition("/")[0] for path in tree.folders}
     is_class = any(
-      path.count("/") == 1 and is_image(path) for path in tree.paths
+      path.count("/") == 1 and tree.kind(path) for path in tree.paths
     )
     if is_class or {name.lower() for name in outer} & set(top_folders):
       return tree
@@ -118,17 +221,12 @@ def strip_wrappers(tree: Tree, top_folders: Iterable[str]) -> Tree:
     tree = inner
 
 
-def is_image(path: str) -> bool:
-  """Whether a file is an image by its suffix."""
-  return pathlib.PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
-
-
 def images_by_class(
   tree: Tree, folder: str, class_names: Sequence[str] | None = None
 ) -> dict[str, list[str]]:
   """Finds the images of each class folder.
 
-  Files that are no images by their suffix are left out.
+  Files that are no images by their ending or content are left out.
 
   Args:
     tree: The files.
@@ -159,11 +257,11 @@ def images_by_class(
   images: dict[str, list[str]] = {name: [] for name in expected}
   for path in tree.paths:
     class_name, _, rest = path.removeprefix(prefix).partition("/")
-    if path.startswith(prefix) and rest and is_image(path):
+    if path.startswith(prefix) and rest and tree.is_read(path):
       images[class_name].append(path)
   for name, paths in images.items():
     if not paths:
-      state = "is empty" if name in found else "is missing"
+      state = _state(tree, f"{prefix}{name}") if name in found else "is missing"
       raise ValueError(
         f"source must have images of every class, got {tree.name!r} where the"
         f" class folder {prefix}{name} {state}"
@@ -174,6 +272,53 @@ def images_by_class(
       f" {tree.name!r}"
     )
   return images
+
+
+def _state(tree: Tree, folder: str) -> str:
+  """Says what a folder without images holds instead."""
+  prefix = f"{folder}/"
+  there = {
+    path: tree.reason(path) for path in tree.paths if path.startswith(prefix)
+  }
+  there |= {
+    path: why
+    for path, why in tree.left_out.items()
+    if f"{path}/".startswith(tree.root + prefix)
+  }
+  if not there:
+    return "is empty"
+  items = sum_up(there)
+  more = dicom.ADVICE if any("pydicom" in each["why"] for each in items) else ""
+  return f"holds none, but {describe(items)}{more}"
+
+
+def sum_up(left_out: Mapping[str, str]) -> list[dict[str, Any]]:
+  """Counts what is left out by reason and ending.
+
+  Args:
+    left_out: Path -> why.
+
+  Returns:
+    For each reason and ending `why`, `ending`, `count` and `first`, a path; the
+    commonest first.
+  """
+  found: dict[tuple[str, str], list[str]] = {}
+  for path in sorted(left_out):
+    ending = pathlib.PurePosixPath(path).suffix.lower()
+    found.setdefault((left_out[path], ending), []).append(path)
+  items = [
+    {"why": why, "ending": ending, "count": len(paths), "first": paths[0]}
+    for (why, ending), paths in found.items()
+  ]
+  return sorted(items, key=lambda item: -item["count"])
+
+
+def describe(items: Iterable[Mapping[str, Any]]) -> str:
+  """Returns what `sum_up` counted as a phrase."""
+  return ", ".join(
+    f"{item['count']:,} {item['ending'] or 'without ending'} ({item['why']})"
+    for item in items
+  )
 
 
 def download(
@@ -244,27 +389,168 @@ def _copy(
   return digest.hexdigest()
 
 
+class _Found(NamedTuple):
+  """What a walk through a folder found, by path with "/"; see `Tree`.
+
+  Attributes:
+    stamps: File -> size in bytes and time of change in nanoseconds.
+    folders: All folders.
+    left_out: What is not read -> why.
+  """
+
+  stamps: dict[str, tuple[int, int]]
+  folders: set[str]
+  left_out: dict[str, str]
+
+
 def _folder_tree(source: pathlib.Path) -> Tree:
-  def read(path: str) -> bytes:
-    size = (source / path).stat().st_size
-    if size > MAX_FILE_BYTES:
+  # Bytes: names are UTF-8 whatever the locale says.
+  top = os.fsencode(source)
+
+  def read(path: str, num_bytes: int = -1) -> bytes:
+    full = os.path.join(top, path.encode("utf-8", "surrogateescape"))
+    size = os.stat(full).st_size
+    if size > MAX_FILE_BYTES and num_bytes < 0:
       raise ValueError(
         f"source must hold files of at most {MAX_FILE_BYTES:,} bytes, got"
         f" {path!r} of {size:,} in {str(source)!r}"
       )
-    return (source / path).read_bytes()
+    with open(full, "rb") as file:
+      return file.read(num_bytes)
 
-  paths, folders = [], []
-  for folder, subfolders, files in os.walk(source):
-    relative = pathlib.Path(folder).relative_to(source)
-    paths += [(relative / name).as_posix() for name in files]
-    folders += [(relative / name).as_posix() for name in subfolders]
+  found = _walk(top)
+  kind = _kinds(read)
+  listing = []
+  for path in sorted({*found.stamps, *found.left_out}):
+    stamp: Any = None
+    if path in found.stamps and kind(path):
+      stamp = found.stamps[path]
+    elif path in found.stamps and _is_metadata(path):
+      stamp = hashlib.sha256(read(path)).hexdigest()
+    # What systems add comes and goes.
+    if found.left_out.get(path) not in _SYSTEM_REASONS:
+      listing.append([path, stamp])
   return Tree(
     name=str(source),
-    paths=_visible(paths),
-    folders=frozenset(_visible(folders)),
+    paths=tuple(sorted(found.stamps)),
+    folders=frozenset(found.folders),
     read=read,
+    kind=kind,
+    left_out=found.left_out,
+    fingerprint=_digest(listing),
   )
+
+
+def _walk(top: bytes) -> _Found:
+  """Lists a folder and, after all else, the folders behind links in it.
+
+  A folder is read once: links that lead back, or to what is read already, are
+  left out.
+  """
+  found = _Found({}, set(), {})
+  around = os.path.realpath(top)
+  seen: set[tuple[int, int]] = set()
+  waiting, links = collections.deque([""]), collections.deque[str]()
+  while waiting or links:
+    folder = waiting.popleft() if waiting else links.popleft()
+    full = os.path.join(top, folder.encode("utf-8", "surrogateescape"))
+    try:
+      status = os.stat(full)
+      if (status.st_dev, status.st_ino) in seen:
+        found.left_out[folder] = "link to a folder that is read already"
+        continue
+      seen.add((status.st_dev, status.st_ino))
+      entries = sorted(os.scandir(full), key=lambda entry: entry.name)
+    except OSError:
+      found.left_out[folder] = "folder that cannot be read"
+      continue
+    for entry in entries:
+      name = entry.name.decode("utf-8", "surrogateescape")
+      path = f"{folder}/{name}" if folder else name
+      if _reason(name):
+        found.left_out.update(_hidden(entry, path, _reason(name)))
+      elif not entry.is_dir():
+        _add_file(found, entry, path)
+      elif not entry.is_symlink():
+        found.folders.add(path)
+        waiting.append(path)
+      elif _is_around(os.path.realpath(entry.path), around):
+        found.left_out[path] = "link that leads back"
+      else:
+        found.folders.add(path)
+        links.append(path)
+  return found
+
+
+def _is_around(folder: bytes, inner: bytes) -> bool:
+  return os.path.join(inner, b"").startswith(os.path.join(folder, b""))
+
+
+def _add_file(found: _Found, entry: os.DirEntry[bytes], path: str) -> None:
+  try:
+    status = entry.stat()
+  except OSError:
+    found.left_out[path] = "broken link"
+    return
+  if stat.S_ISREG(status.st_mode):
+    found.stamps[path] = (status.st_size, status.st_mtime_ns)
+  else:
+    found.left_out[path] = "pipe or other special file"
+
+
+def _hidden(
+  entry: os.DirEntry[bytes], path: str, reason: str
+) -> Iterator[tuple[str, str]]:
+  """Yields each file of a hidden entry, and why it is left out."""
+  if not entry.is_dir(follow_symlinks=False):
+    yield path, reason
+    return
+  for folder, _, names in os.walk(entry.path):
+    inner = os.path.relpath(folder, entry.path)
+    for name in names:
+      below = os.path.normpath(os.path.join(inner, name))
+      yield f"{path}/{below.decode('utf-8', 'surrogateescape')}", reason
+
+
+_SYSTEM_REASONS = ("hidden", "system folder")
+
+
+def _reason(path: str) -> str:
+  """Returns why a path is left out by its names, or ""."""
+  for name in path.split("/"):
+    if name.lower() in SYSTEM_FOLDERS:
+      return _SYSTEM_REASONS[1]
+    if name.startswith("."):
+      return _SYSTEM_REASONS[0]
+  return ""
+
+
+def _kinds(read: Callable[..., bytes]) -> Callable[[str], str]:
+  """Returns the function that tells what a file is, and remembers it."""
+
+  @functools.cache
+  def kind(path: str) -> str:
+    suffix = pathlib.PurePosixPath(path).suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+      return "image"
+    if suffix in dicom.SUFFIXES:
+      return "DICOM"
+    if suffix in _RAW_SUFFIXES:
+      return ""
+    try:
+      return kind_of(read(path, HEAD_BYTES))
+    except (OSError, ValueError):
+      return ""
+
+  return kind
+
+
+def _is_metadata(path: str) -> bool:
+  return path.rpartition("/")[2] == METADATA_FILE
+
+
+def _digest(listing: Any) -> str:
+  return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 def _zip_tree(source: pathlib.Path) -> Tree:
@@ -274,19 +560,18 @@ def _zip_tree(source: pathlib.Path) -> Tree:
     raise ValueError(
       f"source must be a whole zip, got {str(source)!r}: {error}"
     ) from error
-  entries = archive.infolist()
-  for entry in entries:
-    check_entry(entry.filename, str(source))
-  _check_sizes(entries, str(source))
-  folders = {entry.filename.rstrip("/") for entry in entries if entry.is_dir()}
-  paths = [entry.filename for entry in entries if not entry.is_dir()]
-  for path in [*paths, *folders]:
+  named = _named_entries(archive)
+  folders = {path.rstrip("/") for path, _ in named if path.endswith("/")}
+  files = [(path, info) for path, info in named if not path.endswith("/")]
+  for path in [*folders, *(path for path, _ in files)]:
     parents = pathlib.PurePosixPath(path).parents
     folders.update(str(parent) for parent in parents if str(parent) != ".")
+  entries = dict(files)
 
-  def read(path: str) -> bytes:
+  def read(path: str, num_bytes: int = -1) -> bytes:
     try:
-      return archive.read(path)
+      with archive.open(entries[path]) as file:
+        return file.read(num_bytes)
     # RuntimeError: encrypted. NotImplementedError: an unknown compression.
     except (
       OSError,
@@ -301,16 +586,70 @@ def _zip_tree(source: pathlib.Path) -> Tree:
         f" {path!r} cannot be read: {error}"
       ) from error
 
-  return Tree(str(source), _visible(paths), frozenset(_visible(folders)), read)
+  left_out = {path: _reason(path) for path in entries if _reason(path)}
+  left_out |= {
+    path: "link in a zip"
+    for path, info in files
+    if stat.S_ISLNK(info.external_attr >> 16)
+  }
+  kind = _kinds(read)
+  _check_sizes(
+    [
+      info
+      for path, info in files
+      if path not in left_out and (kind(path) or path.lower().endswith(".csv"))
+    ],
+    str(source),
+  )
+  return Tree(
+    name=str(source),
+    # One that is there twice is found later.
+    paths=tuple(sorted(path for path, _ in files if path not in left_out)),
+    folders=frozenset(path for path in folders if not _reason(path)),
+    read=read,
+    kind=kind,
+    left_out=left_out,
+    fingerprint=_digest(
+      sorted([path, info.file_size, info.CRC] for path, info in files)
+    ),
+  )
 
 
-def _check_sizes(entries: Iterable[zipfile.ZipInfo], archive: str) -> None:
+def _named_entries(
+  archive: zipfile.ZipFile,
+) -> list[tuple[str, zipfile.ZipInfo]]:
+  """Returns each entry with its path; that of a folder ends in a slash.
+
+  Raises:
+    ValueError: If one would leave its folder.
+  """
+  infos = archive.infolist()
+  # Some programs for Windows write backslashes.
+  is_windows = not any("/" in info.filename for info in infos)
+  named = []
+  for info in infos:
+    path = _utf8_name(info)
+    if is_windows:
+      path = path.replace("\\", "/")
+    check_entry(path, str(archive.filename))
+    # Without "./" in front and double slashes.
+    plain = str(pathlib.PurePosixPath(path))
+    named.append((f"{plain}/" if path.endswith("/") else plain, info))
+  return [(path, info) for path, info in named if path != "./"]
+
+
+def _utf8_name(info: zipfile.ZipInfo) -> str:
+  """Returns an entry's name, also where UTF-8 is not flagged, as on a Mac."""
+  if info.flag_bits & 0x800:
+    return info.filename
+  try:
+    return info.filename.encode("cp437").decode("utf-8")
+  except UnicodeError:
+    return info.filename
+
+
+def _check_sizes(wanted: Sequence[zipfile.ZipInfo], archive: str) -> None:
   """Raises ValueError if what is read of a zip would unpack to too much."""
-  wanted = [
-    entry
-    for entry in entries
-    if is_image(entry.filename) or entry.filename.lower().endswith(".csv")
-  ]
   for entry in wanted:
     if entry.file_size > MAX_FILE_BYTES:
       raise ValueError(
@@ -331,33 +670,40 @@ def _check_sizes(entries: Iterable[zipfile.ZipInfo], archive: str) -> None:
     )
 
 
-def _visible(paths: Iterable[str]) -> tuple[str, ...]:
-  """Sorts, and leaves out hidden files and what macOS adds to its zips."""
-  return tuple(
-    sorted(
-      path
-      for path in paths
-      if not any(
-        part.startswith(".") or part == "__MACOSX" for part in path.split("/")
-      )
-    )
-  )
-
-
 def _strip_root(tree: Tree, top_folders: Sequence[str]) -> Tree:
-  """Makes a lone outer folder the root, if no wanted folder stands beside."""
-  outer = {path.partition("/")[0] for path in (*tree.paths, *tree.folders)}
+  """Makes a lone folder the root, if it is not a wanted one.
+
+  Files may stand beside it; a table there stays, unless there is one inside.
+  """
+  outer = {path.partition("/")[0] for path in tree.folders}
   if len(outer) != 1 or outer & set(top_folders):
     return tree
   (root,) = outer
-  prefix, read = f"{root}/", tree.read
-  if root in tree.paths:
-    return tree
+  prefix, read, kind = f"{root}/", tree.read, tree.kind
+  inside = [path for path in tree.paths if path.startswith(prefix)]
+  beside = {path for path in tree.paths if not path.startswith(prefix)}
+  is_outer_table = (
+    METADATA_FILE in beside and f"{prefix}{METADATA_FILE}" not in inside
+  )
+  paths = [path.removeprefix(prefix) for path in inside]
+  if is_outer_table:
+    beside.remove(METADATA_FILE)
+    paths.append(METADATA_FILE)
+
+  def full(path: str) -> str:
+    is_outer = is_outer_table and path == METADATA_FILE
+    return path if is_outer else prefix + path
+
+  tree = tree.without({path: tree.reason(path) for path in beside})
   return Tree(
     name=tree.name,
-    paths=tuple(path.removeprefix(prefix) for path in tree.paths),
+    paths=tuple(sorted(paths)),
     folders=frozenset(
       path.removeprefix(prefix) for path in tree.folders if path != root
     ),
-    read=lambda path: read(prefix + path),
+    read=lambda path, num_bytes=-1: read(full(path), num_bytes),
+    kind=lambda path: kind(full(path)),
+    left_out=tree.left_out,
+    fingerprint=tree.fingerprint,
+    root=tree.root + prefix,
   )

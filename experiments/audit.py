@@ -300,7 +300,7 @@ def check(options: Options) -> dict[str, Any]:
 
 def _check_pool(options: Options) -> None:
   """Counts what can be audited, before a run folder is made."""
-  train, test = sets.load(options)
+  train, test, _ = sets.load(options)
   if options.num_train is not None:
     checks.integer("num_train", options.num_train, at_least=1)
     train = data.subset(train, min(options.num_train, len(train)))

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import re
 import sys
@@ -68,13 +69,15 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
   for name in ("recipe", "run", "method"):
     first.add_argument(f"--{name}")
   first.add_argument("--data", "--dataset")
+  first.add_argument("--data_dir", "--data-dir")
   for name in _CRITERIA:
     first.add_argument(f"--{name}", nargs="*")
-  given, _ = first.parse_known_args()
+  given, _ = first.parse_known_args(_arguments())
   extends = {field.name for field in dataclasses.fields(options)}
   recipe = given.recipe or options().recipe
-  if given.recipe is None and given.data and sets.is_path(given.data):
-    recipe = "own"
+  if given.recipe is None and given.data:
+    is_own = sets.is_path(given.data, given.data_dir)
+    recipe = "own" if is_own else recipe
   job = recipes.find(recipe)
   if given.run is not None and "run" in extends:
     job = read_job(pathlib.Path(given.run))
@@ -119,7 +122,11 @@ def parse(
   try:
     with contextlib.redirect_stderr(said):
       given: _OptionsT = tyro.cli(
-        options, description=description, use_underscores=True, **defaults
+        options,
+        args=_arguments(),
+        description=description,
+        use_underscores=True,
+        **defaults,
       )
       return given
   except SystemExit as stop:
@@ -129,6 +136,19 @@ def parse(
     plain = re.sub(r"[^\x20-\x7e]+|-{3,}", " ", said.getvalue())
     words = " ".join(plain.split())
     raise ValueError(words or "the options cannot be read") from None
+
+
+def _arguments() -> list[str]:
+  """The arguments; of `--option=~/path`, the shell leaves the home as it is."""
+
+  def expand(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    if argument.startswith("--") and value.startswith("~"):
+      return f"{name}{equals}{os.path.expanduser(value)}"
+    is_path = argument.startswith("~/")
+    return os.path.expanduser(argument) if is_path else argument
+
+  return [expand(argument) for argument in sys.argv[1:]]
 
 
 def read_job(run_dir: pathlib.Path) -> recipes.Job:

@@ -22,6 +22,8 @@ import shutil
 import subprocess
 import sys
 import time
+import types as types_lib
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -94,6 +96,7 @@ class Context(NamedTuple):
     asked: What is to be forgotten: the request, its split and preview.
     model: The network.
     mesh: The devices; None for one.
+    source: What became of every file of the data set; see `sets.Loaded`.
   """
 
   job: recipes.Job
@@ -103,6 +106,7 @@ class Context(NamedTuple):
   asked: requests.Asked
   model: types.Model
   mesh: jax.sharding.Mesh | None
+  source: Mapping[str, Any] = types_lib.MappingProxyType({})
 
   @property
   def split(self) -> types.Split:
@@ -193,7 +197,7 @@ def prepare(
   if job.weights is not None and not pathlib.Path(job.weights).is_file():
     raise ValueError(f"weights must be a file, got {job.weights}")
   mesh = parallel.create_mesh(job.num_devices)
-  train, test = sets.load(job)
+  train, test, source_files = sets.load(job)
   if job.num_train is not None:
     if job.num_train > len(train):
       raise ValueError(
@@ -220,6 +224,7 @@ def prepare(
       std=std if job.std is None else job.std,
     ),
     mesh=mesh if mesh.size > 1 else None,
+    source=source_files,
   )
   unlearning.check_labels(
     job.unlearning.labels, job.unlearning.top_k, train.num_classes
@@ -841,9 +846,17 @@ def _git_commit() -> str | None:
 def _data_record(context: Context) -> dict[str, Any]:
   return {
     "class_names": list(context.train.class_names),
+    "source": _source_record(context),
     "counts": {name: len(part) for name, part in context.parts.items()},
     **requests.record(context.asked),
   }
+
+
+def _source_record(context: Context) -> dict[str, Any]:
+  """What became of every file: `read` are the four parts and those unused."""
+  num_used = sum(len(part) for part in context.parts.values())
+  num_read = context.source.get("read", num_used)
+  return {**context.source, "unused": num_read - num_used}
 
 
 def _save_twins(context: Context) -> None:

@@ -101,6 +101,13 @@ class Job:
   """Folder of the prepared data sets."""
   metadata: str | None = None
   """CSV with a column `file`, for a folder or zip that has none in it."""
+  encoding: str | None = None
+  """Of that file, such as latin-1; UTF-8 or UTF-16 where not given."""
+  window: str | None = None
+  """How DICOM files become grey levels: file (the window that each states,
+  else the range of all), full (that range), or CENTER,WIDTH."""
+  skip_corrupt: bool = False
+  """Leave out images of a folder or zip that cannot be decoded."""
   image_size: int = 224
   """Pixels a side, for a folder or zip."""
   streaming: bool = False

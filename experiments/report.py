@@ -134,6 +134,7 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
     has_reference="retrained" in run.metrics,
     tiles=_tiles(run),
     asked=request_page.asked(run.data),
+    source=request_page.source(run.data),
     twins=request_page.twins(run.data, run.twins),
     by_column=request_page.by_column(run.metrics, percent),
     distance=_distance(run),

@@ -47,6 +47,35 @@ def asked(data: Mapping[str, Any]) -> dict[str, Any] | None:
   }
 
 
+def source(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Returns what became of every file that the data set was prepared from.
+
+  Args:
+    data: The content of a run's `data.json`.
+
+  Returns:
+    Pairs of a name and a count, of which those after the first are its parts;
+    none for a run without them.
+  """
+  found, counts = data.get("source"), data.get("counts")
+  if not found or not counts:
+    return []
+  used = {
+    "forgotten": counts["train_forget"],
+    "retained": counts["train_retain"],
+    "test images": counts["test_forget"] + counts["test_retain"],
+    "read, and not used": found["unused"],
+  }
+  used |= {
+    f"left out: {item['ending'] or 'no ending'}, {item['why']}": item["count"]
+    for item in found.get("left_out", ())
+  }
+  rows = [(f"Files of {found['name']}", sum(used.values())), *used.items()]
+  pages = found.get("further_pages", {}).get("pages", 0)
+  rows.append(("besides, further pages of files that were read", pages))
+  return [(name, f"{count:,}") for name, count in rows if count]
+
+
 def twins(
   data: Mapping[str, Any], pictures: Mapping[str, np.ndarray] | None
 ) -> dict[str, Any] | None:

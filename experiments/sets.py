@@ -5,78 +5,169 @@ import json
 import os
 import pathlib
 import re
-from typing import Any
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-from data_prep import base
+from data_prep import base, dicom, image_tree, registry
 from experiments import recipes
 from psg_jax import checks, data, streaming, types
 
+# Of sets that were prepared otherwise, none is used.
+_VERSION = 2
+_OPTIONS = ("metadata", "encoding", "window", "skip_corrupt")
+"""Options of a job for a folder or zip alone."""
 
-def load(job: recipes.Job) -> tuple[types.Dataset, types.Dataset]:
+
+class Loaded(NamedTuple):
+  """The data of a job.
+
+  Attributes:
+    train: Training set, in memory or streamed.
+    test: Test set, likewise.
+    source: What became of every file that it was prepared from: `name`,
+      `files`, how many were `read`, and those `left_out` by reason and ending;
+      of a set whose files are not known one by one, `name` and `read` alone.
+  """
+
+  train: types.Dataset
+  test: types.Dataset
+  source: dict[str, Any]
+
+
+def load(job: recipes.Job) -> Loaded:
   """Loads the training and the test images of a job.
 
   A folder or zip is prepared on first use, into the folder of all prepared
-  sets, under a name made of its own and of the options.
+  sets, under a name made of its own, of the options and of what is in it.
 
   Args:
     job: The options.
 
   Returns:
-    Training and test set, in memory or streamed.
+    The images, and the account of their source.
 
   Raises:
     ValueError: If the set is unknown, missing, not prepared or damaged.
   """
   check(job)
-  name = _prepare(job) if is_path(job.dataset) else job.dataset
+  is_own = is_path(job.dataset, job.data_dir)
+  name = _prepare(job) if is_own else job.dataset
   read = streaming.load if job.streaming else data.load
   train, test = (
     read(name, split, data_dir=job.data_dir) for split in data.SPLITS
   )
-  return train, test
+  return Loaded(train, test, _account(job, name, len(train) + len(test)))
+
+
+def _account(job: recipes.Job, name: str, num_images: int) -> dict[str, Any]:
+  builder = data.open_builder(name, data.SPLITS[0], data_dir=job.data_dir)
+  stored = builder.info.metadata or {}
+  source = stored.get("source") or job.dataset
+  account = stored.get("account") or {"read": num_images}
+  return {"name": str(source), **account}
 
 
 def check(job: recipes.Job) -> None:
   """Raises ValueError unless the job names a set, or a folder or zip."""
-  if is_path(job.dataset):
-    if not pathlib.Path(job.dataset).expanduser().exists():
+  if is_path(job.dataset, job.data_dir):
+    if not data.expanded(job.dataset, "dataset").exists():
       raise ValueError(
         "dataset must be a prepared set or an existing folder or zip, got"
         f" {job.dataset}"
       )
     return
-  if job.metadata is not None:
-    raise ValueError(
-      "metadata must be given with a folder or zip as dataset alone, got"
-      f" {job.metadata} with {job.dataset}"
-    )
+  for option in _OPTIONS:
+    if getattr(job, option):
+      raise ValueError(
+        f"{option} must be given with a folder or zip as dataset alone, got"
+        f" {getattr(job, option)} with {job.dataset}"
+      )
   # The size is read where the set is looked up.
   name = job.dataset.partition("@")[0]
   checks.one_of("dataset", name, data.names(data.root_dir(job.data_dir)))
+  if pathlib.Path(job.dataset).exists():
+    say(
+      f"{job.dataset} is taken for the prepared set; ./{job.dataset} is the"
+      " folder or file of that name"
+    )
 
 
-def is_path(dataset: str) -> bool:
-  """Whether a data set is named by its path rather than by its name."""
-  return os.sep in dataset or dataset.endswith(".zip") or dataset in (".", "..")
+def say(message: str) -> None:
+  """Tells the user, beside the results of a program."""
+  print(message, file=sys.stderr, flush=True)
+
+
+def is_path(
+  dataset: str, data_dir: str | os.PathLike[str] | None = None
+) -> bool:
+  """Whether a data set is named by its path rather than by its name.
+
+  Args:
+    dataset: The data set. One without a slash is a path if it exists and no
+      set has that name.
+    data_dir: Folder of all prepared sets.
+  """
+  if os.sep in dataset or dataset in (".", "..", "~"):
+    return True
+  if dataset.lower().endswith(".zip"):
+    return True
+  if dataset.partition("@")[0] in registry.MODULES or not dataset:
+    return False
+  return pathlib.Path(dataset).exists() and dataset not in data.names(
+    data.root_dir(data_dir)
+  )
 
 
 def _prepare(job: recipes.Job) -> str:
   """Prepares a folder or zip; returns the name of the set."""
-  source = pathlib.Path(job.dataset).expanduser().resolve()
-  options: dict[str, Any] = {"size": job.image_size, "group": job.group}
+  source = data.expanded(job.dataset, "dataset").resolve()
+  metadata = None
   if job.metadata is not None:
-    options["metadata"] = str(pathlib.Path(job.metadata).resolve())
+    metadata = str(data.expanded(job.metadata, "metadata").resolve())
+  options: dict[str, Any] = {
+    "size": job.image_size,
+    "group": job.group,
+    "metadata": metadata,
+    "encoding": job.encoding,
+    "window": job.window,
+    "is_skipping_corrupt": job.skip_corrupt,
+  }
   # What was made of other content or with other options has another name.
-  stated = [str(source), source.stat().st_mtime_ns, options]
+  content = image_tree.fingerprint(source, metadata)
+  stated = [_VERSION, str(source), options, content, dicom.is_available()]
   digest = hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:10]
   stem = re.sub(r"[^a-z0-9]+", "_", source.stem.lower()).strip("_")
-  name = f"own_{stem}_{digest}"
-  base.prepare(
+  prefix = f"own_{stem}_"
+  if not data.set_dir(prefix + digest, job.data_dir).exists():
+    _say_changed(source, prefix, content, job.data_dir)
+  prepared = base.prepare(
     "image_folder",
     data_dir=job.data_dir,
     source=source,
-    set_name=name,
+    set_name=prefix + digest,
     is_shown=True,
     **options,
   )
-  return name
+  for note in prepared.notes:
+    say(f"{source}: {note}")
+  return prefix + digest
+
+
+def _say_changed(
+  source: pathlib.Path,
+  prefix: str,
+  content: Mapping[str, Any],
+  data_dir: str | None,
+) -> None:
+  """Says so where a source was prepared before and has changed since."""
+  for path in data.root_dir(data_dir).glob(f"psg_{prefix}*/*/metadata.json"):
+    try:
+      stored = json.loads(path.read_bytes())
+      is_same = stored["settings"]["source"] == str(source)
+      before = stored["fingerprint"]
+    except (KeyError, OSError, TypeError, ValueError):
+      continue
+    if is_same and before != content:
+      say(f"{source} or its metadata has changed: it is prepared anew")
+      return

@@ -10,11 +10,12 @@ than its own (`brain_tumor_mri@64`, in `psg_brain_tumor_mri_64`), or one that
 the user gave to images of their own (`my_eyes`).
 """
 
+import contextlib
 import io
 import math
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,7 +109,25 @@ def root_dir(
   """
   if data_dir is None:
     data_dir = os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/psg_jax"
-  return pathlib.Path(data_dir).expanduser().resolve()
+  return expanded(data_dir, f"data_dir (or {DATA_DIR_VARIABLE})").resolve()
+
+
+def expanded(path: str | os.PathLike[str], name: str) -> pathlib.Path:
+  """Returns a path with a `~` in front replaced.
+
+  Args:
+    path: The path.
+    name: Of the argument, for the message.
+
+  Raises:
+    ValueError: If there is no such home.
+  """
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError as error:
+    raise ValueError(
+      f"{name} must be given where there is no home, got {os.fspath(path)!r}"
+    ) from error
 
 
 def set_dir(
@@ -235,7 +254,7 @@ def open_builder(
   naming.parse(name)
   checks.one_of("split", split, SPLITS)
   version_dir = _find_version(name, data_dir)
-  builder = tfds.builder_from_directory(version_dir)
+  builder = read_builder(version_dir)
   shards = builder.info.splits[split].filepaths
   missing = [path.name for path in shards if not path.exists()]
   if missing:
@@ -245,6 +264,45 @@ def open_builder(
       f" {_command(name, data_dir, builder.info.metadata)} --overwrite"
     )
   return builder
+
+
+def read_builder(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
+  """Reads the description of a prepared set.
+
+  Args:
+    folder: Of the set's version.
+
+  Returns:
+    The TFDS builder.
+
+  Raises:
+    ValueError: If the description is damaged.
+  """
+  with _is_whole(folder):
+    builder = tfds.builder_from_directory(folder)
+    class_names = list(builder.info.features["label"].names)
+    metadata = dict(builder.info.metadata or {})
+    if metadata.get("class_names", class_names) != class_names:
+      raise ValueError("the names of the classes are not those it had")
+    for split in SPLITS:
+      assert builder.info.splits[split].num_examples
+  return builder
+
+
+@contextlib.contextmanager
+def _is_whole(folder: pathlib.Path) -> Iterator[None]:
+  """Says which set is damaged, whatever reading it raises."""
+  try:
+    yield
+  except MemoryError:
+    raise
+  # TFDS, ArrayRecord and Pillow differ in what they raise.
+  except Exception as error:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    raise ValueError(
+      f"data_dir holds a damaged set: {folder} cannot be read ({reason});"
+      " prepare it anew with --overwrite, or remove that folder"
+    ) from error
 
 
 def decode_image(content: bytes) -> np.ndarray:
@@ -467,6 +525,11 @@ def _records(builder: tfds.core.DatasetBuilder, split: str) -> Any:
 
 def _read(opened: OpenSet, images: np.ndarray | None) -> Table:
   """Reads a split, a part at a time, and its pixels into `images` if given."""
+  with _is_whole(opened.folder):
+    return _read_records(opened, images)
+
+
+def _read_records(opened: OpenSet, images: np.ndarray | None) -> Table:
   features = opened.builder.info.features
   source = _records(opened.builder, opened.split)
   columns: dict[str, list[Any]] = {

@@ -45,6 +45,8 @@ _READ_SIZE = 256
 _MATCH_SIZE = (256, 16_384)
 _CONFIRM_SIZE = 8192
 _MAX_PAIRS = 1_000_000
+# Of two groups of equal images, above which not each is paired with each.
+_MAX_GRID = 100
 _NUM_SHOWN = 5
 _FILE_COLUMN = "sha256"
 
@@ -107,7 +109,8 @@ class Twins:
 
   Attributes:
     pairs: Between the parts that were compared: in the order of `between`,
-      exact before near, by rows.
+      exact before near, by rows. Of large groups of equal images, each is there
+      with one of the other part, and `groups` has all.
     between: The pairs of parts that were compared.
     groups: All groups of two or more exact twins, also within a part, as part
       and id.
@@ -256,10 +259,13 @@ def find(
   found: list[Pair] = []
   for names in between:
     a, b = (prints[name] for name in names)
-    exact = _equal(codes[names[0]], codes[names[1]])
-    near = _near(a, b, max_distance, min_correlation)
-    is_new = codes[names[0]][near[0]] != codes[names[1]][near[1]]
-    near = near[:, is_new]
+    a_codes, b_codes = (codes[name] for name in names)
+    exact = _equal(a_codes, b_codes)
+    # Equal images are compared as one.
+    a_rows, b_rows = _firsts(a_codes), _firsts(b_codes)
+    near = _near(a.take(a_rows), b.take(b_rows), max_distance, min_correlation)
+    near = np.stack([a_codes[a_rows[near[0]]], b_codes[b_rows[near[1]]]])
+    near = _spread(a_codes, b_codes, near[:, near[0] != near[1]])
     kinds: tuple[tuple[Kind, np.ndarray], ...] = (
       ("exact", exact),
       ("near", near),
@@ -307,14 +313,17 @@ def moved_rows(found: Twins, *, near: bool = False) -> np.ndarray:
   forget_codes, codes = _contents([forget, retain])
   is_moved = np.isin(codes, forget_codes)
   newest = _join(forget, retain.take(is_moved))
+  newest = newest.take(_firsts(np.append(forget_codes, codes[is_moved])))
   while near and len(newest):
     rest = np.flatnonzero(~is_moved)
+    rest = rest[_firsts(codes[rest])]
     _, matches = _near(
       newest, retain.take(rest), found.max_distance, found.min_correlation
     )
     is_new = np.isin(codes, codes[rest[matches]]) & ~is_moved
     is_moved |= is_new
-    newest = retain.take(is_new)
+    new = np.flatnonzero(is_new)
+    newest = retain.take(new[_firsts(codes[new])])
   return np.flatnonzero(is_moved)
 
 
@@ -462,17 +471,50 @@ def _join(a: Fingerprints, b: Fingerprints) -> Fingerprints:
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  order = np.argsort(b, kind="stable")
-  starts, ends = (
-    np.searchsorted(b[order], a, side=side) for side in ("left", "right")
-  )
-  counts = ends - starts
-  _check_number(counts.sum())
-  rows = np.repeat(np.arange(len(a)), counts)
-  # Counts on from each start.
-  firsts = np.repeat(np.cumsum(counts) - counts, counts)
-  places = np.repeat(starts, counts) + np.arange(len(rows)) - firsts
-  return np.stack([rows, order[places]])
+  codes = np.intersect1d(a, b)
+  return _spread(a, b, np.stack([codes, codes]))
+
+
+def _spread(a: np.ndarray, b: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+  """Returns the images of pairs of codes.
+
+  Of small groups it is each with each; of others, such as a thousand blank
+  images, each with the first of the other side, so that their number grows as
+  that of the images.
+
+  Args:
+    a: The codes of one set.
+    b: Those of the other.
+    pairs: Codes of both, `[2, P]`.
+  """
+  sides = _rows_by_code(a), _rows_by_code(b)
+  found = [np.zeros((2, 0), np.int64)]
+  number = 0
+  for codes in zip(*pairs.tolist(), strict=True):
+    left, right = (side[code] for side, code in zip(sides, codes, strict=True))
+    if len(left) * len(right) <= _MAX_GRID:
+      rows = [np.repeat(left, len(right)), np.tile(right, len(left))]
+    else:
+      rows = [
+        np.append(left, np.full(len(right) - 1, left[0])),
+        np.append(np.full(len(left), right[0]), right[1:]),
+      ]
+    found.append(np.stack(rows))
+    number += len(rows[0])
+    _check_number(number)
+  matches = np.concatenate(found, axis=1)
+  return matches[:, np.lexsort(matches[::-1])]
+
+
+def _rows_by_code(codes: np.ndarray) -> dict[int, np.ndarray]:
+  order = np.argsort(codes, kind="stable")
+  found, starts = np.unique(codes[order], return_index=True)
+  return dict(zip(found.tolist(), np.split(order, starts[1:]), strict=False))
+
+
+def _firsts(codes: np.ndarray) -> np.ndarray:
+  """The first row of each code, in order."""
+  return np.sort(np.unique(codes, return_index=True)[1])
 
 
 def _near(

@@ -334,7 +334,7 @@ def _without(name: str):
     ),
     (
       lambda files: _without("test/frog/")(files) | {"test/frog/a.txt": b""},
-      "class folder test/frog is empty",
+      r"class folder test/frog holds none, but 1 \.txt \(not an image\)",
     ),
     (lambda files: files | {"train/unicorn/0.png": b""}, "got train/unicorn"),
   ],
@@ -710,3 +710,74 @@ def test_program_as_a_process():
   assert result.returncode == 2
   assert "--sauce" in result.stderr
   assert "Traceback" not in result.stderr
+
+
+# Damaged sets, and places that cannot be written.
+
+
+@pytest.fixture(scope="module")
+def prepared_digits(tmp_path_factory):
+  root = tmp_path_factory.mktemp("digits")
+  return root, base.prepare("digits", data_dir=root).folder
+
+
+@pytest.mark.parametrize(
+  ("name", "content"),
+  [
+    ("dataset_info.json", b"{"),
+    ("features.json", b"[1]"),
+    ("metadata.json", b"[1]"),
+    ("label.labels.txt", b"one"),
+    ("psg_digits-train.array_record-00000", b""),
+  ],
+)
+def test_damaged_set_is_named(tmp_path, prepared_digits, name, content):
+  root, folder = prepared_digits
+  shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+  copy = tmp_path / folder.relative_to(root)
+  (copy / name).write_bytes(content)
+  with pytest.raises(ValueError, match="data_dir holds a damaged set") as error:
+    data.load("digits", "train", data_dir=tmp_path)
+  assert str(copy) in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+  def fail(*unused, **options):
+    raise RuntimeError("write() failed: No space left on device;\nwriting x")
+
+  monkeypatch.setattr(base.tfds.core, "SequentialWriter", fail)
+  monkeypatch.setattr(
+    "sys.argv", ["prepare", "digits", "--data_dir", str(tmp_path / "new")]
+  )
+  with pytest.raises(SystemExit, match="2"):
+    prepare_program.main()
+  said = capsys.readouterr().err.splitlines()[-1]
+  assert said.startswith("error: data_dir must be a folder that can be written")
+  assert f"{tmp_path / 'new'}" in said
+  assert "No space left on device; writing x" in said
+  assert not _tree_of(tmp_path / "new")
+
+
+def test_full_output_is_one_line(prepared_digits):
+  if not pathlib.Path("/dev/full").exists():
+    pytest.skip("no /dev/full on this system")
+  command = [sys.executable, "-m", "data_prep.prepare", "digits", "--data_dir"]
+  with open("/dev/full", "w") as full:
+    done = subprocess.run(
+      [*command, prepared_digits[0]], stdout=full, stderr=-1, cwd=ROOT
+    )
+  assert done.returncode == 2
+  assert done.stderr.splitlines() == [
+    b"error: the output cannot be written: No space left on device"
+  ]
+
+
+def test_no_home(monkeypatch):
+  def fail(path):
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.delenv(data.DATA_DIR_VARIABLE, raising=False)
+  monkeypatch.setattr(pathlib.Path, "expanduser", fail)
+  with pytest.raises(ValueError, match=r"data_dir \(or PSG_JAX_DATA\) must be"):
+    data.root_dir()

@@ -1,7 +1,12 @@
+import dataclasses
 import datetime
 import hashlib
 import io
+import os
 import pathlib
+import struct
+import tarfile
+import types
 import zipfile
 import zlib
 
@@ -18,6 +23,7 @@ from data_prep import (
   sources,
   splits,
 )
+from experiments import cli, jobs, recipes, request_page, sets
 from psg_jax import data
 
 RNG = np.random.default_rng(0)
@@ -776,3 +782,347 @@ def test_program_interrupted_midway(tmp_path, monkeypatch, capsys):
   assert status == 130
   assert "interrupted: nothing was changed" in err
   assert _is_empty(out)
+
+
+# What is read, and what is left out
+
+
+def _account(tmp_path, name="mine"):
+  builder = data.open_builder(name, "train", data_dir=tmp_path / "out")
+  return builder.info.metadata["account"]
+
+
+def _from_folder(tmp_path, source, **options):
+  options = {"size": 8, "set_name": "mine"} | options
+  return base.prepare(
+    "image_folder", source=source, data_dir=tmp_path / "out", **options
+  )
+
+
+def test_every_file_is_accounted_for(tmp_path):
+  files = _files(4) | {
+    "cat/new.jfif": _png(form="JPEG"),
+    "cat/none": _png(form="WEBP"),
+    "dog/LOUD.JPE": _png(form="JPEG"),
+    "dog/shot.nef": _png(form="TIFF"),
+    "dog/notes.txt": b"BM is how this begins",
+    "dog/.hidden.png": _png(),
+    "dog/@eaDir/0.png/SYNOPHOTO_THUMB_M.jpg": _png(form="JPEG"),
+    "$RECYCLE.BIN/old.png": _png(),
+    "README.md": b"",
+    "lone.png": _png(),
+    "metadata.csv": b"file,who\ncat/none,x\n",
+  }
+  pages = io.BytesIO()
+  Image.new("L", (8, 8)).save(
+    pages, "TIFF", save_all=True, append_images=[Image.new("L", (8, 8))] * 2
+  )
+  source = _folder(
+    tmp_path / "raw", files | {"cat/pages.tif": pages.getvalue()}
+  )
+  elsewhere = _folder(tmp_path / "nas", {"far/1.png": _png()})
+  (source / "dog" / "more").symlink_to(elsewhere)
+  (source / "dog" / "again").symlink_to(elsewhere / "far")
+  (source / "dog" / "loop").symlink_to(tmp_path)
+  (source / "dog" / "gone.png").symlink_to("nowhere")
+  os.mkfifo(source / "cat" / "pipe.png")
+  prepared = _from_folder(tmp_path, source)
+  found = _account(tmp_path)
+  left_out = {
+    (item["why"], item["ending"]): item["count"] for item in found["left_out"]
+  }
+  assert left_out == {
+    ("not an image", ".nef"): 1,
+    ("not an image", ".txt"): 1,
+    ("not an image", ".md"): 1,
+    ("hidden", ".png"): 1,
+    ("system folder", ".jpg"): 1,
+    ("system folder", ".png"): 1,
+    ("outside class folders", ".png"): 1,
+    ("link that leads back", ""): 1,
+    ("link to a folder that is read already", ""): 1,
+    ("broken link", ".png"): 1,
+    ("pipe or other special file", ".png"): 1,
+  }
+  train, test = _load(tmp_path)
+  ids = {*train.ids, *test.ids}
+  assert {"cat/none", "dog/LOUD.JPE", "dog/again/1.png"} <= ids
+  assert found["read"] == len(ids) == 13
+  assert found["files"] == found["read"] + sum(left_out.values())
+  assert found["further_pages"] == {"pages": 2, "files": 1}
+  said = "; ".join(prepared.notes)
+  assert "1 .nef (not an image)" in said
+  assert "2 further pages of 1 files (cat/pages.tif)" in said
+
+
+def test_class_without_images_says_what_is_there(tmp_path):
+  files = _files() | {"eel/a.mp4": b"", "eel/b.mp4": b"", "eel/.c.png": _png()}
+  with pytest.raises(ValueError, match=r"eel holds none, but 2 \.mp4 \(not an"):
+    _prepare(tmp_path, files)
+
+
+@pytest.mark.parametrize(
+  "names",
+  [
+    ("cat\\0.png", "dog\\0.png", "cat\\1.png", "dog\\1.png", "dog\\"),
+    ("./cat/0.png", "./dog/0.png", "./cat/1.png", ".//dog/1.png"),
+  ],
+)
+def test_names_in_zips(tmp_path, names):
+  path = tmp_path / "RAW.ZIP"
+  with zipfile.ZipFile(path, "w") as archive:
+    for name in names:
+      entry = zipfile.ZipInfo("x")
+      entry.filename = name
+      archive.writestr(entry, b"" if name.endswith("\\") else _png())
+  tree = sources.list_files(path)
+  assert tree.paths == ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")
+  assert tree.folders == {"cat", "dog"}
+  assert tree.read("dog/1.png").startswith(b"\x89PNG")
+  assert tree.read("dog/1.png", 4) == b"\x89PNG"
+
+
+@pytest.mark.parametrize("prefix", ["", "scans/", "new/scans/"])
+def test_lone_folder_beside_files(tmp_path, prefix):
+  files = _files(4, prefix="new/scans/") | {"README.md": b""}
+  files["metadata.csv"] = f"file,who\n{prefix}cat/2.png,me\n".encode()
+  _prepare(tmp_path, files)
+  assert _rows(tmp_path)["cat/2.png"]["who"] == "me"
+  assert _account(tmp_path)["left_out"][0]["first"] == "README.md"
+
+
+def test_other_archives_are_named(tmp_path):
+  path = tmp_path / "raw.tgz"
+  with tarfile.open(path, "w:gz") as archive:
+    archive.add(__file__)
+  plain = tmp_path / "raw.tar"
+  with tarfile.open(plain, "w") as archive:
+    archive.add(__file__)
+  pipe = tmp_path / "pipe"
+  os.mkfifo(pipe)
+  for source, words in (
+    (path, "a gzip file, such as a tar archive: unpack it"),
+    (plain, "a tar archive: unpack it"),
+    (_folder(tmp_path, {"a.png": _png()}) / "a.png", "which is an image"),
+    (pipe, "which is neither"),
+  ):
+    with pytest.raises(ValueError, match=words):
+      sources.list_files(source)
+
+
+# Prepared again
+
+
+def test_changed_source_is_not_taken_for_the_same(tmp_path):
+  source = _folder(tmp_path / "raw", _files() | {"notes.txt": b"1"})
+  table = tmp_path / "m.csv"
+  table.write_text("file,who\ncat/0.png,a\n")
+  options = {"metadata": table}
+  assert _from_folder(tmp_path, source, **options).is_new
+  # What is no image may change, and what systems add may come.
+  (source / "notes.txt").write_bytes(b"22")
+  (source / ".DS_Store").write_bytes(b"")
+  assert not _from_folder(tmp_path, source, **options).is_new
+  table.write_text("file,who\ncat/0.png,b\n")
+  with pytest.raises(ValueError, match=r"metadata must be as it was.*--overwr"):
+    _from_folder(tmp_path, source, **options)
+  table.write_text("file,who\ncat/0.png,a\n")
+  os.utime(source / "dog" / "1.png", ns=(0, 5))
+  with pytest.raises(ValueError, match=r"source must be as it was.*--overwr"):
+    _from_folder(tmp_path, source, **options)
+  assert _from_folder(tmp_path, source, is_overwriting=True, **options).is_new
+  assert not _from_folder(tmp_path, source, **options).is_new
+
+
+def test_job_uses_what_is_there_now(tmp_path, capsys):
+  source = _folder(tmp_path / "my scans", _files(5))
+  (source / "metadata.csv").write_text("file,who\ncat/0.png,a\n")
+  job = recipes.Job(
+    dataset=str(source), image_size=8, data_dir=str(tmp_path / "out")
+  )
+
+  def who(job):
+    train, test, account = sets.load(job)
+    rows = [*train.metadata.to_pylist(), *test.metadata.to_pylist()]
+    assert account["read"] == len(rows)
+    return len(rows), {row["id"]: row["who"] for row in rows}["cat/0.png"]
+
+  assert who(job) == (10, "a")
+  assert who(job) == (10, "a")
+  assert "changed" not in capsys.readouterr().err
+  (source / "metadata.csv").write_text("file,who\ncat/0.png,b\n")
+  assert who(job) == (10, "b")
+  assert "has changed: it is prepared anew" in capsys.readouterr().err
+  (source / "dog" / "new.png").write_bytes(_png())
+  assert who(job) == (11, "b")
+  assert "changed" in capsys.readouterr().err
+  (source / "dog" / "new.png").write_bytes(b"junk")
+  with pytest.raises(ValueError, match=r"new\.png"):
+    sets.load(job)
+  assert who(dataclasses.replace(job, skip_corrupt=True)) == (10, "b")
+  assert "cannot be decoded" in capsys.readouterr().err
+
+
+def test_names_and_paths_of_jobs(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  _folder(tmp_path / "scans", _files())
+  _zip(tmp_path / "archive", _files())
+  monkeypatch.setenv("HOME", str(tmp_path))
+  for name in ("scans", "archive", "./scans", "SCANS.ZIP", "~/scans", "~"):
+    assert sets.is_path(name, tmp_path / "out")
+  for name in ("other", "digits", "fundus@64"):
+    assert not sets.is_path(name, tmp_path / "out")
+  # Who gave a set the name of its folder means the set.
+  _from_folder(tmp_path, "~/scans", set_name="scans")
+  assert not sets.is_path("scans", tmp_path / "out")
+  sets.check(recipes.Job(dataset="scans", data_dir=str(tmp_path / "out")))
+  assert "./scans is the folder" in capsys.readouterr().err
+  with pytest.raises(ValueError, match="window must be given with a folder"):
+    sets.check(recipes.Job(dataset="digits", window="full"))
+
+
+def test_report_accounts_for_every_file():
+  source = {
+    "name": "scans",
+    "files": 14,
+    "read": 11,
+    "left_out": [{"why": "hidden", "ending": "", "count": 3, "first": ".a"}],
+    "further_pages": {"pages": 2, "files": 1},
+  }
+  parts = ("train_forget", "train_retain", "test_forget", "test_retain")
+  fake = types.SimpleNamespace(
+    source=source,
+    parts=dict(zip(parts, ([0], [0] * 4, [0], [0] * 3), strict=True)),
+  )
+  record = {
+    "source": jobs._source_record(fake),
+    "counts": {name: len(part) for name, part in fake.parts.items()},
+  }
+  assert request_page.source(record) == [
+    ("Files of scans", "14"),
+    ("forgotten", "1"),
+    ("retained", "4"),
+    ("test images", "4"),
+    ("read, and not used", "2"),
+    ("left out: no ending, hidden", "3"),
+    ("besides, further pages of files that were read", "2"),
+  ]
+  # Of a run of before.
+  assert request_page.source({"counts": record["counts"]}) == []
+
+
+def test_home_in_options(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  arguments = ["--runs_dir=~/runs", "--data", "~/scans", "--where=a ~ 'b'"]
+  monkeypatch.setattr("sys.argv", ["program", *arguments])
+  job = cli.parse_job(recipes.Job, "test")
+  assert (job.runs_dir, job.dataset) == ("/home/me/runs", "/home/me/scans")
+  assert job.where == "a ~ 'b'"
+
+
+# Grey levels
+
+
+def _tiff(pixels, **options) -> bytes:
+  buffer = io.BytesIO()
+  Image.fromarray(pixels).save(buffer, "TIFF", **options)
+  return buffer.getvalue()
+
+
+def _grey(*contents):
+  """The first channel of each, scaled by the range of all."""
+  ranges = images.set_ranges(filter(None, map(images.value_range, contents)))
+  return [
+    data.decode_image(
+      images.encode(each, size=8, fit="crop", ranges=ranges).png
+    )[..., 0].astype(int)
+    for each in contents
+  ]
+
+
+_RAMP = np.arange(64).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+  ("pixels", "expected"),
+  [
+    ((_RAMP * 65).astype(np.uint16), _RAMP * 65 >> 4),
+    ((_RAMP * 1040).astype(np.uint16), _RAMP * 1040 >> 8),
+    ((_RAMP * 4).astype(np.uint16), _RAMP * 4),
+    ((_RAMP % 2).astype(np.uint16), _RAMP % 2 * 255),
+    ((_RAMP * 65 - 1024).astype(np.int32), _RAMP * 65 >> 4),
+    ((_RAMP * 66_000).astype(np.int32), _RAMP * 66_000 >> 14),
+    ((_RAMP / 63).astype(np.float32), np.rint(_RAMP * (255 / 63))),
+    ((_RAMP * 65.0).astype(np.float32), _RAMP * 65 >> 4),
+  ],
+)
+def test_grey_levels_of_a_set(pixels, expected):
+  (got,) = _grey(_tiff(pixels))
+  np.testing.assert_allclose(got, expected, atol=1)
+
+
+def test_one_range_for_the_whole_set():
+  dim, bright = _RAMP.astype(np.uint16), (_RAMP * 65).astype(np.uint16)
+  got = _grey(_tiff(dim), _tiff(bright), _png(8, 8, 77, mode="L"))
+  np.testing.assert_array_equal(got[0], dim >> 4)
+  assert got[2].max() == 77
+
+
+def test_sixteen_bit_colour_keeps_its_levels():
+  pixels = RNG.integers(0, 4096, (8, 8, 3)).astype(np.uint16)
+  raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+  content = b"\x89PNG\r\n\x1a\n"
+  for name, part in (
+    (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)),
+    (b"IDAT", zlib.compress(raw)),
+    (b"IEND", b""),
+  ):
+    checksum = struct.pack(">I", zlib.crc32(name + part))
+    content += struct.pack(">I", len(part)) + name + part + checksum
+  np.testing.assert_array_equal(_grey(content)[0], pixels[..., 0] >> 4)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32])
+def test_white_is_zero(kind):
+  pixels = _RAMP.astype(kind) if kind == np.uint16 else _RAMP.astype(kind) / 63
+  # Pillow writes the tag and leaves these pixels as they are.
+  black, white = _tiff(pixels), _tiff(pixels, tiffinfo={262: 0})
+  got = _grey(black, white)
+  np.testing.assert_array_equal(got[1], 255 - got[0])
+
+
+def test_palette_of_eight_bits():
+  image = Image.fromarray((_RAMP % 2).astype(np.uint8), "P")
+  image.putpalette([0, 0, 0, 200, 100, 50])
+  buffer = io.BytesIO()
+  image.save(buffer, "TIFF")
+  small = buffer.getvalue()
+  colors = np.array([200 << 8, 100 << 8, 50 << 8], "<u2")
+  # In the file of 16 bits, which some programs fill with 8.
+  for color in colors:
+    small = small.replace(color.tobytes(), (color >> 8).tobytes())
+  for content in (buffer.getvalue(), small):
+    pixels = data.decode_image(images.encode(content, size=8, fit="crop").png)
+    assert pixels[0, 1].tolist() == [200, 100, 50]
+
+
+def test_not_a_number_is_named(tmp_path):
+  bad = np.full((8, 8), np.nan, np.float32)
+  with pytest.raises(ValueError, match=r"cat/9\.tif.*not all finite"):
+    _prepare(tmp_path, _files() | {"cat/9.tif": _tiff(bad)})
+
+
+def test_range_is_recorded_and_said(tmp_path):
+  deep = {f"cat/d{n}.tif": _tiff((_RAMP + n).astype(np.uint16)) for n in (0, 1)}
+  hot = np.full((8, 8), 4000, np.uint16)
+  files = _files() | deep | {"cat/d2.tif": _tiff(hot)}
+  prepared = _prepare(tmp_path, files)
+  (said,) = prepared.notes
+  assert (
+    "3 images in grey of more than 8 bits: 0 becomes black and 4095" in said
+  )
+  assert "(12 bits), half of them stay below 64 and come out dark" in said
+  builder = data.open_builder("mine", "train", data_dir=tmp_path / "out")
+  assert builder.info.metadata["settings"]["ranges"] == {
+    "grey of more than 8 bits": [0, 4095]
+  }

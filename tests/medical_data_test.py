@@ -1,15 +1,17 @@
 import collections
 import csv
+import datetime
 import hashlib
 import io
 import pathlib
 import zipfile
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 
-from data_prep import base, brain_tumor_mri
+from data_prep import base, brain_tumor_mri, dicom, images
 from psg_jax import data
 
 RAW = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -242,3 +244,207 @@ def test_real_fundus(tmp_path):
   assert counts["glaucoma"] == 10
   patients = [{row["patient_id"] for row in table} - {None} for table in tables]
   assert not patients[0] & patients[1]
+
+
+# DICOM
+
+
+def _dicom(values, **elements) -> bytes:
+  """A file of one image (or of several) with these values."""
+  values = np.asarray(values)
+  elements = {
+    "Modality": "CT",
+    "PhotometricInterpretation": "MONOCHROME2",
+    "SamplesPerPixel": 1,
+    "BitsAllocated": 16,
+    "BitsStored": 12,
+    "HighBit": 11,
+    "PixelRepresentation": 0,
+  } | elements
+  dataset = pydicom.Dataset()
+  dataset.file_meta = pydicom.dataset.FileMetaDataset()
+  dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+  dataset.SOPClassUID = pydicom.uid.CTImageStorage
+  dataset.SOPInstanceUID = "1.2.3"
+  if values.ndim == 3 and elements["SamplesPerPixel"] == 1:
+    dataset.NumberOfFrames = len(values)
+    dataset.Rows, dataset.Columns = values.shape[1:]
+  elif values.size:
+    dataset.Rows, dataset.Columns = values.shape[:2]
+  for name, value in elements.items():
+    setattr(dataset, name, value)
+  kind = np.uint8 if elements["BitsAllocated"] == 8 else np.uint16
+  dataset.PixelData = values.astype(kind).tobytes()
+  buffer = io.BytesIO()
+  dataset.save_as(buffer, enforce_file_format=True)
+  return buffer.getvalue()
+
+
+_RAMP = np.arange(64).reshape(8, 8) * 65
+_HOUNSFIELD = {"RescaleSlope": 2, "RescaleIntercept": -1024}
+
+
+def _decoded(*contents, window="file"):
+  ranges = images.set_ranges(
+    found
+    for content in contents
+    if (found := images.value_range(content, window=window))
+  )
+  return [
+    data.decode_image(
+      images.encode(
+        content, size=8, fit="crop", ranges=ranges, window=window
+      ).png
+    )[..., 0].astype(int)
+    for content in contents
+  ]
+
+
+@pytest.mark.parametrize(
+  ("elements", "window", "expected"),
+  [
+    ({}, "file", _RAMP >> 4),
+    (_HOUNSFIELD, "file", _RAMP * 2 >> 5),
+    # CENTER,WIDTH of a window: below and above are black and white.
+    (
+      _HOUNSFIELD | {"WindowCenter": 40, "WindowWidth": 400},
+      "file",
+      (_RAMP * 2 - 1024 - 39.5) / 399 * 255 + 127.5,
+    ),
+    (
+      _HOUNSFIELD | {"WindowCenter": [9, 5], "WindowWidth": [99, 7]},
+      "40,400",
+      (_RAMP * 2 - 1024 - 39.5) / 399 * 255 + 127.5,
+    ),
+    ({"WindowCenter": 40, "WindowWidth": 400}, "full", _RAMP >> 4),
+    (
+      {
+        "WindowCenter": 2000,
+        "WindowWidth": 1000,
+        "VOILUTFunction": "SIGMOID",
+      },
+      "file",
+      255 / (1 + np.exp(-4 * (_RAMP - 2000) / 1000)),
+    ),
+    ({"PhotometricInterpretation": "MONOCHROME1"}, "file", 255 - (_RAMP >> 4)),
+  ],
+)
+def test_dicom_values(elements, window, expected):
+  (got,) = _decoded(_dicom(_RAMP, **elements), window=window)
+  np.testing.assert_allclose(got, np.clip(expected, 0, 255), atol=1)
+
+
+def test_dicom_range_is_that_of_the_set_without_padding():
+  padded = _RAMP.copy()
+  padded[0, 0] = 65535
+  contents = [
+    _dicom(padded, BitsStored=16, HighBit=15, PixelPaddingValue=65535),
+    _dicom(_RAMP // 64),
+    _dicom(_RAMP // 8, Modality="MR"),
+  ]
+  got = _decoded(*contents)
+  assert got[0][0, 0] == 0
+  assert got[0].max() == 255
+  assert got[1].max() == 63 >> 4
+  assert got[2].max() == 255
+
+
+def test_dicom_colours_and_frames():
+  colours = RNG.integers(0, 256, (8, 8, 3))
+  content = _dicom(
+    colours,
+    PhotometricInterpretation="RGB",
+    SamplesPerPixel=3,
+    PlanarConfiguration=0,
+    BitsAllocated=8,
+    BitsStored=8,
+    HighBit=7,
+  )
+  np.testing.assert_array_equal(_decoded(content)[0], colours[..., 0])
+  several = _dicom(np.stack([_RAMP, _RAMP * 0]))
+  assert images.encode(several, size=8, fit="crop").num_pages == 2
+  np.testing.assert_array_equal(_decoded(several)[0], _RAMP >> 4)
+
+
+def _dicom_files() -> dict[str, bytes]:
+  return {
+    f"{label}/{number}{ending}": _dicom(
+      RNG.integers(0, 4096, (8, 8)),
+      PatientID=f"p{number // 2}",
+      StudyDate="20160102" if number else "",
+      Manufacturer="A",
+      ManufacturerModelName=f"{label} 1",
+    )
+    for label in ("ill", "well")
+    for number, ending in enumerate((".dcm", "", ".DCM", ".ima", ".bin", ""))
+  }
+
+
+def test_dicom_set(tmp_path):
+  report = _dicom([])
+  files = _dicom_files() | {
+    "DICOMDIR": report,
+    "ill/report.dcm": report,
+    "ill/two.dcm": _dicom(np.stack([_RAMP, _RAMP])),
+    "well/a.jpg": _jpeg(),
+    "metadata.csv": b"file,Model\nill/1,mine\n",
+  }
+  source = _zip(tmp_path / "raw.zip", files)
+  options = {"data_dir": tmp_path / "out", "source": source, "size": 8}
+  prepared = base.prepare(
+    "image_folder", set_name="a", group="patient_id", **options
+  )
+  rows = {
+    row["id"]: row
+    for split in data.SPLITS
+    for row in data.load("a", split, data_dir=tmp_path / "out")
+    .metadata.drop(["sha256"])
+    .to_pylist()
+  }
+  assert len(rows) == 14
+  assert rows["ill/1"] == {
+    **{"id": "ill/1", "file": "ill/1", "label": "ill", "width": 8, "height": 8},
+    **{"patient_id": "p0", "study_date": datetime.date(2016, 1, 2)},
+    **{"manufacturer": "A", "Model": "mine"},
+  }
+  assert rows["well/0.dcm"]["study_date"] is None
+  assert rows["well/a.jpg"]["patient_id"] is None
+  said = "; ".join(prepared.notes)
+  for words in (
+    "DICOM without an image",
+    "1 further pages of 1 files (ill/two.dcm)",
+    "patient_id, study_date, manufacturer of 13 images from DICOM headers",
+    "13 images in DICOM CT: 0 becomes black and 4095 white (12 bits)",
+  ):
+    assert words in said
+  builder = data.open_builder("a", "train", data_dir=tmp_path / "out")
+  assert builder.info.metadata["settings"]["window"] == "file"
+  with pytest.raises(ValueError, match="window must be file, full, or CENTER"):
+    base.prepare("image_folder", set_name="b", window="40;400", **options)
+
+
+def test_dicom_without_pydicom_is_said(tmp_path, monkeypatch):
+  monkeypatch.setattr(dicom, "is_available", lambda: False)
+  files = _dicom_files()
+  options = {"data_dir": tmp_path / "out", "set_name": "a", "size": 8}
+  source = _zip(tmp_path / "raw.zip", files)
+  with pytest.raises(ValueError, match=r"holds none, but .*pip install 'psg_j"):
+    base.prepare("image_folder", source=source, **options)
+  files |= {
+    f"{name}/{n}.jpg": _jpeg() for name in ("ill", "well") for n in "ab"
+  }
+  files |= {f"{name}/c.jpg": _jpeg() for name in ("ill", "well")}
+  source = _zip(tmp_path / "raw.zip", files)
+  prepared = base.prepare("image_folder", source=source, **options)
+  assert any("4 .dcm (DICOM, without pydicom)" in x for x in prepared.notes)
+  assert any("pip install 'psg_jax[dicom]'" in x for x in prepared.notes)
+
+
+def test_damaged_dicom_is_named(tmp_path):
+  files = _dicom_files()
+  files["ill/0.dcm"] = files["ill/0.dcm"][:-40]
+  source = _zip(tmp_path / "raw.zip", files)
+  with pytest.raises(ValueError, match=r"1 of 12 .*ill/0\.dcm \(DICOM: "):
+    base.prepare(
+      "image_folder", source=source, set_name="a", data_dir=tmp_path, size=8
+    )

@@ -285,6 +285,26 @@ def test_few_images(pictures, num_images):
   assert twins.exact_groups(twins.fingerprint(few)) == []
 
 
+@pytest.mark.parametrize("num_images", [3, 30])
+def test_blank_images_cost_what_images_do(pictures, num_images, monkeypatch):
+  monkeypatch.setattr(twins, "_MAX_PAIRS", 100)
+  blank = np.zeros((num_images, *pictures.shape[1:]), np.uint8)
+  parts = {
+    "forget": make_dataset(np.concatenate([blank, pictures[:2]])),
+    "retain": make_dataset(np.concatenate([blank, pictures[1:4]])),
+  }
+  found = twins.find(parts)
+  assert len(found.pairs) <= max(10, 2 * num_images)
+  for side in (0, 1):
+    rows = {pair.rows[side] for pair in found.pairs}
+    # The one picture that both have is the last or the first.
+    assert rows == {*range(num_images), num_images + 1 - side}
+  assert [len(group) for group in found.groups] == [2 * num_images, 2]
+  moved = [*range(num_images), num_images]
+  for near in (False, True):
+    assert twins.moved_rows(found, near=near).tolist() == moved
+
+
 # Moving.
 
 
