@@ -602,12 +602,14 @@ def _trained(
 ) -> types.Variables:
   options = context.job.training
   state = _fresh_state(context, name)
-  if _is_finished(context, name):
-    return _restore(context, name, state).variables
   # Beside the finished ones, so that nobody takes it for one of them.
   partial = context.run_dir / f"{name}.partial"
+  if _is_finished(context, name):
+    # There is one if the process was killed before it was removed.
+    checkpoints.remove(partial, is_missing_ok=True)
+    return _restore(context, name, state).variables
   history: training.History = []
-  if partial.exists():
+  if checkpoints.exists(partial):
     state = checkpoints.restore(partial, target=state)
     history = checkpoints.metadata(partial)["history"]
 
