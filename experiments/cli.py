@@ -4,16 +4,15 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import json
 import pathlib
 import re
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import tyro
 
-from experiments import compilation, recipes, sets
+from experiments import compilation, files, recipes, sets
+from psg_jax import programs
 
 _CRITERIA = ("forget_classes", "where", "ids", "request")
 _JobT = TypeVar("_JobT", bound=recipes.Job)
@@ -27,25 +26,30 @@ def run(main: Callable[[], None]) -> None:
     main: The program, which parses its own options.
 
   Raises:
-    SystemExit: With 2 where the input is wrong, with 1 where training or
-      unlearning diverged, with 130 on Ctrl-C.
+    SystemExit: As `programs.run`.
   """
   compilation.set_up()
-  try:
-    main()
-  except ValueError as error:
-    _leave(2, f"error: {error}")
-  except OSError as error:
-    _leave(2, f"error: {error}")
-  except FloatingPointError as error:
-    _leave(1, f"error: {error}")
-  except KeyboardInterrupt:
-    _leave(130, "interrupted")
+  programs.run(main, memory_hint=_memory_hint, at_end=_let_go)
 
 
-def _leave(status: int, message: str) -> None:
-  print(" ".join(message.split()), file=sys.stderr)
-  raise SystemExit(status)
+def _memory_hint() -> str:
+  # Programs that hold nothing have no such options.
+  return (
+    "a larger --training.num_parts and --unlearning.num_parts, smaller"
+    " --training.batch_size and --unlearning.batch_size, --rematerialise and"
+    " --precision bfloat16 take less"
+    if files.held
+    else ""
+  )
+
+
+def _let_go(is_done: bool) -> list[str]:
+  """Lets go of what the program works on; see `programs.run`."""
+  held = list(files.held.values())
+  files.at_end.close()
+  if is_done:
+    return [hold.note for hold in held if hold.note]
+  return [hold.hint for hold in held if hold.path.exists()]
 
 
 def parse_job(options: type[_JobT], description: str) -> _JobT:
@@ -70,7 +74,7 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
   first.add_argument("--data", "--dataset")
   for name in _CRITERIA:
     first.add_argument(f"--{name}", nargs="*")
-  given, _ = first.parse_known_args()
+  given, _ = first.parse_known_args(programs.arguments())
   extends = {field.name for field in dataclasses.fields(options)}
   recipe = given.recipe or options().recipe
   if given.recipe is None and given.data and sets.is_path(given.data):
@@ -119,7 +123,11 @@ def parse(
   try:
     with contextlib.redirect_stderr(said):
       given: _OptionsT = tyro.cli(
-        options, description=description, use_underscores=True, **defaults
+        options,
+        args=programs.arguments(),
+        description=description,
+        use_underscores=True,
+        **defaults,
       )
       return given
   except SystemExit as stop:
@@ -147,9 +155,8 @@ def read_job(run_dir: pathlib.Path) -> recipes.Job:
   if not path.is_file():
     raise ValueError(f"run must be a run folder, got {run_dir}: no config.json")
   try:
-    stored = json.loads(path.read_text())["job"]
-    return _job(stored, run_dir)
-  except (KeyError, TypeError, json.JSONDecodeError) as error:
+    return _job(files.read_json(path)["job"], run_dir)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f"run must be a run folder of this version, got {run_dir}: its"
       f" config.json cannot be read ({error})"

@@ -212,6 +212,11 @@ def exists(path: str | os.PathLike[str]) -> bool:
   return (_find(_absolute(path)) / _MARKER).is_file()
 
 
+def has_any(folder: str | os.PathLike[str]) -> bool:
+  """Whether a checkpoint lies anywhere in a folder."""
+  return any(_absolute(folder, "folder").rglob(_MARKER))
+
+
 def remove(
   path: str | os.PathLike[str], *, is_missing_ok: bool = False
 ) -> None:
