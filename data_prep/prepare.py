@@ -20,6 +20,9 @@ from typing import Annotated
 import tyro
 
 from data_prep import base
+from psg_jax import programs
+
+_UNCHANGED = ["nothing was changed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,10 @@ class Options:
 def main() -> None:
   """Runs the program; wrong input ends it with one line and status 2."""
   options = tyro.cli(
-    Options, prog="python -m data_prep.prepare", use_underscores=True
+    Options,
+    prog="python -m data_prep.prepare",
+    args=programs.arguments(),
+    use_underscores=True,
   )
   start = time.monotonic()
   try:
@@ -106,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  main()
+  programs.run(main, at_end=lambda is_done: _UNCHANGED[is_done:])

@@ -230,15 +230,17 @@ def to_csv(rows: Iterable[Sequence[Any]]) -> str:
       (`=`, `+`, `-`, `@`, tab, new line) gets an apostrophe in front; numbers
       stay as they are.
   """
-  buffer = io.StringIO()
-  csv.writer(buffer, lineterminator="\n").writerows(
-    [
-      f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else cell
-      for cell in row
-    ]
-    for row in rows
-  )
-  return buffer.getvalue()
+  return "".join(",".join(map(_to_cell, row)) + "\n" for row in rows)
+
+
+def _to_cell(value: Any) -> str:
+  text = "" if value is None else str(value)
+  if isinstance(value, str) and _FORMULA.match(value):
+    text = f"'{value}"
+  # Python's own writer leaves a lone carriage return unquoted.
+  if any(character in text for character in ',"\r\n'):
+    text = '"' + text.replace('"', '""') + '"'
+  return text
 
 
 def read_csv(path: pathlib.Path) -> tuple[list[str], list[dict[str, str]]]:
