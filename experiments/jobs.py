@@ -780,6 +780,7 @@ def _copy_run(
   left_out = ("unlearned",) if is_same_request else ("unlearned", "retrained")
   partial = folder.with_name(f".{folder.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
   for name, path in checkpoints.run_checkpoints(source).items():
     if not name.startswith(left_out):
       shutil.copytree(path, partial / "checkpoints" / name)

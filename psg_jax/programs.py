@@ -4,6 +4,7 @@
 import contextlib
 import csv
 import errno
+import io
 import os
 import pathlib
 import runpy
@@ -24,6 +25,7 @@ _FOREIGN = (
 )
 _FOREIGN_PACKAGES = ("duckdb", "_duckdb", "pyarrow", "tensorflow_datasets")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_NO_OUTPUT = (errno.EPIPE, errno.EIO, errno.EBADF)
 _OUT_OF_MEMORY = (
   *("RESOURCE_EXHAUSTED", "out of memory", "Cannot allocate memory"),
   *("bad_alloc", "Unable to allocate"),
@@ -90,15 +92,15 @@ def run(
     _leave(130, "; ".join(["interrupted", *notes]))
   except _Terminated:
     _leave(143, "; ".join(["terminated", *notes]))
-  except SystemExit:
-    if fault := _output_fault():
+  except SystemExit as stop:
+    if fault := _output_fault(stop):
       _drop_output()
       _leave(*fault)
     raise
   except FloatingPointError as error:
     _leave(1, f"error: {error}")
   except Exception as error:
-    if fault := _output_fault():
+    if fault := _output_fault(error):
       _drop_output()
       _leave(*fault)
     if os.environ.get(_TRACEBACK):
@@ -164,14 +166,23 @@ def _prepare_streams() -> None:
       stream.reconfigure(errors="backslashreplace")
 
 
-def _output_fault() -> tuple[int, str] | None:
+def _output_fault(error: BaseException) -> tuple[int, str] | None:
   """Status and line where standard output cannot be written, else None."""
+  if isinstance(error, OSError) and (
+    error.filename is not None or error.errno not in (*_FULL, *_NO_OUTPUT)
+  ):
+    return None
   try:
     sys.stdout.flush()
+    if isinstance(error, OSError):
+      # What could not be written is gone; the error says not where it was.
+      os.write(sys.stdout.fileno(), b"\n")
+  except io.UnsupportedOperation:
+    return None
   except BrokenPipeError:
     return 141, ""
-  except OSError as error:
-    return 2, f"error: standard output cannot be written: {error.strerror}"
+  except OSError as fault:
+    return 2, f"error: standard output cannot be written: {fault.strerror}"
   return None
 
 
