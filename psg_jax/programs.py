@@ -5,6 +5,7 @@ import contextlib
 import csv
 import errno
 import io
+import multiprocessing
 import os
 import pathlib
 import runpy
@@ -198,7 +199,18 @@ def _leave(status: int, message: str) -> NoReturn:
   if message:
     with contextlib.suppress(OSError):
       print(" ".join(message.split()), file=sys.stderr, flush=True)
+  if status > 128 and _is_own_process():
+    # Python's way out would free what computations in other threads still use.
+    for child in multiprocessing.active_children():
+      child.terminate()
+    os._exit(status)
   raise SystemExit(status) from None
+
+
+def _is_own_process() -> bool:
+  """Whether the process was started for the program, and has no other use."""
+  spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+  return getattr(spec, "name", "").startswith(("experiments.", "data_prep."))
 
 
 @contextlib.contextmanager
