@@ -22,6 +22,9 @@ from typing import Annotated
 import tyro
 
 from data_prep import base
+from psg_jax import programs
+
+_UNCHANGED = ["nothing was changed"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +75,10 @@ def main() -> None:
       # Names of files that the locale cannot write.
       stream.reconfigure(errors="backslashreplace")
   options = tyro.cli(
-    Options, prog="python -m data_prep.prepare", use_underscores=True
+    Options,
+    prog="python -m data_prep.prepare",
+    args=programs.arguments(),
+    use_underscores=True,
   )
   try:
     _print(_run(options))
@@ -130,4 +136,4 @@ def _run(options: Options) -> str:
 
 
 if __name__ == "__main__":
-  main()
+  programs.run(main, at_end=lambda is_done: _UNCHANGED[is_done:])

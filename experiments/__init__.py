@@ -1,1 +1,5 @@
 """Programs that train, unlearn, compare and report."""
+
+from psg_jax import programs
+
+programs.expect_signals()

@@ -57,7 +57,6 @@ import tyro
 from experiments import (
   audit_page,
   cli,
-  compare_cells,
   compare_recipes,
   files,
   jobs,
@@ -474,7 +473,9 @@ def _unlearn_all(
   shape = (num_models, len(images), context.train.num_classes)
   logits = np.full(shape, np.nan, np.float32)
   for index in (record["model"] for record in done):
-    logits[index] = compare_cells.arrays(folder / f"{index:04}.npz")["logits"]
+    logits[index] = files.read_arrays(folder / f"{index:04}.npz", "logits")[
+      "logits"
+    ]
   return Unlearned(
     logits=logits,
     seconds=[record["seconds"] for record in done],

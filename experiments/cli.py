@@ -4,17 +4,15 @@ import argparse
 import contextlib
 import dataclasses
 import io
-import json
-import os
 import pathlib
 import re
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import tyro
 
-from experiments import compilation, recipes, sets
+from experiments import compilation, files, recipes, sets
+from psg_jax import programs
 
 _CRITERIA = ("forget_classes", "where", "ids", "request")
 _JobT = TypeVar("_JobT", bound=recipes.Job)
@@ -28,25 +26,30 @@ def run(main: Callable[[], None]) -> None:
     main: The program, which parses its own options.
 
   Raises:
-    SystemExit: With 2 where the input is wrong, with 1 where training or
-      unlearning diverged, with 130 on Ctrl-C.
+    SystemExit: As `programs.run`.
   """
   compilation.set_up()
-  try:
-    main()
-  except ValueError as error:
-    _leave(2, f"error: {error}")
-  except OSError as error:
-    _leave(2, f"error: {error}")
-  except FloatingPointError as error:
-    _leave(1, f"error: {error}")
-  except KeyboardInterrupt:
-    _leave(130, "interrupted")
+  programs.run(main, memory_hint=_memory_hint, at_end=_let_go)
 
 
-def _leave(status: int, message: str) -> None:
-  print(" ".join(message.split()), file=sys.stderr)
-  raise SystemExit(status)
+def _memory_hint() -> str:
+  # Programs that hold nothing have no such options.
+  return (
+    "a larger --training.num_parts and --unlearning.num_parts, smaller"
+    " --training.batch_size and --unlearning.batch_size, --rematerialise and"
+    " --precision bfloat16 take less"
+    if files.held
+    else ""
+  )
+
+
+def _let_go(is_done: bool) -> list[str]:
+  """Lets go of what the program works on; see `programs.run`."""
+  held = list(files.held.values())
+  files.at_end.close()
+  if is_done:
+    return [hold.note for hold in held if hold.note]
+  return [hold.hint for hold in held if hold.path.exists()]
 
 
 def parse_job(options: type[_JobT], description: str) -> _JobT:
@@ -72,7 +75,7 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
   first.add_argument("--data_dir", "--data-dir")
   for name in _CRITERIA:
     first.add_argument(f"--{name}", nargs="*")
-  given, _ = first.parse_known_args(_arguments())
+  given, _ = first.parse_known_args(programs.arguments())
   extends = {field.name for field in dataclasses.fields(options)}
   recipe = given.recipe or options().recipe
   if given.recipe is None and given.data:
@@ -123,7 +126,7 @@ def parse(
     with contextlib.redirect_stderr(said):
       given: _OptionsT = tyro.cli(
         options,
-        args=_arguments(),
+        args=programs.arguments(),
         description=description,
         use_underscores=True,
         **defaults,
@@ -136,19 +139,6 @@ def parse(
     plain = re.sub(r"[^\x20-\x7e]+|-{3,}", " ", said.getvalue())
     words = " ".join(plain.split())
     raise ValueError(words or "the options cannot be read") from None
-
-
-def _arguments() -> list[str]:
-  """The arguments; of `--option=~/path`, the shell leaves the home as it is."""
-
-  def expand(argument: str) -> str:
-    name, equals, value = argument.partition("=")
-    if argument.startswith("--") and value.startswith("~"):
-      return f"{name}{equals}{os.path.expanduser(value)}"
-    is_path = argument.startswith("~/")
-    return os.path.expanduser(argument) if is_path else argument
-
-  return [expand(argument) for argument in sys.argv[1:]]
 
 
 def read_job(run_dir: pathlib.Path) -> recipes.Job:
@@ -167,9 +157,8 @@ def read_job(run_dir: pathlib.Path) -> recipes.Job:
   if not path.is_file():
     raise ValueError(f"run must be a run folder, got {run_dir}: no config.json")
   try:
-    stored = json.loads(path.read_text())["job"]
-    return _job(stored, run_dir)
-  except (KeyError, TypeError, json.JSONDecodeError) as error:
+    return _job(files.read_json(path)["job"], run_dir)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise ValueError(
       f"run must be a run folder of this version, got {run_dir}: its"
       f" config.json cannot be read ({error})"

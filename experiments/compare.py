@@ -21,9 +21,7 @@ All 21 methods on the digits take eight minutes on two cores, most of it the
 compiling of 21 training programs. What to expect is in docs/comparison.md.
 """
 
-import csv
 import dataclasses
-import io
 import json
 import math
 import pathlib
@@ -478,7 +476,7 @@ def _finished(
   if missing:
     # Without the weights, which are not kept.
     own = metrics.Outputs(
-      compare_cells.arrays(folder / "logits.npz"), seconds=result["seconds"]
+      files.read_arrays(folder / "logits.npz"), seconds=result["seconds"]
     )
     others = {
       name: metrics.Outputs(logits, seconds=reference.seconds[name])
@@ -579,7 +577,7 @@ def _losses(
       logits = references[seed].logits[model]
     else:
       name = compare_cells.Cell(model, seed, 0).name
-      logits = compare_cells.arrays(
+      logits = files.read_arrays(
         context.run_dir / "cells" / name / "logits.npz"
       )
     found[model] = {
@@ -602,26 +600,20 @@ def to_csv(results: Mapping[str, Any]) -> str:
     available) and `not_available`, the reason. The figures of the yardstick,
     which are of all seeds together, follow without either seed.
   """
-  buffer = io.StringIO()
-  writer = csv.writer(buffer, lineterminator="\n")
-  writer.writerow(
+  table: list[list[Any]] = [
     ["model", "seed", "unlearn_seed", "metric", "value", "not_available"]
-  )
+  ]
   for row in results["rows"]:
     start = [row["model"], row["seed"], row["unlearn_seed"]]
     for name, figure in row["metrics"].items():
-      writer.writerow(
-        [*start, name, figure["value"], figure.get("reason")]
-        if figure["value"] is None
-        else [*start, name, repr(figure["value"]), None]
-      )
+      value = figure["value"]
+      reason = figure.get("reason") if value is None else None
+      table.append([*start, name, value, reason])
   for model, name, value, reason in compare_verdicts.csv_rows(
     results.get("yardstick")
   ):
-    writer.writerow(
-      [model, None, None, name, None if value is None else repr(value), reason]
-    )
-  return buffer.getvalue()
+    table.append([model, None, None, name, value, reason])
+  return files.to_csv(table)
 
 
 if __name__ == "__main__":

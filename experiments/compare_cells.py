@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -94,7 +93,7 @@ def reference(
       variables[name] = step(context)
     if not path.is_file():
       files.save_arrays(path, predict(context, variables[name])[0])
-    logits[name] = arrays(path)
+    logits[name] = files.read_arrays(path)
   records = jobs.read_json(context.run_dir / "history.json")
   seconds = {name: records[f"{name}_seconds"] for name in steps}
   warm = {name: _warm_seconds(records[name]) for name in steps}
@@ -392,22 +391,8 @@ def _write_cell(
   shutil.rmtree(partial, ignore_errors=True)
   partial.mkdir()
   if result["status"] == DONE:
-    arrays: dict[str, Any] = dict(logits)
-    np.savez(partial / "logits.npz", **arrays)
+    files.save_arrays(partial / "logits.npz", logits)
   jobs.write_json(partial / "result.json", result)
   # What is there has no result, or it would not have been run.
   shutil.rmtree(folder, ignore_errors=True)
   partial.rename(folder)
-
-
-def arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
-  """Reads an npz file.
-
-  Raises:
-    ValueError: If it is damaged.
-  """
-  try:
-    with np.load(path) as found:
-      return {name: found[name] for name in found.files}
-  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-    raise ValueError(f"{path} must be an npz file, got {error}") from error

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import compare_cells, compare_summary, jobs, read_out
+from experiments import compare_cells, compare_summary, files, jobs, read_out
 from psg_jax import judgement, yardstick
 
 _NUM_RESAMPLES = 1000
@@ -165,7 +165,7 @@ def _logits(
       cell["method"], cell["seed"], cell["unlearn_seed"]
     ).name
     path = context.run_dir / "cells" / name / "logits.npz"
-    by_seed.setdefault(cell["seed"], []).append(compare_cells.arrays(path))
+    by_seed.setdefault(cell["seed"], []).append(files.read_arrays(path))
   return by_seed
 
 

@@ -13,9 +13,11 @@
 A step that is finished is not done again when the job is resumed.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import platform
 import shutil
@@ -182,11 +184,43 @@ def prepare(
     What the steps share.
 
   Raises:
-    ValueError: If an option is wrong, the data is missing, or the run folder
-      exists and is not to be resumed; nothing is written then.
+    ValueError: If an option is wrong, the data is missing, another process
+      works on the run folder, or it exists and is not to be resumed; nothing is
+      written then.
   """
   check(job)
   folder = run_dir(job)
+  with contextlib.ExitStack() as stack:
+    if not is_read_only:
+      hold = stack.enter_context(
+        files.lock(
+          folder,
+          argument="name",
+          hint=f"--resume goes on with {folder}",
+        )
+      )
+      stack.callback(_settle)
+      _settle()
+      if sets.is_path(job.dataset):
+        hold.note = (
+          f"copies of your images are kept in {data.root_dir(job.data_dir)}:"
+          " python -m data_prep.cache lists and removes them"
+        )
+    context = _prepare(
+      job, folder, is_known_run, may_change, source, is_read_only
+    )
+    files.at_end.push(stack.pop_all())
+  return context
+
+
+def _prepare(
+  job: recipes.Job,
+  folder: pathlib.Path,
+  is_known_run: bool,
+  may_change: tuple[str, ...],
+  source: pathlib.Path | None,
+  is_read_only: bool,
+) -> Context:
   if job.resume and job.overwrite:
     raise ValueError("overwrite must be off to resume a run, got both")
   if folder.exists() and not (job.resume or job.overwrite or is_known_run):
@@ -247,7 +281,7 @@ def prepare(
       raise ValueError(
         f"weights must not lie in the run to overwrite, got {job.weights}"
       )
-    _remove_run(folder)
+    _set_aside(folder)
   if source is not None and not folder.exists():
     _copy_run(source, folder, is_same_request=has_same_request(source, job))
   folder.mkdir(parents=True, exist_ok=True)
@@ -342,14 +376,16 @@ def unlearned(
   )
   seconds = time.perf_counter() - start
   found = output.relabelling
-  np.savez(
+  files.save_arrays(
     context.run_dir / "relabelling.npz",
-    ids=np.asarray(context.split.forget.ids),
-    labels=found.labels,
-    logits=found.logits,
-    is_crossed=found.is_crossed,
-    distance=found.distance,
-    num_steps=found.num_steps,
+    {
+      "ids": np.asarray(context.split.forget.ids),
+      "labels": found.labels,
+      "logits": found.logits,
+      "is_crossed": found.is_crossed,
+      "distance": found.distance,
+      "num_steps": found.num_steps,
+    },
   )
   _save_examples(context, original_variables)
   if not last_state:
@@ -559,9 +595,9 @@ def write_json(path: pathlib.Path, content: Any) -> None:
   files.write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def read_json(path: pathlib.Path) -> Any:
-  """Reads a JSON file; an empty dictionary where there is none."""
-  return json.loads(path.read_text()) if path.exists() else {}
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """As `files.read_json`; an empty dictionary where there is none."""
+  return files.read_json(path) if path.exists() else {}
 
 
 def _key(context: Context, name: str) -> jax.Array:
@@ -612,12 +648,14 @@ def _trained(
 ) -> types.Variables:
   options = context.job.training
   state = _fresh_state(context, name)
-  if _is_finished(context, name):
-    return _restore(context, name, state).variables
   # Beside the finished ones, so that nobody takes it for one of them.
   partial = context.run_dir / f"{name}.partial"
+  if _is_finished(context, name):
+    # There is one if the process was killed before it was removed.
+    checkpoints.remove(partial, is_missing_ok=True)
+    return _restore(context, name, state).variables
   history: training.History = []
-  if partial.exists():
+  if checkpoints.exists(partial):
     state = checkpoints.restore(partial, target=state)
     history = checkpoints.metadata(partial)["history"]
 
@@ -625,6 +663,7 @@ def _trained(
     checkpoints.save(
       partial, state, metadata={"history": history}, overwrite=True
     )
+    _settle()
     saved[:] = [time.monotonic()]
 
   def keep(state: training.TrainState, record: dict[str, Any]) -> None:
@@ -682,6 +721,7 @@ def _save(
     },
     overwrite=True,
   )
+  _settle()
 
 
 def _restore(
@@ -751,6 +791,7 @@ def _copy_run(
   left_out = ("unlearned",) if is_same_request else ("unlearned", "retrained")
   partial = folder.with_name(f".{folder.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
+  partial.mkdir(parents=True)
   for name, path in checkpoints.run_checkpoints(source).items():
     if not name.startswith(left_out):
       shutil.copytree(path, partial / "checkpoints" / name)
@@ -766,13 +807,35 @@ def _copy_run(
   partial.rename(folder)
 
 
-def _remove_run(folder: pathlib.Path) -> None:
-  """Removes a run folder, and nothing that does not look like one."""
+def _set_aside(folder: pathlib.Path) -> None:
+  """Moves a run away, and nothing that does not look like one."""
   if not (folder / "config.json").is_file():
     raise ValueError(
       f"name must be that of a run to overwrite, got {folder}: no config.json"
     )
-  shutil.rmtree(folder)
+  folder.rename(_replaced(folder))
+
+
+def _replaced(folder: pathlib.Path) -> pathlib.Path:
+  return folder.with_name(f".{folder.name}.replaced")
+
+
+def _settle() -> None:
+  """Decides between the runs this process holds and those they overwrite.
+
+  The one of before goes as soon as the new one has a model, and comes back
+  where the new one ended, in this process or an earlier one, without.
+  """
+  for hold in files.held.values():
+    folder, before = hold.path, _replaced(hold.path)
+    if not before.exists():
+      continue
+    if checkpoints.has_any(folder):
+      shutil.rmtree(before, ignore_errors=True)
+      continue
+    shutil.rmtree(folder, ignore_errors=True)
+    before.rename(folder)
+    hold.hint = f"{folder} is what it was before --overwrite"
 
 
 def _check_same_job(
@@ -829,18 +892,31 @@ def _module_arguments() -> list[str]:
 
 
 def _git_commit() -> str | None:
-  try:
-    found = subprocess.run(
-      ["git", "rev-parse", "HEAD"],
-      cwd=pathlib.Path(__file__).parent,
+  """The commit of this program's own checkout; None where it is no checkout.
+
+  It may be installed inside somebody else's.
+  """
+  file = pathlib.Path(__file__).resolve()
+  ours = [name for name in os.environ if not name.startswith("GIT_")]
+
+  def git(*arguments: str) -> str:
+    return subprocess.run(
+      ["git", *arguments],
+      cwd=file.parent,
+      env={name: os.environ[name] for name in ours},
       capture_output=True,
       text=True,
       check=True,
       timeout=10,
-    )
+    ).stdout.strip()
+
+  try:
+    git("ls-files", "--error-unmatch", file.name)
+    root = pathlib.Path(git("rev-parse", "--show-toplevel"))
+    is_own = root.resolve() == file.parents[1]
+    return git("rev-parse", "HEAD") if is_own else None
   except (OSError, subprocess.SubprocessError):
     return None
-  return found.stdout.strip()
 
 
 def _data_record(context: Context) -> dict[str, Any]:
@@ -880,10 +956,12 @@ def _save_twins(context: Context) -> None:
     return np.asarray(parts[names[-1]].images[[row]])[0]
 
   if pairs:
-    np.savez(
+    files.save_arrays(
       context.run_dir / "twins.npz",
-      left=np.stack([image(x.between[0], x.ids[0]) for x in pairs]),
-      right=np.stack([image(x.between[1], x.ids[1]) for x in pairs]),
+      {
+        "left": np.stack([image(x.between[0], x.ids[0]) for x in pairs]),
+        "right": np.stack([image(x.between[1], x.ids[1]) for x in pairs]),
+      },
     )
 
 
@@ -953,14 +1031,16 @@ def _save_examples(
     jnp.asarray(forget_set.labels[rows]),
     boundary.sample_keys(jax.random.fold_in(key, 0), jnp.asarray(rows)),
   )
-  np.savez(
+  files.save_arrays(
     context.run_dir / "examples.npz",
-    images=np.asarray(images),
-    boundary=np.asarray(output.images),
-    old_labels=forget_set.labels[rows],
-    new_labels=np.asarray(output.labels),
-    distance=np.abs(np.asarray(output.images - images)).max((1, 2, 3)),
-    is_crossed=np.asarray(output.is_crossed),
+    {
+      "images": np.asarray(images),
+      "boundary": np.asarray(output.images),
+      "old_labels": forget_set.labels[rows],
+      "new_labels": np.asarray(output.labels),
+      "distance": np.abs(np.asarray(output.images - images)).max((1, 2, 3)),
+      "is_crossed": np.asarray(output.is_crossed),
+    },
   )
 
 
@@ -1015,9 +1095,9 @@ def _read_out(
 
 
 def _relabelling(context: Context) -> unlearning.Relabelling:
-  with np.load(context.run_dir / "relabelling.npz") as found:
-    names = ("labels", "logits", "is_crossed", "distance", "num_steps")
-    return unlearning.Relabelling(**{name: found[name] for name in names})
+  names = ("labels", "logits", "is_crossed", "distance", "num_steps")
+  found = files.read_arrays(context.run_dir / "relabelling.npz", *names)
+  return unlearning.Relabelling(**{name: found[name] for name in names})
 
 
 def _save_features(
@@ -1049,4 +1129,4 @@ def _save_features(
     "labels": np.concatenate([part.labels for part in chosen]),
     "is_forget": np.arange(len(images)) < len(chosen[0]),
   }
-  np.savez(context.run_dir / "features.npz", **arrays)
+  files.save_arrays(context.run_dir / "features.npz", arrays)

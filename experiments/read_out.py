@@ -6,8 +6,6 @@ retained images whose right answer turned wrong (`flips.csv`, all of them, and
 pictures of a few), membership attacks, a diagnosis, and what can be claimed.
 """
 
-import csv
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -257,24 +255,22 @@ def save_flips(
       )
       if len(pictures) < _NUM_PICTURES:
         pictures.append(np.asarray(part.images[[row]])[0])
-  buffer = io.StringIO()
-  writer = csv.writer(buffer, lineterminator="\n")
-  writer.writerows([_CSV_FIELDS, *rows])
-  files.write_text(folder / "flips.csv", buffer.getvalue())
+  files.write_text(folder / "flips.csv", files.to_csv([_CSV_FIELDS, *rows]))
   shape = parts["train_retain"].images.shape[1:]
-  np.savez(
+  files.save_arrays(
     folder / "flips.npz",
-    images=np.stack(pictures) if pictures else np.zeros((0, *shape), np.uint8),
+    {
+      "images": np.stack(pictures)
+      if pictures
+      else np.zeros((0, *shape), np.uint8),
+    },
   )
 
 
 def read_flips(folder: pathlib.Path) -> list[dict[str, str]] | None:
   """Reads the rows of `flips.csv`; None where a run has none."""
   path = folder / "flips.csv"
-  if not path.is_file():
-    return None
-  with path.open(encoding="utf-8", newline="") as file:
-    return list(csv.DictReader(file))
+  return files.read_csv(path)[1] if path.is_file() else None
 
 
 def _is_change(name: str) -> bool:

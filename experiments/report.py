@@ -9,10 +9,8 @@ take one or two. The page needs no network and nothing but itself.
 
 import dataclasses
 import datetime
-import json
 import math
 import pathlib
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -175,19 +173,19 @@ def read(folder: pathlib.Path) -> Run:
     raise ValueError(f"run must be a folder, got {folder}: not found")
   if not (folder / "config.json").is_file():
     raise ValueError(f"run must be a run folder, got {folder}: no config.json")
-  metrics = _read_json(folder / "metrics.json")
+  metrics = files.read_json(folder / "metrics.json")
   metrics = {name: metrics[name] for name in MODELS if name in metrics}
   if not metrics:
     raise ValueError(
       f"metrics.json must have one of {', '.join(MODELS)}, got none in {folder}"
     )
   run = Run(
-    config=_read_json(folder / "config.json"),
+    config=files.read_json(folder / "config.json"),
     metrics=metrics,
-    history=_read_json(folder / "history.json"),
-    data=_read_json(folder / "data.json"),
+    history=files.read_json(folder / "history.json"),
+    data=files.read_json(folder / "data.json"),
     examples=(
-      _read_arrays(
+      files.read_arrays(
         folder / "examples.npz",
         "images",
         "boundary",
@@ -199,15 +197,15 @@ def read(folder: pathlib.Path) -> Run:
       if "unlearned" in metrics
       else None
     ),
-    features=_read_arrays(folder / "features.npz", "labels", "is_forget"),
+    features=files.read_arrays(folder / "features.npz", "labels", "is_forget"),
     twins=(
-      _read_arrays(folder / "twins.npz", "left", "right")
+      files.read_arrays(folder / "twins.npz", "left", "right")
       if (folder / "twins.npz").is_file()
       else None
     ),
     flips=read_out.read_flips(folder),
     flip_images=(
-      _read_arrays(folder / "flips.npz", "images")["images"]
+      files.read_arrays(folder / "flips.npz", "images")["images"]
       if (folder / "flips.npz").is_file()
       else None
     ),
@@ -347,32 +345,6 @@ def _upper(text: str) -> str:
   """Capitalises a sentence, but no identifier such as `all_cnn`."""
   first = text.split(" ", 1)[0]
   return text if "_" in first else text[:1].upper() + text[1:]
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise ValueError(f"run must be complete, got no {path}") from None
-  except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise ValueError(f"{path} must be JSON, got {error}") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{path} must be a JSON object, got {content!r:.40}")
-  return content
-
-
-def _read_arrays(path: pathlib.Path, *names: str) -> dict[str, np.ndarray]:
-  try:
-    with np.load(path) as found:
-      arrays = {name: found[name] for name in found.files}
-  except FileNotFoundError:
-    raise ValueError(f"run must be complete, got no {path}") from None
-  except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-    raise ValueError(f"{path} must be an npz file, got {error}") from error
-  for name in names:
-    if name not in arrays:
-      raise ValueError(f"{path} must have {name!r}, got {sorted(arrays)}")
-  return arrays
 
 
 def _models(run: Run) -> list[str]:

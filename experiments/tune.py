@@ -14,9 +14,7 @@ to two retrained models, by their distance to each other. The tables are kept in
 docs/tuning.
 """
 
-import csv
 import dataclasses
-import io
 import itertools
 import math
 import pathlib
@@ -134,6 +132,11 @@ def run(options: Options) -> str:
   checks.integer("seeds", options.seeds, at_least=1)
   path = pathlib.Path(
     options.table or f"{options.runs_dir}/{options.recipe}_{options.part}.csv"
+  )
+  files.at_end.enter_context(
+    files.lock(
+      path, argument="table", hint=f"the same command goes on with {path}"
+    )
   )
   rows = read(path, options.part)
   context = jobs.prepare(options, is_read_only=True)
@@ -331,12 +334,13 @@ def read(path: pathlib.Path, part: str) -> list[Row]:
   if not path.exists():
     return []
   fields = _fields(part)
-  with path.open(newline="") as file:
-    reader = csv.DictReader(file, restval="")
-    names = tuple(reader.fieldnames or ())
-    if len(names) < len(fields) - 1 or names != fields[: len(names)]:
-      raise ValueError(f"table must have the columns {fields}, got {path}")
-    return [_row(line, part) for line in reader]
+  names, lines = files.read_csv(path)
+  if len(names) < len(fields) - 1 or tuple(names) != fields[: len(names)]:
+    raise ValueError(f"table must have the columns {fields}, got {path}")
+  try:
+    return [_row(line, part) for line in lines]
+  except ValueError as error:
+    raise ValueError(f"table must hold numbers, got {path}: {error}") from None
 
 
 def _fields(part: str) -> tuple[str, ...]:
@@ -360,14 +364,12 @@ def _row(line: dict[str, str], part: str) -> Row:
 
 def to_csv(rows: Sequence[Row], part: str) -> str:
   """Returns the table as text, with a line of names."""
-  buffer = io.StringIO()
-  writer = csv.writer(buffer, lineterminator="\n")
-  writer.writerow(_fields(part))
+  table: list[Sequence[Any]] = [_fields(part)]
   for row in rows:
     values = [row.figures[name] for name in FIGURES[part]]
     texts = ["" if value is None else f"{value:.4f}" for value in values]
-    writer.writerow([*row.trial, row.seed, *texts])
-  return buffer.getvalue()
+    table.append([*row.trial, row.seed, *texts])
+  return files.to_csv(table)
 
 
 def summary(rows: Sequence[Row], part: str) -> str:

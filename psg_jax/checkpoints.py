@@ -2,10 +2,15 @@
 
 Orbax stays inside this module. It writes the arrays; beside them goes a list of
 all leaves with path, type and shape, against which a target is checked before
-anything is read, since Orbax itself casts silently where types differ. Typed
-keys are stored as their data and made anew, Python numbers as text.
+anything is read, since Orbax itself casts silently where types differ, and with
+a digest of the values, since it keeps none. Typed keys are stored as their data
+and made anew, Python numbers as text.
+
+A checkpoint is written beside its place and renamed. What a killed process has
+left there is found by all that read, and cleared away by the next `save`.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -24,9 +29,12 @@ from orbax.checkpoint import v1 as ocp
 
 from psg_jax import checks
 
-_FORMAT = 1
+# The first had no digests.
+_FORMAT = 2
+_FORMATS = (1, _FORMAT)
 _MARKER = "orbax.checkpoint"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_BESIDE = re.compile(r"\.(.*)\.(?:saving|replaced)")
 _SCALARS: dict[str, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
   "bool": (lambda value: "01"[value], lambda text: text == "1"),
   "int": (str, int),
@@ -51,6 +59,8 @@ class _Leaf(NamedTuple):
     shape: Shape; of a key array without the lengths of the keys' own data.
     container: `"jax"`, `"numpy"`, `"scalar"` (of NumPy) or `"python"`.
     value: A key's implementation, the text of a Python scalar, else `""`.
+    digest: Of the stored values; `""` where there are none, and of an array
+      whose parts are spread over several processes.
   """
 
   path: tuple[str, ...]
@@ -59,6 +69,7 @@ class _Leaf(NamedTuple):
   shape: tuple[int, ...]
   container: str
   value: str = ""
+  digest: str = ""
 
   @property
   def name(self) -> str:
@@ -112,28 +123,33 @@ def save(
     raise ValueError(
       f"metadata must be what JSON can hold, got {metadata!r}: {error}"
     ) from None
-  if folder.exists():
-    if not overwrite:
-      raise ValueError(
-        f"path {str(folder)!r} exists already (overwrite=True replaces it)"
-      )
-    if not (folder / _MARKER).is_file():
-      raise ValueError(
-        f"path {str(folder)!r} is not a checkpoint and is not overwritten"
-      )
+  if folder.exists() and not (folder / _MARKER).is_file() and overwrite:
+    raise ValueError(
+      f"path {str(folder)!r} is not a checkpoint and is not overwritten"
+    )
+  if not overwrite and (
+    folder.exists() or (_beside(folder, "replaced") / _MARKER).is_file()
+  ):
+    raise ValueError(
+      f"path {str(folder)!r} exists already (overwrite=True replaces it)"
+    )
   arrays = {
     leaf.stored_name: _to_stored(leaf, value)
     for leaf, value in zip(leaves, values, strict=True)
     if leaf.is_stored
   }
-  # Orbax takes no empty tree.
-  arrays = arrays or {"empty": np.zeros(1, np.uint8)}
+  digests = {name: _digest(value) for name, value in arrays.items()}
   content = {
     "psg_jax": _FORMAT,
-    "leaves": [list(leaf) for leaf in leaves],
+    "leaves": [
+      list(leaf._replace(digest=digests.get(leaf.stored_name, "")))
+      for leaf in leaves
+    ],
     "metadata": user,
   }
-  _write(folder, arrays, content)
+  # Orbax takes no empty tree.
+  arrays = arrays or {"empty": np.zeros(1, np.uint8)}
+  _write(folder, arrays, {**content, "digest": _content_digest(content)})
 
 
 def restore(
@@ -154,10 +170,10 @@ def restore(
 
   Raises:
     ValueError: If there is no checkpoint or it is damaged, or if a leaf is
-      missing, surplus, or of another type or shape than the target's; the line
-      names the first such leaf.
+      missing, surplus, of another type or shape than the target's, or of other
+      values than were saved; the line names the first such leaf.
   """
-  folder = _absolute(path)
+  folder = _find(_absolute(path))
   leaves = [_parse(leaf) for leaf in _content(folder)["leaves"]]
   placed, places = leaves, [None] * len(leaves)
   if target is not None:
@@ -172,6 +188,7 @@ def restore(
     if leaf.is_stored
   }
   arrays = _load(folder, abstract or {"empty": np.zeros(1, np.uint8)})
+  _check_values(folder, leaves, arrays)
   values = [
     _from_stored(leaf, place.container, like, arrays.get(leaf.stored_name))
     for leaf, place, like in zip(leaves, placed, places, strict=True)
@@ -185,26 +202,42 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
   """Returns the metadata that `save` was given; empty where there was none.
 
   Raises:
-    ValueError: If there is no checkpoint.
+    ValueError: If there is no checkpoint, or it is damaged.
   """
-  return _content(_absolute(path))["metadata"]
+  return _content(_find(_absolute(path)))["metadata"]
 
 
-def remove(path: str | os.PathLike[str]) -> None:
+def exists(path: str | os.PathLike[str]) -> bool:
+  """Whether `restore` would find a checkpoint."""
+  return (_find(_absolute(path)) / _MARKER).is_file()
+
+
+def has_any(folder: str | os.PathLike[str]) -> bool:
+  """Whether a checkpoint lies anywhere in a folder."""
+  return any(_absolute(folder, "folder").rglob(_MARKER))
+
+
+def remove(
+  path: str | os.PathLike[str], *, is_missing_ok: bool = False
+) -> None:
   """Removes a checkpoint; it goes whole, as it came.
+
+  Args:
+    path: What `save` was given.
+    is_missing_ok: Whether there may be none; what a killed process has left of
+      one is cleared away all the same.
 
   Raises:
     ValueError: If there is no checkpoint.
   """
   folder = _absolute(path)
-  if not (folder / _MARKER).is_file():
+  if not (exists(folder) or is_missing_ok):
     raise ValueError(f"path must be a checkpoint, got {str(folder)!r}")
   _barrier(f"{folder}: found")
   if jax.process_index() == 0:
-    removed = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(removed, ignore_errors=True)
-    os.rename(folder, removed)
-    shutil.rmtree(removed, ignore_errors=True)
+    _tidy(folder)
+    if (folder / _MARKER).is_file():
+      _delete(folder, folder)
   _barrier(f"{folder}: removed")
 
 
@@ -219,12 +252,15 @@ def run_checkpoints(
   folder = _absolute(run_dir, "run_dir")
   if not folder.is_dir():
     raise ValueError(f"run_dir must be a folder, got {str(folder)!r}")
-  found = sorted((folder / "checkpoints").glob(f"*/{_MARKER}"))
-  return {
-    marker.parent.name: marker.parent
-    for marker in found
-    if _NAME.fullmatch(marker.parent.name)
-  }
+  folder /= "checkpoints"
+  names = set()
+  for marker in folder.glob(f"*/{_MARKER}"):
+    name = marker.parent.name
+    if hidden := _BESIDE.fullmatch(name):
+      name = hidden[1]
+    if _NAME.fullmatch(name):
+      names.add(name)
+  return {name: _find(folder / name) for name in sorted(names)}
 
 
 def save_run(
@@ -332,8 +368,8 @@ def _describe_leaf(path: tuple[str, ...], value: Any, argument: str) -> _Leaf:
 
 
 def _parse(stored: list[Any]) -> _Leaf:
-  path, kind, dtype, shape, container, value = stored
-  return _Leaf(tuple(path), kind, dtype, tuple(shape), container, value)
+  path, kind, dtype, shape, *rest = stored
+  return _Leaf(tuple(path), kind, dtype, tuple(shape), *rest)
 
 
 def _check_same(
@@ -434,32 +470,121 @@ def _write(
   writing would leave neither.
   """
   folder.parent.mkdir(parents=True, exist_ok=True)
-  staging = folder.with_name(f".{folder.name}.saving")
-  replaced = folder.with_name(f".{folder.name}.replaced")
-  _clean(staging)
+  staging, replaced = _beside(folder, "saving"), _beside(folder, "replaced")
+  if jax.process_index() == 0:
+    _tidy(folder)
   _barrier(f"{folder}: cleaned")
   try:
-    ocp.save(staging, arrays, custom_metadata=content)
+    _save(folder, staging, arrays, content)
     _barrier(f"{folder}: written")
     if jax.process_index() == 0:
-      shutil.rmtree(replaced, ignore_errors=True)
       if folder.exists():
         os.rename(folder, replaced)
       os.rename(staging, folder)
-      shutil.rmtree(replaced, ignore_errors=True)
+      _tidy(folder)
   except BaseException:
-    _clean(staging)
+    if jax.process_index() == 0:
+      _delete(folder, staging)
+      _tidy(folder)
     raise
   _barrier(f"{folder}: complete")
 
 
-def _clean(staging: pathlib.Path) -> None:
-  """Removes what an earlier or failed attempt has left."""
-  if jax.process_index() == 0:
-    for leftover in staging.parent.iterdir():
-      # Orbax works in a folder with this beginning.
-      if leftover.name.startswith(staging.name):
+def _save(
+  folder: pathlib.Path,
+  staging: pathlib.Path,
+  arrays: dict[str, Any],
+  content: dict[str, Any],
+) -> None:
+  try:
+    ocp.save(staging, arrays, custom_metadata=content)
+  # What a disk that is full or read-only makes Orbax raise is open-ended, and
+  # need not name the file.
+  except Exception as error:
+    line = " ".join(str(error).split())[:300]
+    raise OSError(f"path {str(folder)!r} cannot be written: {line}") from error
+
+
+def _beside(folder: pathlib.Path, step: str) -> pathlib.Path:
+  """Where a checkpoint is before or after its time at `folder`.
+
+  Args:
+    folder: The checkpoint's own place.
+    step: `"saving"`, which Orbax makes by renaming what is complete;
+      `"replaced"`, the one of before; `"removed"`, which nobody wants.
+  """
+  return folder.with_name(f".{folder.name}.{step}")
+
+
+def _find(folder: pathlib.Path) -> pathlib.Path:
+  """Returns where the checkpoint of a path is; the path where there is none.
+
+  It is beside its place if the process was killed between two renames.
+  """
+  for place in (
+    folder,
+    _beside(folder, "saving"),
+    _beside(folder, "replaced"),
+  ):
+    if (place / _MARKER).is_file():
+      return place
+  return folder
+
+
+def _tidy(folder: pathlib.Path) -> None:
+  """Moves a checkpoint to its place, and clears away what is beside it."""
+  if not folder.exists() and (found := _find(folder)) != folder:
+    os.rename(found, folder)
+  for step in ("saving", "replaced", "removed"):
+    _delete(folder, _beside(folder, step))
+  # Orbax works in a folder with this beginning.
+  start = f"{_beside(folder, 'saving').name}."
+  if folder.parent.is_dir():
+    for leftover in folder.parent.iterdir():
+      if leftover.name.startswith(start):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _delete(folder: pathlib.Path, place: pathlib.Path) -> None:
+  """Removes a folder whole, so that no half of it is taken for a checkpoint."""
+  removed = _beside(folder, "removed")
+  shutil.rmtree(removed, ignore_errors=True)
+  if place.exists():
+    os.rename(place, removed)
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def _digest(value: jax.Array | np.ndarray) -> str:
+  """Digest of bytes, type and shape; `""` where the values are not all here."""
+  if isinstance(value, jax.Array) and not (
+    value.is_fully_addressable or value.is_fully_replicated
+  ):
+    return ""
+  array = np.asarray(value)
+  found = hashlib.blake2b(
+    f"{array.dtype.name} {array.shape}".encode(), digest_size=16
+  )
+  # Types that are not NumPy's own do not lend their bytes.
+  found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+  return found.hexdigest()
+
+
+def _content_digest(content: Mapping[str, Any]) -> str:
+  text = json.dumps(content, sort_keys=True)
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _check_values(
+  folder: pathlib.Path, leaves: list[_Leaf], arrays: Mapping[str, Any]
+) -> None:
+  """Raises ValueError for the first leaf that is not what was saved."""
+  for leaf in leaves:
+    stored = arrays.get(leaf.stored_name)
+    found = _digest(stored) if leaf.digest and stored is not None else ""
+    if leaf.digest and found not in ("", leaf.digest):
+      raise ValueError(
+        _damage(folder, f"leaf {leaf.name} is not what was saved")
+      )
 
 
 def _barrier(name: str) -> None:
@@ -476,9 +601,16 @@ def _content(folder: pathlib.Path) -> dict[str, Any]:
   # What damaged files make Orbax raise is open-ended.
   except Exception as error:
     raise ValueError(_damage(folder, error)) from None
-  if not isinstance(content, dict) or content.get("psg_jax") != _FORMAT:
+  if not isinstance(content, dict) or content.get("psg_jax") not in _FORMATS:
     raise ValueError(
       f"path must be a checkpoint written by psg_jax, got {str(folder)!r}"
+    )
+  digest = content.pop("digest", None)
+  if content["psg_jax"] == _FORMAT and digest != _content_digest(content):
+    raise ValueError(
+      _damage(
+        folder, "its list of leaves or its metadata is not what was saved"
+      )
     )
   return content
 
@@ -486,10 +618,11 @@ def _content(folder: pathlib.Path) -> dict[str, Any]:
 def _load(folder: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
   try:
     return ocp.load(folder, abstract)
-  except (ValueError, KeyError, OSError) as error:
+  # As above.
+  except Exception as error:
     raise ValueError(_damage(folder, error)) from None
 
 
-def _damage(folder: pathlib.Path, error: Exception) -> str:
+def _damage(folder: pathlib.Path, error: Exception | str) -> str:
   line = " ".join(str(error).split())[:300]
   return f"path {str(folder)!r} is a damaged checkpoint: {line}"

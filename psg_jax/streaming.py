@@ -14,6 +14,7 @@ import functools
 import multiprocessing
 import os
 import pathlib
+import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
@@ -147,7 +148,8 @@ class Images:
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
     num_images = sum(map(len, schedule))
-    if self._num_workers and num_images >= _MIN_IMAGES_FOR_WORKERS:
+    is_worth_it = num_images >= _MIN_IMAGES_FOR_WORKERS
+    if self._num_workers and is_worth_it and _can_have_workers():
       if getattr(multiprocessing.current_process(), "_inheriting", False):
         # Each worker would start the script, and with it workers, again.
         raise RuntimeError(
@@ -179,6 +181,21 @@ class Images:
       if here.size:
         images[here] = source.read(rows[here] - self._starts[i])
     return images
+
+
+def _can_have_workers() -> bool:
+  """Whether Python can start processes here; else threads do their work.
+
+  A daemonic process may have none, and a new one runs the script's file first,
+  which one that is read from standard input lacks.
+  """
+  if multiprocessing.current_process().daemon:
+    return False
+  main = sys.modules.get("__main__")
+  if getattr(main, "__spec__", None) is not None:
+    return True
+  file = getattr(main, "__file__", None)
+  return file is None or os.path.exists(file)
 
 
 class _Batches:
@@ -214,7 +231,8 @@ def load(
     split: `"train"` or `"test"`.
     data_dir: As for `data.load`.
     num_workers: Processes that read and decode; 0 for threads alone, None for
-      as many as there are cores, up to 8.
+      as many as there are cores, up to 8. Where there can be none, in a
+      daemonic process or a script from standard input, threads read.
 
   Returns:
     As `data.load`; labels, ids and metadata are in memory, `images` are

@@ -1,6 +1,11 @@
 """Tests of psg_jax.checkpoints."""
 
+import contextlib
+import functools
+import json
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 from typing import NamedTuple
@@ -421,6 +426,73 @@ def test_damaged_checkpoints(tmp_path, is_marker_kept):
   fails(lambda: checkpoints.restore(tmp_path / "a"), "path", "damaged")
 
 
+def flip(path, position, bit):
+  content = bytearray(path.read_bytes())
+  content[position] ^= 1 << bit
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["a", "b/noise"])
+def test_damaged_values_are_named(tmp_path, name):
+  rng = np.random.default_rng(0)
+  # Noise, which is stored as it is and not compressed.
+  noise = rng.integers(0, 256, (2, 5000)).astype(np.uint8)
+  state = {"a": jnp.asarray(noise[0]), "b": {"noise": noise[1]}, "n": 3}
+  checkpoints.save(tmp_path / "a", state)
+  values = noise[int(name != "a")].tobytes()
+  (file,) = (
+    file
+    for file in (tmp_path / "a").rglob("*")
+    if file.is_file() and values in file.read_bytes()
+  )
+  flip(file, file.read_bytes().index(values) + 1234, 3)
+  for target in (state, None):
+    fails(
+      lambda target=target: checkpoints.restore(tmp_path / "a", target=target),
+      f"damaged checkpoint: leaf {name} is not what was saved",
+    )
+
+
+def test_any_flipped_bit_is_harmless_or_told(tmp_path):
+  rng = np.random.default_rng(0)
+  state = {"x": rng.random(300), "n": 17, "key": jax.random.key(1)}
+  metadata = {"history": [{"loss": 0.5}]}
+  checkpoints.save(tmp_path / "a", state, metadata=metadata)
+  told = 0
+  for file in sorted((tmp_path / "a").rglob("*")):
+    for _ in range(2 * (file.is_file() and file.stat().st_size > 0)):
+      where = rng.integers(file.stat().st_size), rng.integers(8)
+      flip(file, *where)
+      with contextlib.suppress(ValueError):
+        told += 1
+        restored = checkpoints.restore(tmp_path / "a")
+        given = checkpoints.metadata(tmp_path / "a")
+        told -= 1
+        assert_same(restored, state)
+        assert given == metadata
+      flip(file, *where)
+  assert told > 3
+
+
+def as_first_version(folder):
+  """Takes out of a checkpoint what the first version did not write."""
+  path = folder / "_CHECKPOINT_METADATA"
+  content = json.loads(path.read_text())
+  own = content["custom_metadata"]
+  del own["digest"]
+  own["psg_jax"] = 1
+  own["leaves"] = [leaf[:6] for leaf in own["leaves"]]
+  path.write_text(json.dumps(content))
+
+
+def test_checkpoints_without_digests_are_read(tmp_path):
+  state = {"x": jnp.arange(3.0), "n": 17}
+  checkpoints.save(tmp_path / "a", state, metadata={"seed": 3})
+  as_first_version(tmp_path / "a")
+  assert_same(checkpoints.restore(tmp_path / "a", target=state), state)
+  assert checkpoints.metadata(tmp_path / "a") == {"seed": 3}
+
+
 # Metadata, overwriting, failures.
 
 
@@ -503,6 +575,128 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path):
   (half / "data").write_text("x")
   checkpoints.save(tmp_path / "a", {"x": jnp.ones(2)})
   assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+
+
+class Killed(BaseException):
+  """Stands for the end of the process: nothing is done after it."""
+
+
+def killed_at(step, call, written=None):
+  """Runs a call and ends it before its nth change of a folder, as SIGKILL.
+
+  What Orbax is to write is copied from `written`, which is faster.
+  """
+  done = []
+
+  def counted(real, *args, **kwargs):
+    if len(done) == step:
+      done.append("killed")
+      if real is shutil.rmtree and os.path.exists(args[0]):
+        # Half of it is gone already.
+        for file in pathlib.Path(args[0]).rglob("_CHECKPOINT_METADATA"):
+          file.unlink()
+    if len(done) > step:
+      raise Killed
+    done.append(real)
+    return real(*args, **kwargs)
+
+  def copy(_, staging, *rest):
+    shutil.copytree(written, staging)
+
+  with pytest.MonkeyPatch.context() as patch:
+    for module, name in (
+      (os, "rename"),
+      (shutil, "rmtree"),
+      (checkpoints, "_save"),
+    ):
+      real = getattr(module, name)
+      if name == "_save":
+        real = copy
+      patch.setattr(module, name, functools.partial(counted, real))
+    try:
+      call()
+    except Killed:
+      return True
+  return False
+
+
+def test_a_kill_at_any_step_leaves_a_checkpoint(tmp_path):
+  written = [tmp_path / "old", tmp_path / "new"]
+  for value, path in enumerate(written):
+    checkpoints.save(path, {"x": np.full(2, value)})
+  is_killed, step = True, 0
+  while is_killed:
+    run = tmp_path / str(step)
+    path = run / "checkpoints" / "a"
+    shutil.copytree(written[0], path)
+
+    def replace(path=path):
+      checkpoints.save(path, {}, overwrite=True)
+
+    is_killed = killed_at(step, replace, written[1])
+    # Reading changes nothing, and finds it by its name, too.
+    assert checkpoints.exists(path)
+    assert list(checkpoints.run_checkpoints(run)) == ["a"]
+    restored = checkpoints.restore(path)
+    assert_same(checkpoints.restore_run(run, "a"), restored)
+    assert restored["x"][0] in ((0, 1) if is_killed else (1,))
+    assert not killed_at(99, replace, written[1])
+    assert checkpoints.restore(path)["x"][0] == 1
+    assert list(path.parent.iterdir()) == [path]
+    step += 1
+  assert step > 6
+
+
+def test_a_kill_while_removing_leaves_all_or_nothing(tmp_path):
+  is_killed, step = True, 0
+  while is_killed:
+    path = tmp_path / str(step) / "a"
+    checkpoints.save(path, {"x": 1})
+    is_killed = killed_at(step, lambda path=path: checkpoints.remove(path))
+    assert checkpoints.exists(path) == path.exists()
+    if path.exists():
+      assert_same(checkpoints.restore(path), {"x": 1})
+    checkpoints.remove(path, is_missing_ok=True)
+    assert not list(path.parent.iterdir())
+    step += 1
+  assert step > 3
+
+
+def test_a_failure_between_the_renames_puts_the_old_one_back(
+  tmp_path, monkeypatch
+):
+  path = tmp_path / "a"
+  checkpoints.save(path, {"x": 1})
+  rename = os.rename
+
+  def fail(source, target):
+    if os.fspath(source).endswith(".saving") and os.fspath(target) == str(path):
+      raise PermissionError("no")
+    rename(source, target)
+
+  monkeypatch.setattr(os, "rename", fail)
+  with pytest.raises(PermissionError):
+    checkpoints.save(path, {"x": 2}, overwrite=True)
+  assert_same(checkpoints.restore(path), {"x": 1})
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_was_replaced_is_not_overwritten_unasked(tmp_path):
+  path = tmp_path / "a"
+  checkpoints.save(path, {"x": 1})
+  path.rename(tmp_path / ".a.replaced")
+  fails(lambda: checkpoints.save(path, {"x": 2}), "overwrite=True")
+  assert_same(checkpoints.restore(path), {"x": 1})
+
+
+def test_a_disk_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+  def fail(*args, **kwargs):
+    raise RuntimeError("UNAVAILABLE:\nNo space left on device")
+
+  monkeypatch.setattr(checkpoints.ocp, "save", fail)
+  with pytest.raises(OSError, match=r"a' cannot be written: .* No space left"):
+    checkpoints.save(tmp_path / "a", {"x": 1})
+  assert not list(tmp_path.iterdir())
 
 
 def test_saving_neither_donates_nor_changes(tmp_path):

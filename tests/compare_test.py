@@ -17,6 +17,7 @@ from experiments import (
   compare_page,
   compare_recipes,
   compare_summary,
+  files,
   jobs,
 )
 from psg_jax import baselines, checkpoints, data, unlearning
@@ -222,8 +223,8 @@ def test_ours_stops_at_the_target_of_the_request(
     *("--seeds=1", "--methods", "psg", "--metrics", "accuracy_test_retain"),
   )
   folder = tmp_path / "aimed"
-  unlearned = compare_cells.arrays(folder / "cells/psg-2022-0/logits.npz")
-  original = compare_cells.arrays(folder / "models/seed-2022/original.npz")
+  unlearned = files.read_arrays(folder / "cells/psg-2022-0/logits.npz")
+  original = files.read_arrays(folder / "models/seed-2022/original.npz")
   result = read(folder / "cells/psg-2022-0/result.json")
   assert result["target_accuracy"] == 1.0
   for split, values in original.items():

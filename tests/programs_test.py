@@ -1,28 +1,35 @@
 """The programs from end to end, on a few of the embedded digits."""
 
+import csv
 import dataclasses
+import fcntl
 import json
+import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import jax
 import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
+from data_prep import cache
 from experiments import (
   cli,
   demo,
   evaluation_benchmark,
+  files,
   jobs,
   recipes,
   report,
   train,
   unlearn,
 )
-from psg_jax import checkpoints, data, metrics, torch_weights
+from psg_jax import checkpoints, data, metrics, programs, torch_weights
 
 SMALL = [
   "--num_train=400",
@@ -403,3 +410,308 @@ def test_recipes_are_complete():
       job = dataclasses.replace(job, where="site = 'B'")
     jobs.check(job)
   assert recipes.UNLEARNING["released"].retain_weight == 0
+
+
+# What ends a program.
+
+
+def outcome(code, *, shell="{}"):
+  """Status, output and errors of a program of a few lines, run by bash."""
+  script = f"import os, sys\nfrom psg_jax import programs\n{code}"
+  words = [sys.executable, "-c", script]
+  done = subprocess.run(
+    ["bash", "-c", shell.format(shlex.join(words))],
+    capture_output=True,
+    text=True,
+    encoding="utf-8",
+  )
+  assert "Traceback" not in done.stderr, done.stderr
+  return done.returncode, done.stdout, done.stderr
+
+
+def raising(error):
+  def main():
+    raise error
+
+  return main
+
+
+class JaxRuntimeError(RuntimeError):
+  pass
+
+
+@pytest.mark.parametrize(
+  ("error", "status", "line"),
+  [
+    (ValueError("a must be\n 1"), 2, "error: a must be 1"),
+    (OSError(28, "No space left", "x.npz"), 2, "No space left: 'x.npz'; hint"),
+    (FileNotFoundError(2, "none", "x"), 2, "error: [Errno 2] none: 'x'\n"),
+    (FloatingPointError("diverged"), 1, "error: diverged"),
+    (MemoryError(), 2, "error: memory is used up: ; less"),
+    (
+      JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+      2,
+      "error: memory is used up: RESOURCE_EXHAUSTED: Out of memory allocating"
+      " 9 bytes.; less",
+    ),
+    (OSError(12, "Cannot allocate memory"), 2, "memory is used up"),
+    (RuntimeError("array_record"), 2, "error: RuntimeError: array_record ("),
+    (RuntimeError("Could not determine home directory."), 2, "PSG_JAX_DATA"),
+    (csv.Error("field larger"), 2, "error: Error: field larger ("),
+    (EOFError("short"), 2, "error: EOFError: short ("),
+    (KeyboardInterrupt(), 130, "interrupted; hint"),
+  ],
+)
+def test_errors_end_in_one_line(error, status, line, capsys, monkeypatch):
+  monkeypatch.delenv("PSG_JAX_TRACEBACK", raising=False)
+  with pytest.raises(SystemExit) as caught:
+    programs.run(
+      raising(error),
+      memory_hint=lambda: "less",
+      at_end=lambda is_done: ["hint"] * (not is_done),
+    )
+  assert caught.value.code == status
+  said = capsys.readouterr().err
+  assert line in said
+  assert said.count("\n") == 1
+
+
+def test_mistakes_of_ours_are_shown_in_full(monkeypatch):
+  with pytest.raises(TypeError):
+    programs.run(raising(TypeError("ours")))
+  monkeypatch.setenv("PSG_JAX_TRACEBACK", "1")
+  with pytest.raises(RuntimeError, match="others"):
+    programs.run(raising(RuntimeError("others")))
+
+
+def test_devices_that_are_not_there_are_named(monkeypatch, capsys):
+  def assert_there():
+    raise AssertionError
+
+  monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+  monkeypatch.setattr(jax, "devices", assert_there)
+  with pytest.raises(SystemExit):
+    programs.run(raising(AssertionError()))
+  assert "JAX_PLATFORMS must name devices" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("shell", "status", "line"),
+  [
+    ("{} > /dev/full", 2, "error: standard output cannot be written: No space"),
+    ("{} | head -c 0; exit ${{PIPESTATUS[0]}}", 141, ""),
+    ("LC_ALL=C PYTHONUTF8=0 PYTHONIOENCODING=ascii {}", 0, ""),
+    ("{} >&-", 0, ""),
+    ("{} 2>&-", 0, ""),
+  ],
+)
+def test_output_that_cannot_be_written(shell, status, line):
+  code = "programs.run(lambda: print('\\xfc\\u4e2d' * 9 * 10**4))"
+  found, output, errors = outcome(code, shell=shell)
+  assert (found, errors.count("\n")) == (status, bool(line))
+  assert line in errors
+  assert output[:1] in (("\\",) if "ascii" in shell else ("", "\\", "\xfc"))
+
+
+@pytest.mark.parametrize(
+  ("signal", "status", "word"),
+  [("TERM", 143, "terminated"), ("INT", 130, "interrupted")],
+)
+@pytest.mark.parametrize("is_begun", [True, False])
+def test_signals_end_in_one_line(signal, status, word, is_begun):
+  kill = f"os.kill(os.getpid(), signal.SIG{signal}); time.sleep(9)"
+  code = f"import signal, time\ndef main():\n  {kill}\n"
+  code += (
+    "programs.run(main, at_end=lambda is_done: ['go on'])"
+    if is_begun
+    else f"sys.argv = ['-m']; programs.expect_signals(); {kill}"
+  )
+  assert outcome(code) == (
+    status,
+    "",
+    f"{word}; go on\n" if is_begun else f"{word}: nothing was begun\n",
+  )
+
+
+def test_homes_in_arguments(monkeypatch):
+  monkeypatch.setenv("HOME", "/home/me")
+  given = ["--runs_dir=~/x", "~/y", "~", "--where=a = '~/z'", "--n=~", "a~/b"]
+  monkeypatch.setattr(sys, "argv", ["program", *given])
+  assert programs.arguments() == [
+    *("--runs_dir=/home/me/x", "/home/me/y", "/home/me", "--where=a = '~/z'"),
+    *("--n=/home/me", "a~/b"),
+  ]
+
+
+def test_commands_run_where_others_have_our_names(tmp_path, monkeypatch):
+  root = pathlib.Path(programs.__file__).parents[1]
+  scripts = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+  assert set(scripts["scripts"].values()) == {"psg_jax.programs:start"}
+  for name in scripts["scripts"]:
+    module = name.removeprefix("psg-")
+    folders = ("experiments", "data_prep")
+    assert any((root / x / f"{module}.py").is_file() for x in folders)
+  # An installed command has not the working folder in its path.
+  run = []
+  monkeypatch.setattr(
+    programs.runpy, "run_module", lambda name, **_: run.append(name)
+  )
+  monkeypatch.setattr(programs, "_quit_on_signals", lambda: None)
+  for name in ("psg-unlearn", "psg-prepare"):
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / name)])
+    programs.start()
+  assert run == ["experiments.unlearn", "data_prep.prepare"]
+
+
+def test_the_commit_is_that_of_our_own_checkout(tmp_path, monkeypatch):
+  def git(*arguments, cwd):
+    identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
+    subprocess.run(
+      ["git", *identity, *arguments], cwd=cwd, check=True, capture_output=True
+    )
+
+  theirs = tmp_path / "theirs"
+  file = theirs / "lib" / "experiments" / "jobs.py"
+  file.parent.mkdir(parents=True)
+  file.write_text("")
+  monkeypatch.setattr(jobs, "__file__", str(file))
+  assert jobs._git_commit() is None
+  git("init", cwd=theirs)
+  (theirs / "own.txt").write_text("")
+  git("add", "own.txt", cwd=theirs)
+  git("commit", "-m", "x", cwd=theirs)
+  assert jobs._git_commit() is None
+  git("add", "lib", cwd=theirs)
+  git("commit", "-m", "x", cwd=theirs)
+  assert jobs._git_commit() is None
+  git("init", cwd=theirs / "lib")
+  git("add", ".", cwd=theirs / "lib")
+  git("commit", "-m", "x", cwd=theirs / "lib")
+  assert re.fullmatch("[0-9a-f]{40}", jobs._git_commit())
+
+
+# Who works on a run, and what it replaces.
+
+
+def prepared(folder, data_dir, **options):
+  """Makes a run folder, as programs do before they train."""
+  job = dataclasses.replace(
+    recipes.find("digits"), num_train=400, width=0.05, num_devices=1
+  )
+  job = dataclasses.replace(job, runs_dir=str(folder.parent), name=folder.name)
+  return jobs.prepare(dataclasses.replace(job, **options))
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"], ["--overwrite"]])
+def test_a_run_that_another_process_works_on(
+  options, tmp_path, capsys, data_dir
+):
+  run = tmp_path / "one"
+  prepared(run, data_dir)
+  files.at_end.close()
+  before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+  with (tmp_path / ".one.lock").open("w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write("process 17 on there")
+    file.flush()
+    arguments = [*SMALL, f"--runs_dir={tmp_path}", "--name=one", *options]
+    line = failing(capsys, demo, *arguments)
+  assert "name must not be in use" in line
+  assert "process 17 on there" in line
+  assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_overwriting_keeps_the_run_until_there_is_a_model(
+  is_killed, tmp_path, data_dir, capsys
+):
+  run = tmp_path / "one"
+  prepared(run, data_dir)
+  checkpoints.save_run(run, "original", {"x": 1})
+  files.at_end.close()
+  before = (run / "config.json").read_bytes()
+
+  def main():
+    prepared(run, data_dir, overwrite=True, seed=5)
+    assert not checkpoints.run_checkpoints(run)
+    if is_killed:
+      # As SIGKILL leaves it: the next process finds what there is.
+      shutil.copytree(tmp_path, tmp_path.with_name("killed"))
+    raise ValueError("training failed")
+
+  with pytest.raises(SystemExit):
+    cli.run(main)
+  if is_killed:
+    shutil.rmtree(tmp_path)
+    tmp_path.with_name("killed").rename(tmp_path)
+    with pytest.raises(ValueError, match="which exists"):
+      prepared(run, data_dir)
+    files.at_end.close()
+  assert checkpoints.restore_run(run, "original") == {"x": 1}
+  assert (run / "config.json").read_bytes() == before
+  assert list(tmp_path.iterdir()) == [run]
+  # What has a model stays, and the one of before goes at once.
+  context = prepared(run, data_dir, overwrite=True, seed=5)
+  jobs._save(context, "original", {"x": 2}, [], 0.0)
+  assert not (tmp_path / ".one.replaced").exists()
+  files.at_end.close()
+  assert checkpoints.restore_run(run, "original") == {"x": 2}
+  assert list(tmp_path.iterdir()) == [run]
+
+
+def test_what_a_kill_left_of_training_goes(tmp_path, data_dir):
+  context = prepared(tmp_path / "one", data_dir)
+  state = jobs._fresh_state(context, "original")
+  checkpoints.save(tmp_path / "one" / "original.partial", state)
+  jobs._save(context, "original", state, [], 0.0)
+  (tmp_path / "one" / ".original.partial.replaced").mkdir()
+  jobs.original(context)
+  files.at_end.close()
+  assert not list((tmp_path / "one").glob("*.partial*"))
+
+
+def test_names_with_slashes(tmp_path, data_dir):
+  run = tmp_path / "group" / "one"
+  context = prepared(tmp_path / "x", data_dir, runs_dir=str(tmp_path))
+  files.at_end.close()
+  job = dataclasses.replace(context.job, name="group/one")
+  jobs.prepare(job)
+  files.at_end.close()
+  jobs.prepare(dataclasses.replace(job, resume=True))
+  files.at_end.close()
+  assert cli.read_job(run).name == "one"
+  copy = dataclasses.replace(job, name="group/two/three")
+  jobs.prepare(copy, source=run)
+  files.at_end.close()
+  assert (tmp_path / "group/two/three/history.json").is_file()
+
+
+def test_prepared_sets_are_listed_and_removed(tmp_path, monkeypatch, capsys):
+  for name in ("digits", "own_scans", "own_other"):
+    folder = tmp_path / f"psg_{name}" / "1.0.0"
+    folder.mkdir(parents=True)
+    (folder / "metadata.json").write_text(f'{{"source": "of {name}"}}')
+    (folder / "data").write_bytes(b"x" * 3 * 10**6)
+  (tmp_path / ".image_folder-half").mkdir()
+
+  def say(*arguments):
+    monkeypatch.setattr(
+      sys, "argv", ["cache", f"--data_dir={tmp_path}", *arguments]
+    )
+    programs.run(cache.main)
+    return capsys.readouterr().out
+
+  listed = say()
+  assert re.search(r"own_scans +3\.0 MB  of own_scans\n", listed)
+  assert ".image_folder-half" in listed
+  assert "4 sets, 9.0 MB" in listed
+  with pytest.raises(SystemExit):
+    say("--remove", "own_scans", "none")
+  assert "none" in capsys.readouterr().err
+  assert (tmp_path / "psg_own_scans").is_dir()
+  listed = say("--remove", "own_scans", ".image_folder-half")
+  assert "2 sets, 6.0 MB" in listed
+  assert sorted(x.name for x in tmp_path.iterdir()) == [
+    "psg_digits",
+    "psg_own_other",
+  ]

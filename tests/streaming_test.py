@@ -1,5 +1,9 @@
 """Images on disk give what images in memory give."""
 
+import multiprocessing
+import sys
+import types as types_lib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -316,3 +320,25 @@ def test_bad_number_of_parts():
       num_epochs=1,
       num_parts=0,
     )
+
+
+def test_threads_read_where_no_process_can_start(data_dir, monkeypatch):
+  disk = streaming.load("digits", "train", data_dir=data_dir, num_workers=2)
+  schedule = [np.arange(2)] * (streaming._MIN_IMAGES_FOR_WORKERS // 2)
+
+  def forbid(*args, **kwargs):
+    raise AssertionError("a process was started")
+
+  monkeypatch.setattr(streaming.grain, "MultiprocessingOptions", forbid)
+  with pytest.raises(AssertionError):
+    next(disk.images.batches(schedule))
+  process = multiprocessing.current_process()
+  with monkeypatch.context() as patch:
+    patch.setitem(process._config, "daemon", True)
+    next(disk.images.batches(schedule))
+  # A script from standard input.
+  main = types_lib.ModuleType("__main__")
+  main.__file__, main.__spec__ = "<stdin>", None
+  with monkeypatch.context() as patch:
+    patch.setitem(sys.modules, "__main__", main)
+    next(disk.images.batches(schedule))
