@@ -66,7 +66,7 @@ def test_forgets_a_class_and_keeps_the_rest(trained):
   chex.assert_trees_all_equal(variables, before)
   assert output.relabelling.is_crossed.all()
   assert not np.any(output.targets == split.forget.labels)
-  assert output.history[-1]["forget_accuracy"] > 0.8
+  assert output.history[-1]["label_accuracy"] > 0.8
   assert output.history[0]["search_seconds"] > 0
   assert len(output.history[0]["forget_step_losses"]) == -(
     -len(split.forget) // 16
