@@ -728,6 +728,7 @@ def _trained(
   # Beside the finished ones, so that nobody takes it for one of them.
   partial = context.run_dir / f"{name}.partial"
   history: training.History = []
+  num_steps = -(-len(dataset) // options.batch_size)
   clock = _Clock()
   if partial.exists():
     state = checkpoints.restore(partial, target=state)
@@ -752,7 +753,9 @@ def _trained(
     clock.before, clock.start = 0.0, time.monotonic()
 
   def keep_within(state: training.TrainState) -> None:
-    if time.monotonic() - clock.saved > _SAVE_SECONDS:
+    # The end of an epoch is kept with its record, by what comes next.
+    is_end = int(state.step) % num_steps == 0
+    if not is_end and time.monotonic() - clock.saved > _SAVE_SECONDS:
       save(state, clock.before + time.monotonic() - clock.start)
 
   if len(history) < options.num_epochs:

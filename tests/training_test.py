@@ -346,7 +346,7 @@ def test_wide_types_change_nothing(small_cnn, num_parts):
 
 
 def test_other_mappings_and_types(small_cnn):
-  """FrozenDicts, and a network that answers in types and mappings of its own."""
+  """FrozenDicts, and a network that answers in other types and mappings."""
   model, variables = small_cnn
 
   def apply_train(variables, images, key, mask=None):

@@ -517,5 +517,5 @@ def test_variables_without_params_are_refused_before_the_search(
   monkeypatch.setattr(unlearning, "relabel", None)
   for bad in (variables["params"], {"weights": variables["params"]}):
     for fn in (unlearning.unlearn, baselines.find("finetune").fn):
-      with pytest.raises(ValueError, match='variables must .* with "params"'):
+      with pytest.raises(ValueError, match=r'variables must .* with "params"'):
         fn(model, bad, split, KEY)
