@@ -317,7 +317,7 @@ def _working_type(images: jax.Array) -> jnp.dtype:
   return jnp.promote_types(images.dtype, jnp.float32)
 
 
-def _to_type(value: float | jax.Array, dtype: jnp.dtype) -> jax.Array:
+def _to_type(value: Any, dtype: Any) -> jax.typing.ArrayLike:
   """Makes a number of this type, with no axes, on the host where it is known.
 
   Else it would change the type of what the loop carries.
@@ -515,9 +515,13 @@ def search_batch(
     keys: jax.Array,
     scalars: dict[str, Any],
   ) -> SearchOutput:
-    search_one = functools.partial(
-      _search_one, apply_fn, variables, **scalars, **static._asdict()
-    )
+    def search_one(
+      image: jax.Array, label: jax.Array, key: jax.Array
+    ) -> SearchOutput:
+      return _search_one(
+        apply_fn, variables, image, label, key, **scalars, **static._asdict()
+      )
+
     return jax.vmap(search_one)(images, labels, keys)
 
   return _on_automatic_axes(

@@ -144,7 +144,7 @@ def logits(
   """
   image = jax.ShapeDtypeStruct((1, *image_shape), dtype)
   found = jax.eval_shape(apply_fn, variables, image)
-  shape = getattr(found, "shape", ())
+  shape: tuple[int, ...] = getattr(found, "shape", ())
   if (
     len(shape) != 2
     or shape[0] != 1
