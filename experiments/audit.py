@@ -517,7 +517,12 @@ def _unlearn(
     )
     jax.block_until_ready(output.variables)
     record["seconds"] = time.perf_counter() - start
-    logits = inference.predict(context.model.apply, output.variables, images)
+    logits = inference.predict(
+      context.model.apply,
+      output.variables,
+      images,
+      batch_size=context.job.eval_batch_size,
+    )
     if not np.isfinite(logits).all():
       raise FloatingPointError("the logits are not finite after the last step")
     record["predict_seconds"] = time.perf_counter() - start - record["seconds"]

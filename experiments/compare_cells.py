@@ -92,7 +92,7 @@ def reference(
     if name not in finished or needs_variables or not path.is_file():
       variables[name] = step(context)
     if not path.is_file():
-      files.save_arrays(path, predict(context, variables[name])[0])
+      files.save_arrays(path, predict(context.of(name), variables[name])[0])
     logits[name] = files.read_arrays(path)
   records = jobs.read_json(context.run_dir / "history.json")
   seconds = {name: records[f"{name}_seconds"] for name in steps}
@@ -113,7 +113,7 @@ def extra(
   found = {
     name: metrics.Outputs(
       logits,
-      _features(context, reference.variables[name], names, name),
+      _features(context.of(name), reference.variables[name], names, name),
       params=reference.variables[name]["params"],
       seconds=reference.seconds[name],
     )
@@ -152,6 +152,7 @@ def _features(
       context.model.features,
       variables,
       context.parts[split].images,
+      batch_size=context.job.eval_batch_size,
       mesh=context.mesh,
     )
     for split in _splits(names, f"{role}.features.")
@@ -196,6 +197,8 @@ def run(
     "compiles": compiles,
   }
   logits: dict[str, np.ndarray] = {}
+  if cell.method == "retrain":
+    context = context.of("retrained")
   try:
     output, seconds, target = _unlearn(context, cell, resolved, reference)
     splits = _splits(names, "model.features.")
@@ -281,15 +284,20 @@ def predict(
     Logits and features, by part.
   """
   logits, features = {}, {}
+  options: dict[str, Any] = {
+    "batch_size": context.job.eval_batch_size,
+    "mesh": context.mesh,
+  }
+  parts = context.parts
   for name in splits:
-    images = context.parts[name].images
+    images = parts[name].images
     if name in feature_splits:
       logits[name], features[name] = inference.predict_both(
-        context.model, variables, images, mesh=context.mesh
+        context.model, variables, images, **options
       )
     else:
       logits[name] = inference.predict(
-        context.model.apply, variables, images, mesh=context.mesh
+        context.model.apply, variables, images, **options
       )
   return logits, features
 

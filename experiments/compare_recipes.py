@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 from experiments import jobs, recipes
-from psg_jax import baselines, checks, data, training, unlearning
+from psg_jax import baselines, checks, training, unlearning
 
 SETTINGS = ("default", "paper")
 # Methods with the options of the job.
@@ -305,15 +305,8 @@ def _further(
       None,
     )
   if method == "psg_released":
-    mean, std = data.mean_and_std(context.train)
-    return (
-      {},
-      {
-        "model_mean": mean if job.mean is None else job.mean,
-        "model_std": std if job.std is None else job.std,
-      },
-      None,
-    )
+    mean, std = jobs.standardisation(job, context.train)
+    return {}, {"model_mean": mean, "model_std": std}, None
   if method == "scrub_r":
     return _rewinding(context)
   return {}, {}, None
@@ -333,13 +326,14 @@ def _soft(context: jobs.Context) -> dict[str, Any]:
 
 def _aim(context: jobs.Context) -> str | None:
   """Says what the accuracy to stop at is taken from, where there is one."""
-  target = context.job.unlearning.target
-  if target == "zero" or (target == "auto" and jobs.is_class_request(context)):
+  shown, held = jobs.validation(context)
+  if held is None:
     return None
-  name = "test_forget" if len(context.parts["test_forget"]) else "test_retain"
+  is_same_kind = len(shown.forget) < len(context.asked.test_split.forget)
+  name = "test_forget" if is_same_kind else "test_retain"
   return (
-    f"stops at the original's accuracy on {name}: no validation images are set"
-    " apart"
+    f"stops at the original's accuracy on {len(held)} images of {name} that"
+    " are set apart and in no figure"
   )
 
 

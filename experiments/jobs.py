@@ -74,6 +74,10 @@ REQUEST_FIELDS = (
 _NUM_EXAMPLES = 8
 _NUM_FEATURES = 600
 _NUM_TWINS = 8
+_VALIDATION_SEED = 0
+_RETAINED = "retained images"
+# More of the accuracy on retained images than this is not lost unsaid.
+_GREAT_LOSS = 0.05
 # A long epoch is also kept between its ends.
 _SAVE_SECONDS = 120.0
 _PACKAGES = (
@@ -99,6 +103,8 @@ class Context(NamedTuple):
     model: The network.
     mesh: The devices; None for one.
     source: What became of every file of the data set; see `sets.Loaded`.
+    retrained_model: The references' network, where its standardisation, that of
+      the retained images, is another; None for `model`.
   """
 
   job: recipes.Job
@@ -109,6 +115,13 @@ class Context(NamedTuple):
   model: types.Model
   mesh: jax.sharding.Mesh | None
   source: Mapping[str, Any] = types_lib.MappingProxyType({})
+  retrained_model: types.Model | None = None
+
+  def of(self, name: str) -> "Context":
+    """Returns the context with the network of this model."""
+    if self.retrained_model is None or not name.startswith("retrained"):
+      return self
+    return self._replace(model=self.retrained_model)
 
   @property
   def split(self) -> types.Split:
@@ -118,11 +131,12 @@ class Context(NamedTuple):
   @property
   def parts(self) -> dict[str, types.Dataset]:
     """The four parts that figures are computed of."""
+    shown, _ = validation(self)
     return {
       "train_forget": self.asked.split.forget,
       "train_retain": self.asked.split.retain,
-      "test_forget": self.asked.test_split.forget,
-      "test_retain": self.asked.test_split.retain,
+      "test_forget": shown.forget,
+      "test_retain": shown.retain,
     }
 
 
@@ -136,20 +150,21 @@ def check(job: recipes.Job) -> None:
   checks.one_of("model", job.model, models.names())
   checks.number("width", job.width, above=0)
   checks.integer("seed", job.seed, at_least=0)
-  for name in ("num_train", "num_devices", "references"):
+  for name in ("num_train", "num_devices", "references", "eval_batch_size"):
     if getattr(job, name) is not None:
       checks.integer(name, getattr(job, name), at_least=1)
   for part in ("training", "unlearning"):
     options = getattr(job, part)
     checks.number(f"{part}.learning_rate", options.learning_rate, above=0)
-    checks.number(f"{part}.momentum", options.momentum, at_least=0, at_most=1)
+    checks.number(f"{part}.momentum", options.momentum, at_least=0, below=1)
     checks.number(f"{part}.weight_decay", options.weight_decay, at_least=0)
     if options.num_epochs is not None:
       checks.integer(f"{part}.num_epochs", options.num_epochs, at_least=1)
     checks.integer(f"{part}.batch_size", options.batch_size, at_least=1)
     checks.integer(f"{part}.num_parts", options.num_parts, at_least=1)
   options = job.unlearning
-  checks.integer("unlearning.num_steps", options.num_steps, at_least=1)
+  for name in ("num_steps", "search_batch_size"):
+    checks.integer(f"unlearning.{name}", getattr(options, name), at_least=1)
   checks.number("unlearning.step_size", options.step_size, above=0)
   for name in ("distance_weight", "noise_scale", "retain_weight"):
     value = getattr(options, name)
@@ -158,7 +173,7 @@ def check(job: recipes.Job) -> None:
     checks.number("unlearning.max_distance", options.max_distance, above=0)
   if options.confidence is not None:
     confidence = options.confidence
-    checks.number("unlearning.confidence", confidence, at_least=0, at_most=1)
+    checks.number("unlearning.confidence", confidence, at_least=0, below=1)
   sets.check(job)
   requests.build(job)
 
@@ -239,26 +254,20 @@ def _prepare(
         f" {job.num_train}"
       )
     train = data.subset(train, job.num_train)
-  mean, std = data.mean_and_std(train)
+  asked = requests.ask(job, train, test)
+  is_kept = folder.exists() and not job.overwrite
+  is_earlier = _is_earlier(folder if is_kept else source)
   context = Context(
     job=job,
     run_dir=folder,
     train=train,
     test=test,
-    asked=requests.ask(job, train, test),
-    model=models.create(
-      job.model,
-      num_classes=train.num_classes,
-      num_channels=train.images.shape[-1],
-      width=job.width,
-      dropout=job.dropout,
-      dtype=job.precision,
-      is_rematerialised=job.rematerialise,
-      mean=mean if job.mean is None else job.mean,
-      std=std if job.std is None else job.std,
-    ),
+    asked=asked,
+    model=_model(job, train),
     mesh=mesh if mesh.size > 1 else None,
     source=source_files,
+    # What was to be forgotten must not reach it in a mean either.
+    retrained_model=None if is_earlier else _model(job, asked.split.retain),
   )
   unlearning.check_labels(
     job.unlearning.labels, job.unlearning.top_k, train.num_classes
@@ -273,7 +282,7 @@ def _prepare(
     _check_same_job(folder, job, may_change)
   if is_read_only:
     return context
-  config, record = _config(job), _data_record(context)
+  config, record = _config(context), _data_record(context)
   if job.overwrite and folder.exists():
     if job.weights is not None and folder.resolve() in (
       pathlib.Path(job.weights).resolve().parents
@@ -292,6 +301,35 @@ def _prepare(
   write_json(folder / "forget_ids.json", forget_ids)
   _save_twins(context)
   return context
+
+
+def standardisation(
+  job: recipes.Job, dataset: types.Dataset
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Returns mean and deviation that a model of this data standardises with."""
+  if job.mean is not None and job.std is not None:
+    return job.mean, job.std
+  mean, std = data.mean_and_std(dataset)
+  return (
+    mean if job.mean is None else job.mean,
+    std if job.std is None else job.std,
+  )
+
+
+def _model(job: recipes.Job, dataset: types.Dataset) -> types.Model:
+  """Returns the network of a model that is trained on this data."""
+  mean, std = standardisation(job, dataset)
+  return models.create(
+    job.model,
+    num_classes=dataset.num_classes,
+    num_channels=dataset.images.shape[-1],
+    width=job.width,
+    dropout=job.dropout,
+    dtype=job.precision,
+    is_rematerialised=job.rematerialise,
+    mean=mean,
+    std=std,
+  )
 
 
 def announce(context: Context) -> str:
@@ -407,6 +445,33 @@ def is_class_request(context: Context) -> bool:
   return requests.is_class_request(fields)
 
 
+def validation(
+  context: Context,
+) -> tuple[types.Split, types.Dataset | None]:
+  """Sets apart the unseen images that say when unlearning is to stop.
+
+  The original has seen its training images, so that they must be test images:
+  a half, of each class, of those that match the request, or, where there are
+  not enough, of all. No figure is computed of them.
+
+  Args:
+    context: What the steps share.
+
+  Returns:
+    The test images of which figures are computed, and those set apart; None
+    where unlearning does not stop at an accuracy, or there are too few.
+  """
+  target, shown = context.job.unlearning.target, context.asked.test_split
+  if target == "zero" or (target == "auto" and is_class_request(context)):
+    return shown, None
+  for name in ("forget", "retain"):
+    part = getattr(shown, name)
+    if len(part) and np.bincount(part.labels).max() > 1:
+      rest, held = data.hold_out(part, 0.5, _VALIDATION_SEED)
+      return shown._replace(**{name: rest}), held
+  return shown, None
+
+
 def target_accuracy(
   context: Context, original_variables: types.Variables
 ) -> float | None:
@@ -417,32 +482,34 @@ def target_accuracy(
     original_variables: The original model's.
 
   Returns:
-    The original's accuracy on test images that match the request, or, where
-    there are none, on test images in the forget set's mixture of classes. None
-    where all is to be forgotten, or there is no such image.
+    The original's accuracy on the images of `validation`: those that match the
+    request, or, where there are none, in the forget set's mixture of classes.
+    None where all is to be forgotten, or there is no such image.
   """
-  chosen = context.job.unlearning.target
-  asked = context.asked
-  if chosen == "zero" or (chosen == "auto" and is_class_request(context)):
+  shown, held = validation(context)
+  if held is None:
     return None
-
-  def logits(dataset: types.Dataset) -> np.ndarray:
-    return inference.predict(
-      context.model.apply,
-      original_variables,
-      dataset.images,
-      mesh=context.mesh,
-    )
-
-  if len(asked.test_split.forget):
-    same_kind = asked.test_split.forget
-    return metrics.accuracy(logits(same_kind), same_kind.labels)
-  by_class = metrics.per_class_accuracy(
-    logits(context.test), context.test.labels
-  )
-  found = [by_class[label] for label in asked.split.forget.labels]
+  logits = _predict(context, original_variables, held.images)
+  if len(shown.forget) < len(context.asked.test_split.forget):
+    return metrics.accuracy(logits, held.labels)
+  by_class = metrics.per_class_accuracy(logits, held.labels)
+  found = [by_class[label] for label in context.split.forget.labels]
   known = [value for value in found if value is not None]
   return float(np.mean(known)) if known else None
+
+
+def _predict(
+  context: Context, variables: types.Variables, images: np.ndarray
+) -> np.ndarray:
+  """Computes logits, as many images at a time as the job says."""
+  logits: np.ndarray = inference.predict(
+    context.model.apply,
+    variables,
+    images,
+    batch_size=context.job.eval_batch_size,
+    mesh=context.mesh,
+  )
+  return logits
 
 
 def search_fn(context: Context) -> unlearning.SearchFn | None:
@@ -450,11 +517,11 @@ def search_fn(context: Context) -> unlearning.SearchFn | None:
   options = context.job.unlearning
   if options.search != "released":
     return None
-  job, (mean, std) = context.job, data.mean_and_std(context.train)
+  mean, std = standardisation(context.job, context.train)
   return functools.partial(
     boundary.released_code_search,
-    model_mean=mean if job.mean is None else job.mean,
-    model_std=std if job.std is None else job.std,
+    model_mean=mean,
+    model_std=std,
     step_size=options.step_size,
     distance_weight=options.distance_weight,
     noise_scale=options.noise_scale,
@@ -470,7 +537,11 @@ def unlearn_options(context: Context) -> dict[str, Any]:
   del options["target"]
   if options.pop("search") == "released":
     options["search_batch_size"] = options["batch_size"]
-  return {**options, "search_fn": search_fn(context)}
+  return {
+    **options,
+    "search_fn": search_fn(context),
+    "eval_batch_size": context.job.eval_batch_size,
+  }
 
 
 def evaluate(
@@ -490,9 +561,7 @@ def evaluate(
   labels = {name: part.labels for name, part in parts.items()}
   logits = {
     name: {
-      part: inference.predict(
-        context.model.apply, each, dataset.images, mesh=context.mesh
-      )
+      part: _predict(context.of(name), each, dataset.images)
       for part, dataset in parts.items()
     }
     for name, each in variables.items()
@@ -525,6 +594,8 @@ def evaluate(
         context, None if reference is None else reference["train_forget"]
       ),
     }
+  for name, lines in _warnings(result, labels).items():
+    result[name]["warnings"] = lines
   if "original" in logits:
     _read_out(context, logits, records, result)
   if retrained and {"original", "unlearned"} <= set(logits):
@@ -572,10 +643,52 @@ def table(result: dict[str, Any]) -> str:
           f"{name}: {title}, test forget {cell(figures[of]['test_forget'])},"
           f" test retain {cell(figures[of]['test_retain'])}"
         )
+  for name, figures in result.items():
+    lines += [f"warning: {name}: {x}" for x in figures.get("warnings", ())]
   measured = result.get("unlearned", {}).get("yardstick")
   if measured is not None:
     lines += yardstick_page.sentences(measured)
   return "\n".join(lines)
+
+
+def _warnings(
+  result: dict[str, Any], labels: dict[str, np.ndarray]
+) -> dict[str, list[str]]:
+  """Says which models are at chance, and whether what is retained was lost.
+
+  Args:
+    result: The figures by model.
+    labels: By part.
+  """
+  found: dict[str, list[str]] = {name: [] for name in result}
+  every = np.concatenate([labels["test_forget"], labels["test_retain"]])
+  for name, figures in result.items():
+    # A model that was made without a class is not asked for it.
+    split = "test" if name == "original" else "test_retain"
+    truth = every if name == "original" else labels["test_retain"]
+    accuracy, shares = figures["accuracy"][split], np.bincount(truth)
+    if accuracy is None or np.count_nonzero(shares) < 2:
+      continue
+    chance = float(shares.max() / len(truth))
+    error = np.sqrt(chance * (1 - chance) / len(truth))
+    if accuracy <= chance + 2 * error:
+      found[name].append(
+        f"right on {accuracy:.3f} of the {split} images, no more than who"
+        f" always says the most frequent class ({chance:.3f})"
+      )
+  for split in ("test_retain", "train_retain"):
+    if not {"original", "unlearned"} <= set(result):
+      break
+    before, after = (
+      result[name]["accuracy"][split] for name in ("original", "unlearned")
+    )
+    if before is not None and before - after > _GREAT_LOSS:
+      found["unlearned"].append(
+        f"accuracy on {split} fell from {before:.3f} to {after:.3f}: what was"
+        " to be kept was lost too"
+      )
+      break
+  return found
 
 
 def job_options(job: recipes.Job) -> dict[str, Any]:
@@ -643,10 +756,18 @@ def augment_fn(name: str) -> augment.AugmentFn | None:
   }[name]
 
 
+class _Clock:
+  """When an epoch began, what it took before a resume, and the last save."""
+
+  def __init__(self) -> None:
+    self.start = self.saved = time.monotonic()
+    self.before = 0.0
+
+
 def _trained(
   context: Context, name: str, dataset: types.Dataset
 ) -> types.Variables:
-  options = context.job.training
+  context, options = context.of(name), context.job.training
   state = _fresh_state(context, name)
   # Beside the finished ones, so that nobody takes it for one of them.
   partial = context.run_dir / f"{name}.partial"
@@ -655,26 +776,37 @@ def _trained(
     checkpoints.remove(partial, is_missing_ok=True)
     return _restore(context, name, state).variables
   history: training.History = []
+  num_steps = -(-len(dataset) // options.batch_size)
+  clock = _Clock()
   if checkpoints.exists(partial):
     state = checkpoints.restore(partial, target=state)
-    history = checkpoints.metadata(partial)["history"]
+    found = checkpoints.metadata(partial)
+    history = found["history"]
+    clock.before = found.get("seconds_within", 0.0)
 
-  def save(state: training.TrainState) -> None:
+  def save(state: training.TrainState, seconds_within: float = 0.0) -> None:
     checkpoints.save(
-      partial, state, metadata={"history": history}, overwrite=True
+      partial,
+      state,
+      metadata={"history": history, "seconds_within": seconds_within},
+      overwrite=True,
     )
     _settle()
-    saved[:] = [time.monotonic()]
+    clock.saved = time.monotonic()
 
   def keep(state: training.TrainState, record: dict[str, Any]) -> None:
+    # Of an epoch that was gone on with, also what came before.
+    record["seconds"] += clock.before
     history.append(record)
     save(state)
+    clock.before, clock.start = 0.0, time.monotonic()
 
   def keep_within(state: training.TrainState) -> None:
-    if time.monotonic() - saved[0] > _SAVE_SECONDS:
-      save(state)
+    # The end of an epoch is kept with its record, by what comes next.
+    is_end = int(state.step) % num_steps == 0
+    if not is_end and time.monotonic() - clock.saved > _SAVE_SECONDS:
+      save(state, clock.before + time.monotonic() - clock.start)
 
-  saved = [time.monotonic()]
   if len(history) < options.num_epochs:
     training.fit(
       context.model,
@@ -857,8 +989,14 @@ def _check_same_job(
     "data_dir",
     # More of them are trained, and fewer are used.
     "references",
+    # As much as fits the memory, for the same result.
+    "eval_batch_size",
     *may_change,
   }
+  for each in (before, now):
+    each["unlearning"] = {
+      k: v for k, v in each["unlearning"].items() if k != "search_batch_size"
+    }
   changed = sorted(
     name for name in now if name not in free and before.get(name) != now[name]
   )
@@ -870,10 +1008,18 @@ def _check_same_job(
     )
 
 
-def _config(job: recipes.Job) -> dict[str, Any]:
+def _is_earlier(folder: pathlib.Path | None) -> bool:
+  """Whether a run has references that standardise as the original does."""
+  config = {} if folder is None else read_json(folder / "config.json")
+  return bool(config) and config.get("references_standardise_by") != _RETAINED
+
+
+def _config(context: Context) -> dict[str, Any]:
   device = jax.devices()[0]
+  is_own = context.retrained_model is not None
   return {
-    "job": job_options(job),
+    "job": job_options(context.job),
+    "references_standardise_by": _RETAINED if is_own else "training images",
     "versions": {
       "python": platform.python_version(),
       "psg_jax": psg_jax.__version__,
@@ -920,10 +1066,15 @@ def _git_commit() -> str | None:
 
 
 def _data_record(context: Context) -> dict[str, Any]:
+  counts = {name: len(part) for name, part in context.parts.items()}
+  _, held = validation(context)
+  if held is not None:
+    counts["validation"] = len(held)
   return {
     "class_names": list(context.train.class_names),
     "source": _source_record(context),
-    "counts": {name: len(part) for name, part in context.parts.items()},
+    # All images; those of `validation`, of the test images, say when to stop.
+    "counts": counts,
     **requests.record(context.asked),
   }
 
@@ -1024,13 +1175,18 @@ def _save_examples(
       is_rounded=options.is_rounded,
     )
   key, _ = jax.random.split(_key(context, "unlearned"))
-  output = search(
-    context.model.apply,
-    original_variables,
-    images,
-    jnp.asarray(forget_set.labels[rows]),
-    boundary.sample_keys(jax.random.fold_in(key, 0), jnp.asarray(rows)),
-  )
+  labels = jnp.asarray(forget_set.labels[rows])
+  keys = boundary.sample_keys(jax.random.fold_in(key, 0), jnp.asarray(rows))
+  size = options.search_batch_size
+  found = [
+    search(
+      context.model.apply,
+      original_variables,
+      *(x[start : start + size] for x in (images, labels, keys)),
+    )
+    for start in range(0, len(rows), size)
+  ]
+  output = jax.tree.map(lambda *parts: jnp.concatenate(parts), *found)
   files.save_arrays(
     context.run_dir / "examples.npz",
     {
@@ -1120,7 +1276,11 @@ def _save_features(
   images = np.concatenate([part.images[:] for part in chosen])
   features = {
     name: inference.predict(
-      context.model.features, each, images, mesh=context.mesh
+      context.of(name).model.features,
+      each,
+      images,
+      batch_size=context.job.eval_batch_size,
+      mesh=context.mesh,
     )
     for name, each in variables.items()
   }

@@ -39,12 +39,16 @@ class Unlearning:
   """Multi-step search, or the single step of the paper's released code."""
   num_steps: int = 50
   """Most steps of the search (T)."""
+  search_batch_size: int = 128
+  """Images searched at a time; fewer take less memory, for the same result."""
   step_size: float = 0.01
-  """Step of the search (epsilon), in pixels of [0, 1]; released: 0.1."""
+  """Step of the search (epsilon), in pixels of [0, 1]; released: 0.1. With the
+  norm l2 it is the length of the whole step, and must be larger."""
   step_decay: Literal["constant", "sqrt"] = "constant"
   max_distance: float | None = None
   """Radius of the ball around each image, in pixels of [0, 1]."""
   norm: Literal["linf", "l2"] = "linf"
+  """Of the steps, the ball and the distance."""
   distance_weight: float = 0.0
   """lambda"""
   distance_decay: Literal["constant", "inverse", "exponential", "linear"] = (
@@ -55,7 +59,8 @@ class Unlearning:
   """gamma"""
   noise: Literal["normal", "cauchy", "laplace", "uniform"] = "normal"
   confidence: float | None = None
-  """kappa"""
+  """kappa: ends a search at this probability of the old class, before the
+  boundary; it can only stop earlier."""
   is_rounded: bool = False
   learning_rate: float = 2e-3
   """The highest, where the schedule is not constant."""
@@ -74,8 +79,9 @@ class Unlearning:
   refresh_labels: bool = False
   target: Literal["auto", "zero", "unseen"] = "auto"
   """When to stop: zero, after all passes; unseen, when the accuracy on the
-  forget set is that of the original on unseen images of the same kind; auto,
-  zero for whole classes and unseen for all other requests."""
+  forget set is that of the original on unseen images of the same kind, a part
+  of the test images that is in no figure; auto, zero for whole classes and
+  unseen for all other requests."""
   num_parts: int = 1
   """Gradient accumulation: parts of a minibatch, one after the other."""
 
@@ -121,6 +127,8 @@ class Job:
   """Before the linear head, in training."""
   precision: Literal["float32", "bfloat16"] = "float32"
   """Of the computation; weights and logits are float32."""
+  eval_batch_size: int = 256
+  """Images predicted at a time; fewer take less memory, for the same result."""
   rematerialise: bool = False
   """Compute activations twice instead of keeping them: less memory."""
   pretrained: str | None = None
@@ -128,7 +136,8 @@ class Job:
   weights: str | None = None
   """PyTorch state dict of the original model, instead of training it."""
   mean: tuple[float, ...] | None = None
-  """The model's standardisation per channel; the training set's by default."""
+  """The model's standardisation per channel; that of the images that a model
+  is trained on by default."""
   std: tuple[float, ...] | None = None
   forget_classes: tuple[int | str, ...] = (0,)
   """Classes to forget, by number or name; with what follows: AND."""
@@ -329,9 +338,10 @@ JOBS: dict[str, Job] = {
     std=_IMAGENET_STD,
     dropout=0.5,
     streaming=True,
+    eval_batch_size=32,
     forget_classes=("glioma",),
     training=_PAPER_MEDICAL,
-    unlearning=Unlearning(batch_size=16),
+    unlearning=Unlearning(batch_size=16, search_batch_size=16),
   ),
   "fundus_camera_resnet50": Job(
     recipe="fundus_camera_resnet50",
@@ -341,10 +351,11 @@ JOBS: dict[str, Job] = {
     std=_IMAGENET_STD,
     dropout=0.5,
     streaming=True,
+    eval_batch_size=32,
     forget_classes=(),
     where="source = 'hrf-png'",
     training=_PAPER_MEDICAL,
-    unlearning=Unlearning(batch_size=16),
+    unlearning=Unlearning(batch_size=16, search_batch_size=16),
   ),
 }
 

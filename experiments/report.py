@@ -127,6 +127,11 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
     _TEMPLATE,
     title=title,
     outcome=outcome,
+    warnings=[
+      f"{model}: {line}"
+      for model, figures_of in run.metrics.items()
+      for line in figures_of.get("warnings", ())
+    ],
     facts=_facts(run),
     models=_models(run),
     has_reference="retrained" in run.metrics,

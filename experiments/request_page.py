@@ -39,7 +39,7 @@ def asked(data: Mapping[str, Any]) -> dict[str, Any] | None:
   return {
     "criteria": _criteria(data["request"], data["class_names"]),
     "groups": groups,
-    "notes": _notes(preview, data.get("num_twins_moved", 0)),
+    "notes": _notes(data),
     "hashes": [
       ("SHA-256 of the request", data["request_sha256"]),
       ("SHA-256 of the ids to forget", data["forget_ids_sha256"]),
@@ -198,7 +198,8 @@ def _counts(
   }
 
 
-def _notes(preview: Mapping[str, Any], num_moved: int) -> list[str]:
+def _notes(data: Mapping[str, Any]) -> list[str]:
+  preview = data["preview"]
   group = preview.get("group") or {}
   column = group.get("column")
   counted = [
@@ -211,7 +212,14 @@ def _notes(preview: Mapping[str, Any], num_moved: int) -> list[str]:
     (group.get("num_without_group"), f"images have no {column}: each is alone"),
     (preview.get("num_without_metadata"), "images have no metadata: kept"),
     (preview.get("num_undecided"), "images leave the condition open: kept"),
-    (num_moved, "twins of forget images were moved into the forget set"),
+    (
+      data.get("num_twins_moved"),
+      "twins of forget images were moved into the forget set",
+    ),
+    (
+      data.get("counts", {}).get("validation"),
+      "test images say when to stop, and are in no figure",
+    ),
   ]
   counted += [
     (count, f"images have no {name}")

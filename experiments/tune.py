@@ -261,7 +261,11 @@ def _log_probs(
   context: jobs.Context, variables: types.Variables, dataset: types.Dataset
 ) -> np.ndarray:
   logits = inference.predict(
-    context.model.apply, variables, dataset.images, mesh=context.mesh
+    context.model.apply,
+    variables,
+    dataset.images,
+    batch_size=context.job.eval_batch_size,
+    mesh=context.mesh,
   )
   return scipy.special.log_softmax(np.asarray(logits, np.float64), -1)
 

@@ -5,7 +5,7 @@ input shows as masks and NaN in the result.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ def number(
   above: float | None = None,
   at_least: float | None = None,
   at_most: float | None = None,
+  below: float | None = None,
 ) -> None:
   """Raises ValueError unless all of `value` is finite and within the limits."""
   if is_traced(value):
@@ -48,11 +49,23 @@ def number(
   if at_most is not None:
     is_good &= values <= at_most
     limits.append(f"at most {at_most}")
+  if below is not None:
+    is_good &= values < below
+    limits.append(f"below {below}")
   if not np.all(is_good):
     raise ValueError(
       f"{name} must be finite"
       + "".join(f", {limit}" for limit in limits)
       + f", got {value}"
+    )
+
+
+def one_value(name: str, value: Any) -> None:
+  """Raises ValueError if `value` is an array of several, traced or not."""
+  if np.size(value) != 1:
+    raise ValueError(
+      f"{name} must be one number, got an array {list(np.shape(value))}; for"
+      " several, map over them with jax.vmap"
     )
 
 
@@ -97,12 +110,72 @@ def images(value: Any, *, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
     return
   # The values are known even where a program is being traced around them.
   with jax.ensure_compile_time_eval():
+    # The smallest and the largest say nothing of NaN: XLA may drop it.
+    on_host = isinstance(value, np.ndarray)
+    is_finite = bool((np if on_host else jax.numpy).isfinite(value).all())
     low, high = float(value.min()), float(value.max())
-  # Written so that NaN fails.
-  if not (low >= bounds[0] and high <= bounds[1]):
+  if not is_finite:
+    raise ValueError(
+      f"images must be finite and {span}, got values from"
+      f" {np.asarray(value).min()} to {np.asarray(value).max()}"
+    )
+  if low < bounds[0] or high > bounds[1]:
     raise ValueError(
       f"images must be finite and {span}, got values from {low} to {high}"
     )
+
+
+def logits(
+  apply_fn: Callable[..., Any],
+  variables: Any,
+  image_shape: tuple[int, ...],
+  dtype: Any = np.float32,
+) -> int:
+  """Returns the number of classes of a network, by its shapes alone.
+
+  Args:
+    apply_fn: The network in inference mode.
+    variables: Its variables.
+    image_shape: `(H, W, C)`.
+    dtype: Of the images.
+
+  Raises:
+    ValueError: If it does not return logits `[B, K]` of two classes or more.
+  """
+  image = jax.ShapeDtypeStruct((1, *image_shape), dtype)
+  found = jax.eval_shape(apply_fn, variables, image)
+  shape: tuple[int, ...] = getattr(found, "shape", ())
+  if (
+    len(shape) != 2
+    or shape[0] != 1
+    or shape[1] < 2
+    or not jax.numpy.issubdtype(found.dtype, jax.numpy.floating)
+  ):
+    what = (
+      f"{found.dtype} {list(shape)}"
+      if hasattr(found, "shape")
+      else f"a {type(found).__name__}"
+    )
+    raise ValueError(
+      "apply_fn must return logits, floating point [B, K] with K of at least"
+      f" 2, got {what} for one image {list(image.shape)}"
+    )
+  return int(shape[1])
+
+
+def variables(value: Any, name: str = "variables") -> None:
+  """Raises ValueError unless `value` is a mapping with `"params"`."""
+  if isinstance(value, Mapping) and "params" in value:
+    return
+  found = (
+    f"the keys {', '.join(map(str, value))}"
+    if isinstance(value, Mapping)
+    else f"a {type(value).__name__}"
+  )
+  raise ValueError(
+    f'{name} must be a mapping with "params", and other collections beside'
+    f" it, got {found}"
+  )
 
 
 def labels(value: Any, num_images: int, num_classes: int | None = None) -> None:

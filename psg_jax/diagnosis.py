@@ -177,8 +177,13 @@ class _Case:
   def option(self, name: str) -> Any:
     return self.options.get(name)
 
-  def last(self, name: str) -> float | None:
-    return self.history[-1].get(name) if self.history else None
+  def last_label_accuracy(self) -> float | None:
+    """Share of new labels learned; `forget_accuracy` in older histories."""
+    last = self.history[-1] if self.history else {}
+    found: float | None = last.get(
+      "label_accuracy", last.get("forget_accuracy")
+    )
+    return found
 
   def has_loss_fallen(self, name: str) -> bool | None:
     """Whether a loss went down over the passes; None where unknown."""
@@ -280,7 +285,7 @@ def _old_class_taught(case: _Case) -> str | None:
 
 
 def _not_learned(case: _Case, *, has_fallen: bool) -> str | None:
-  share = case.last("forget_accuracy")
+  share = case.last_label_accuracy()
   if share is None or share >= _LEARNED_SHARE:
     return None
   if case.has_loss_fallen("forget_loss") is not has_fallen:
@@ -293,7 +298,7 @@ def _not_learned(case: _Case, *, has_fallen: bool) -> str | None:
 
 
 def _statistics_moved(case: _Case) -> str | None:
-  share = case.last("forget_accuracy")
+  share = case.last_label_accuracy()
   if share is None or share < _LEARNED_SHARE:
     return None
   if case.option("batch_stats") != "update":
@@ -424,7 +429,7 @@ _RULES: tuple[_Rule, ...] = (
     (*_HARM, TOO_MUCH),
     _one_class,
     "step_size",
-    "lower step_size, so that the search stops at the nearest class",
+    "lower step_size, so that the search stops at a nearer class",
   ),
   _Rule(
     "labels unlike the retrained model's",

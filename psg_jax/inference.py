@@ -97,9 +97,12 @@ def predict(
     # Kept on the device until the end, so that the next batch need not wait.
     outputs.append(_rows(output, len(batch)))
   if not outputs:
-    none = np.zeros(images.shape, np.uint8)
-    shapes = jax.eval_shape(functools.partial(_predict, fn), variables, none)
-    return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+    # Networks need not take a batch of none.
+    one = np.zeros((1, *images.shape[1:]), np.uint8)
+    shapes = jax.eval_shape(functools.partial(_predict, fn), variables, one)
+    return jax.tree.map(
+      lambda x: np.zeros((0, *x.shape[1:]), np.float32), shapes
+    )
   return jax.tree.map(
     lambda *parts: np.concatenate([np.asarray(part) for part in parts]),
     *outputs,

@@ -82,9 +82,11 @@ class _ConvBlock(nn.Module):
     mean = self.variable("batch_stats", "mean", jnp.zeros, (filters,))
     var = self.variable("batch_stats", "var", jnp.ones, (filters,))
     count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+    kernel = _shorten(kernel, self.dtype)
     outputs = convolution.conv2d(
-      _shorten(inputs, self.dtype),
-      _shorten(kernel, self.dtype),
+      # Of other types where 64-bit ones are on.
+      _shorten(inputs, self.dtype).astype(kernel.dtype),
+      kernel,
       stride=self.stride,
       padding=size // 2,
     )

@@ -47,6 +47,20 @@ def create_mesh(num_devices: int | None = None) -> jax.sharding.Mesh:
   )
 
 
+@functools.lru_cache
+def _batch_mesh(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+  """Returns the devices of any mesh as one Auto axis over the batch.
+
+  `jax.make_mesh` makes Explicit axes, on which every gather of the network
+  would have to name its sharding.
+  """
+  return jax.sharding.Mesh(
+    mesh.devices.reshape(-1),
+    (BATCH_AXIS,),
+    axis_types=(jax.sharding.AxisType.Auto,),
+  )
+
+
 def size(mesh: jax.sharding.Mesh | None) -> int:
   """Returns the number of devices; 1 without a mesh."""
   return 1 if mesh is None else mesh.size
@@ -63,7 +77,9 @@ def replicate(
   """Puts a copy of every array on each device; as it is without a mesh."""
   if mesh is None:
     return tree
-  return jax.device_put(tree, jax.sharding.NamedSharding(mesh, _P()))
+  return jax.device_put(
+    tree, jax.sharding.NamedSharding(_batch_mesh(mesh), _P())
+  )
 
 
 def shard(
@@ -73,7 +89,9 @@ def shard(
   if mesh is None:
     return tree
   spec = _P(*([None] * axis), BATCH_AXIS)
-  return jax.device_put(tree, jax.sharding.NamedSharding(mesh, spec))
+  return jax.device_put(
+    tree, jax.sharding.NamedSharding(_batch_mesh(mesh), spec)
+  )
 
 
 def search(
@@ -98,7 +116,7 @@ def search(
     images: float `[B, H, W, C]`.
     labels: int `[B]`.
     key: One typed key or one an image.
-    mesh: The devices; None for all there are.
+    mesh: The devices, of whatever axes; None for all there are.
     **options: Keyword arguments of `boundary.search`.
 
   Returns:
@@ -107,16 +125,17 @@ def search(
   Raises:
     ValueError: As `boundary.search`, which checks the arguments.
   """
-  mesh = create_mesh() if mesh is None else mesh
-  images, labels = jax.numpy.asarray(images), jax.numpy.asarray(labels)
+  mesh = create_mesh() if mesh is None else _batch_mesh(mesh)
   # Inside the mapped program values are traced and escape these checks.
   prepared = boundary.prepare(
     apply_fn, variables, images, labels, key, **options
   )
-  rows = np.resize(np.arange(len(labels)), padded_size(len(labels), mesh))
-  batch = jax.tree.map(
-    lambda x: x[rows], (prepared.images, prepared.labels, prepared.keys)
-  )
+  num_rows = len(prepared.labels)
+  batch = (prepared.images, prepared.labels, prepared.keys)
+  rows = np.resize(np.arange(num_rows), padded_size(num_rows, mesh))
+  if len(rows) > num_rows:
+    # What comes sharded cannot always be gathered as it lies.
+    batch = jax.tree.map(lambda x: x[rows], replicate(batch, mesh))
   output = _sharded_search(
     apply_fn,
     replicate(variables, mesh),
@@ -125,9 +144,9 @@ def search(
     mesh=mesh,
     static=prepared.static,
   )
-  if len(rows) == len(labels):
+  if len(rows) == num_rows:
     return output
-  return jax.tree.map(lambda x: x[: len(labels)], output)
+  return jax.tree.map(lambda x: x[:num_rows], output)
 
 
 @functools.partial(

@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import chex
@@ -104,7 +104,7 @@ def sgd(
   """
   if not callable(learning_rate):
     checks.number("learning_rate", learning_rate, above=0)
-  checks.number("momentum", momentum, at_least=0, at_most=1)
+  checks.number("momentum", momentum, at_least=0, below=1)
   checks.number("weight_decay", weight_decay, at_least=0)
   return optax.chain(
     optax.add_decayed_weights(weight_decay),
@@ -163,9 +163,15 @@ def init_state(
   optimizer: optax.GradientTransformation,
   key: jax.Array,
 ) -> TrainState:
-  """Starts a state from a copy of the variables, which are left alone."""
+  """Starts a state from a copy of the variables, which are left alone.
+
+  The copy is of plain dictionaries, whatever mappings the network had.
+  """
   checks.key(key)
-  variables = jax.tree.map(lambda x: jnp.array(x, copy=True), dict(variables))
+  checks.variables(variables)
+  variables = jax.tree.map(
+    lambda x: jnp.array(x, copy=True), plain_variables(variables)
+  )
   return TrainState(
     variables=variables,
     opt_state=optimizer.init(variables["params"]),
@@ -176,6 +182,22 @@ def init_state(
     ),
     step=jnp.int32(0),
   )
+
+
+def plain_variables(variables: Any) -> Any:
+  """Returns a tree whose mappings (such as Flax's FrozenDict) are dicts."""
+  if not isinstance(variables, Mapping):
+    return variables
+  return {key: plain_variables(value) for key, value in variables.items()}
+
+
+def of_types(tree: Any, like: Any) -> Any:
+  """Returns a tree with the dtypes of another of its structure.
+
+  What a step makes of its state must be of the state's types, which 64-bit
+  types, or mixed ones, would change.
+  """
+  return jax.tree.map(lambda x, old: jnp.asarray(x, old.dtype), tree, like)
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -248,10 +270,13 @@ def run_steps(
         logits, variables = apply_train(
           model, variables, pixels, apply_key, mask
         )
-      losses = cross_entropy(logits, target)
+      losses = cross_entropy(logits, target).astype(jnp.float32)
       classes = target if target.ndim == 1 else jnp.argmax(target, -1)
       is_correct = jnp.argmax(logits, -1) == classes
-      others = {k: v for k, v in variables.items() if k != "params"}
+      moved = plain_variables(
+        {k: variables.get(k, v) for k, v in others.items()}
+      )
+      others = of_types(moved, others)
       reported = StepMetrics(loss=losses, is_correct=is_correct)
       return jnp.sum(losses * part.weights), (others, reported)
 
@@ -271,7 +296,7 @@ def run_steps(
       updates = jax.tree.map(lambda x: x * factor.astype(x.dtype), updates)
     state = TrainState(
       variables={**others, "params": optax.apply_updates(params, updates)},
-      opt_state=opt_state,
+      opt_state=of_types(opt_state, state.opt_state),
       key=state.key,
       step=state.step + 1,
     )
@@ -769,9 +794,15 @@ def fit(
 def check_classes(
   model: types.Model, variables: types.Variables, dataset: types.Dataset
 ) -> None:
-  """Raises ValueError if the data has labels that the model has not."""
-  image = jax.ShapeDtypeStruct((1, *dataset.images.shape[1:]), jnp.float32)
-  num_classes = jax.eval_shape(model.apply, variables, image).shape[-1]
+  """Raises ValueError unless these are a model's variables and its classes.
+
+  Args:
+    model: The network.
+    variables: With `"params"`.
+    dataset: The data, of which no label may be outside the model's classes.
+  """
+  checks.variables(variables)
+  num_classes = checks.logits(model.apply, variables, dataset.images.shape[1:])
   checks.labels(dataset.labels, len(dataset), num_classes)
 
 

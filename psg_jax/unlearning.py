@@ -117,6 +117,7 @@ def unlearn(
   is_rounded: bool = False,
   search_fn: SearchFn | None = None,
   search_batch_size: int = 128,
+  eval_batch_size: int = 256,
   optimizer: optax.GradientTransformation | None = None,
   num_epochs: int | None = None,
   batch_size: int = 64,
@@ -135,8 +136,8 @@ def unlearn(
 ) -> UnlearnOutput:
   """Takes the forget set out of a trained model.
 
-  Searches the nearest class across the decision boundary of the frozen model
-  for each forget image (Algorithm 1), then moves a copy of the model to these
+  Searches a near class across the decision boundary of the frozen model for
+  each forget image (Algorithm 1), then moves a copy of the model to these
   labels while it stays right on retained images (Algorithms 2 and 3). The
   defaults are those that worked best, not those of the released code.
 
@@ -147,20 +148,23 @@ def unlearn(
     key: One typed key.
     num_steps: `T` of `boundary.search`, whose options these are up to
       `is_rounded`.
-    step_size: `ε`, in pixel units.
+    step_size: `ε`, in pixel units of `norm`: with `"l2"` it must be larger.
     step_decay: `"constant"` or `"sqrt"`.
-    max_distance: Radius of the ball, in pixel units, or None.
-    norm: `"linf"` or `"l2"`.
+    max_distance: Radius of the ball, in pixel units of `norm`, or None.
+    norm: `"linf"` or `"l2"`, of steps, ball and distance.
     distance_weight: `λ`.
     distance_decay: Schedule of `λ`.
     distance_term: `"penalty"` or `"reward"`.
     noise_scale: `γ`.
     noise: Distribution of the noise.
-    confidence: `κ`, or None.
+    confidence: `κ`, which can only end a search earlier, or None.
     bounds: Lowest and highest pixel value.
     is_rounded: Whether points lie on the grid of 1/255.
     search_fn: Another search, which replaces the options above.
-    search_batch_size: Images searched at a time.
+    search_batch_size: Images searched at a time, and likewise
+      `eval_batch_size`, images predicted at a time: what fits the memory; the
+      result is the same, but that of a `search_fn` that looks at its batch.
+    eval_batch_size: See there.
     optimizer: Any Optax optimiser, whose learning rate is the highest; None for
       `training.sgd(2e-3)`, and `training.sgd(1e-3)` with a constant rate.
     num_epochs: Passes over the forget set, positive; None for 3, or as many
@@ -188,7 +192,7 @@ def unlearn(
       camera or a patient knows others of their kind, and is right about as
       often as on unseen images of the kind: that is the target then. Where the
       original model is there already, it is returned as it is, and the history
-      is empty.
+      is empty; the targets are then those that a first pass would have used.
     num_parts: Gradient accumulation; see `training.run_steps`.
     callback: Called after each pass with the state and the pass's record.
     mesh: Devices to work on; None for one.
@@ -222,6 +226,7 @@ def unlearn(
   checks.integer("num_epochs", num_epochs, at_least=1)
   training.check_schedule(schedule)
   checks.integer("search_batch_size", search_batch_size, at_least=1)
+  checks.integer("eval_batch_size", eval_batch_size, at_least=1)
   if target_accuracy is not None:
     checks.number("target_accuracy", target_accuracy, at_least=0, at_most=1)
   can_change = search_fn is not None or noise_scale > 0
@@ -264,11 +269,12 @@ def unlearn(
       **search_options,
     )
   search_key, update_key = jax.random.split(key)
+  predict = functools.partial(
+    inference.predict, model.apply, batch_size=eval_batch_size, mesh=mesh
+  )
   retain_targets = split.retain.labels
   if retain_labels != "hard" and retain_weight > 0:
-    logits = inference.predict(
-      model.apply, variables, split.retain.images, mesh=mesh
-    )
+    logits = predict(variables, split.retain.images)
     retain_targets = soft_targets(logits, labels=retain_labels, top_k=top_k)
   is_refreshed = refresh_labels and can_change
   if is_refreshed:
@@ -280,10 +286,8 @@ def unlearn(
   def is_reached(current: types.Variables) -> bool:
     if target_accuracy is None:
       return False
-    found = inference.predict(
-      model.apply, current, split.forget.images, mesh=mesh
-    )
-    is_right = np.argmax(found, -1) == split.forget.labels
+    logits = predict(current, split.forget.images)
+    is_right = np.argmax(logits, -1) == split.forget.labels
     return bool(is_right.mean() <= target_accuracy)
 
   state: training.TrainState | None = None
@@ -335,9 +339,11 @@ def unlearn(
     )
     records[0]["search_seconds"] = search_seconds
     history += records
-    is_done = is_refreshed and is_reached(state.variables)
+    # The targets returned are those of the last pass.
+    if is_refreshed and is_reached(state.variables):
+      break
   if state is None:
-    variables = jax.tree.map(jnp.copy, dict(variables))
+    variables = jax.tree.map(jnp.copy, training.plain_variables(variables))
   else:
     variables = state.variables
   return UnlearnOutput(
@@ -359,7 +365,7 @@ def relabel(
   first_steps: int | None = None,
   show_progress: bool = True,
 ) -> Relabelling:
-  """Searches the nearest class across the boundary for a whole data set.
+  """Searches a near class across the boundary for a whole data set.
 
   Args:
     apply_fn: The frozen network in inference mode.
@@ -532,8 +538,9 @@ def update(
 
   Returns:
     The final state, and one record a pass: `epoch` from 1, `forget_loss` and
-    `retain_loss` (nats) and `forget_accuracy` and `retain_accuracy` (share of
-    images predicted as their targets) as it went, `seconds`, and
+    `retain_loss` (nats) and `label_accuracy` and `retain_accuracy` (share of
+    forget images predicted as their new labels, and of retained images as
+    theirs) as it went, `seconds`, and
     `forget_step_losses` and `retain_step_losses`, one a step.
 
   Raises:
@@ -630,6 +637,8 @@ def update(
         if is_counted.any():
           summary = training.summarise(reported, is_counted)
           record |= {f"{name}_{what}": x for what, x in summary.items()}
+      # Of the new labels: it rises as the forget set is forgotten.
+      record["label_accuracy"] = record.pop("forget_accuracy")
       record["seconds"] = time.perf_counter() - start
       history.append(record)
       if callback is not None:

@@ -12,6 +12,7 @@ from PIL import Image, ImageEnhance
 from sklearn import datasets
 
 from psg_jax import augment
+from tests import tolerances
 
 KEY = jax.random.key(0)
 FASHION = pathlib.Path(
@@ -337,7 +338,9 @@ def test_boxes_are_those_of_torchvision(size):
   expected = _boxes_one_by_one(height, width, scale, ratio)
   for ours, theirs in zip(boxes.T, expected.T, strict=True):
     error = np.hypot(ours.std(), theirs.std()) / 4000**0.5
-    assert abs(ours.mean() - theirs.mean()) < 6 * error + 1e-9
+    # Where all are the same the error is 0, and only the pairwise sums round.
+    rounding = tolerances.float32(12, float(np.abs(theirs).max()))
+    assert abs(ours.mean() - theirs.mean()) < 6 * error + rounding
     np.testing.assert_allclose(
       np.quantile(ours, [0.1, 0.9]), np.quantile(theirs, [0.1, 0.9]), atol=2
     )

@@ -24,13 +24,13 @@ def relabelling(crossed=1.0, counts=(0, 40, 30, 30), agreement=None):
   )
 
 
-def passes(forget_losses, forget_accuracy, retain_losses=None):
+def passes(forget_losses, label_accuracy, retain_losses=None):
   retain_losses = retain_losses or [0.3] * len(forget_losses)
   return [
     {
       "epoch": index + 1,
       "forget_loss": forget,
-      "forget_accuracy": forget_accuracy,
+      "label_accuracy": label_accuracy,
       "retain_loss": retain,
     }
     for index, (forget, retain) in enumerate(
@@ -295,3 +295,17 @@ def test_bad_input():
       diagnose(FINE, **arguments)
   with pytest.raises(ValueError, match=r"unlearned\['train_forget'\] must be"):
     diagnose({**FINE, "train_forget": 95.0})
+
+
+def test_histories_of_earlier_versions_are_read():
+  now = passes([3.0, 2.95], 0.1)
+  before = [
+    {
+      ("forget_accuracy" if k == "label_accuracy" else k): v
+      for k, v in x.items()
+    }
+    for x in now
+  ]
+  found = [diagnose(UNTOUCHED, history=history) for history in (now, before)]
+  assert found[0].setting == "optimizer"
+  assert found[0] == found[1]

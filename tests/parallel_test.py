@@ -237,3 +237,51 @@ def test_mesh_of_some_devices():
 def test_bad_number_of_devices(num_devices):
   with pytest.raises(ValueError, match=f"num_devices .* got {num_devices}"):
     parallel.create_mesh(num_devices)
+
+
+def test_meshes_of_other_axes():
+  """`jax.make_mesh` makes Explicit axes, of any names and number."""
+  mesh = jax.make_mesh(
+    (2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+  )
+  dataset = fakes.blobs(13)
+  variables = fakes.linear_variables(np.eye(16, 3))
+  images = training.to_float(jnp.asarray(dataset.images))
+  labels = jnp.argmax(fakes.linear_apply(variables, images), -1)
+  arguments = (fakes.linear_apply, variables, images, labels, KEY)
+  options = {"num_steps": 5, "step_size": 0.1}
+  one = boundary.search(*arguments, **options)
+  many = parallel.search(*arguments, mesh=mesh, **options)
+  np.testing.assert_array_equal(one.labels, many.labels)
+  np.testing.assert_array_equal(one.num_steps, many.num_steps)
+  # As they come from another's program.
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+  placed = jax.device_put((images[:12], labels[:12]), rows)
+  again = parallel.search(*arguments[:2], *placed, KEY, mesh=mesh, **options)
+  np.testing.assert_array_equal(one.labels[:12], again.labels)
+  logits = [
+    inference.predict(fakes.linear_apply, variables, dataset.images, mesh=each)
+    for each in (None, mesh)
+  ]
+  # Sums of another batch size may differ in the last bits.
+  np.testing.assert_allclose(*logits, atol=1e-5)
+
+
+def test_no_image_at_all():
+  dataset = fakes.blobs(8).take([])
+  variables = fakes.linear_variables(np.eye(16, 3))
+  output = parallel.search(
+    fakes.linear_apply,
+    variables,
+    training.to_float(jnp.asarray(dataset.images)),
+    jnp.asarray(dataset.labels),
+    KEY,
+    num_steps=2,
+    step_size=0.1,
+  )
+  assert output.logits.shape == (0, 3)
+  mesh = parallel.create_mesh()
+  logits = inference.predict(
+    fakes.linear_apply, variables, dataset.images, mesh=mesh
+  )
+  assert logits.shape == (0, 3)

@@ -132,7 +132,7 @@ def test_restored_states_give_the_reported_figures(runs):
   )
   for name in ("original", "retrained"):
     variables = getattr(jobs, name)(context)
-    logits = context.model.apply(
+    logits = context.of(name).model.apply(
       variables, context.test.images / np.float32(255)
     )
     accuracy = np.mean(np.argmax(logits, 1) == context.test.labels)
@@ -162,19 +162,72 @@ def test_resuming_a_run_of_an_earlier_version(runs, tmp_path):
     del config["job"][name]
   for part, name in (
     *(("unlearning", "target"), ("unlearning", "num_parts")),
+    ("unlearning", "search_batch_size"),
     ("training", "num_parts"),
   ):
     del config["job"][part][name]
+  del config["job"]["eval_batch_size"], config["references_standardise_by"]
   (folder / "config.json").write_text(json.dumps(config))
   job = dataclasses.replace(
     cli.read_job(runs / "first"), runs_dir=str(tmp_path), resume=True
   )
-  jobs.prepare(job, is_known_run=True, is_read_only=True)
+  context = jobs.prepare(job, is_known_run=True, is_read_only=True)
   assert jobs.has_same_request(folder, job)
+  # Its references were trained with the standardisation of the original.
+  assert context.of("retrained-1").model is context.model
+  # What fits the memory may change.
+  smaller = dataclasses.replace(
+    job,
+    eval_batch_size=7,
+    unlearning=dataclasses.replace(job.unlearning, search_batch_size=5),
+  )
+  jobs.prepare(smaller, is_known_run=True, is_read_only=True)
   config["job"]["seed"] = 1
   (folder / "config.json").write_text(json.dumps(config))
   with pytest.raises(ValueError, match="seed must be as in the run"):
     jobs.prepare(job, is_known_run=True)
+
+
+def test_references_standardise_with_what_is_retained(runs):
+  job = dataclasses.replace(cli.read_job(runs / "first"), resume=True)
+  context = jobs.prepare(job, is_known_run=True, is_read_only=True)
+  reference = context.of("retrained").model
+  assert reference is context.of("retrained-2").model is not context.model
+  assert context.of("unlearned").model is context.model
+  expected = data.mean_and_std(context.split.retain)
+  assert jobs.standardisation(job, context.split.retain) == expected
+  assert expected != data.mean_and_std(context.train)
+  # A recipe's own numbers are everyone's.
+  fixed = dataclasses.replace(job, mean=(0.5,), std=(0.5,))
+  assert jobs._model(fixed, context.train) is jobs._model(
+    fixed, context.split.retain
+  )
+
+
+def test_what_is_lost_is_said():
+  def figures(test, test_retain):
+    accuracy = {"test": test, "test_retain": test_retain, "train_retain": None}
+    return {"accuracy": accuracy}
+
+  labels = {
+    "test_forget": np.zeros(20, int),
+    "test_retain": np.repeat([1, 2], [60, 40]),
+  }
+  result = {
+    "original": figures(0.8, 0.871),
+    "retrained": figures(0.5, 0.85),
+    "unlearned": figures(0.5, 0.575),
+  }
+  found = jobs._warnings(result, labels)
+  assert found["original"] == found["retrained"] == []
+  chance, lost = found["unlearned"]
+  assert "right on 0.575 of the test_retain images, no more than" in chance
+  assert "(0.600)" in chance
+  assert "test_retain fell from 0.871 to 0.575" in lost
+  fine = {**result, "unlearned": figures(0.7, 0.85)}
+  assert jobs._warnings(fine, labels)["unlearned"] == []
+  untrained = {"original": figures(0.5, 0.6)}
+  assert len(jobs._warnings(untrained, labels)["original"]) == 1
 
 
 def test_resuming_a_finished_run_keeps_it(runs):
@@ -337,6 +390,11 @@ def test_interrupted_training_goes_on(tmp_path, data_dir, monkeypatch):
   assert caught.value.code == 130
   assert len(calls) == 1
   monkeypatch.undo()
+  # As if within the second epoch, of which 1,000 seconds had gone by.
+  found = checkpoints.metadata(tmp_path / "parts" / "original.partial")
+  assert found["seconds_within"] == 0
+  within = {**found, "seconds_within": 1e3}
+  monkeypatch.setattr(checkpoints, "metadata", lambda path: within)
   monkeypatch.setenv("PSG_JAX_DATA", str(data_dir))
   call(train, *arguments, "--name=parts", "--resume")
   whole, parts = (
@@ -346,7 +404,9 @@ def test_interrupted_training_goes_on(tmp_path, data_dir, monkeypatch):
   jax.tree.map(
     np.testing.assert_array_equal, whole["variables"], parts["variables"]
   )
-  assert len(read(tmp_path / "parts", "history.json")["original"]) == 2
+  history = read(tmp_path / "parts", "history.json")
+  assert [x["seconds"] > 1e3 for x in history["original"]] == [False, True]
+  assert history["original_seconds"] > 1e3
 
 
 def test_runs_that_exist_or_do_not(runs, tmp_path, capsys):

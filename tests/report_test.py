@@ -171,7 +171,7 @@ def _history(rng: np.random.Generator, model: str) -> list[dict[str, Any]]:
         {
           "epoch": epoch,
           "forget_loss": 2 * level,
-          "forget_accuracy": 1 - level / 4,
+          "label_accuracy": 1 - level / 4,
           "retain_loss": 0.03 + 0.1 * level,
           "retain_accuracy": 0.99,
           "forget_step_losses": (2 * steps).tolist(),

@@ -321,18 +321,32 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
     logits = device.model.apply(variables, part.images / np.float32(255))
     return np.mean(np.argmax(logits, -1) == part.labels)
 
-  same_kind = device.asked.test_split.forget
-  expected = accuracy(same_kind)
+  shown, held = jobs.validation(device)
+  expected = accuracy(held)
   assert jobs.target_accuracy(device, variables) == pytest.approx(expected)
+  # No figure is computed of the images that set the target.
+  same_kind = device.asked.test_split.forget
+  assert set(held.ids) | set(shown.forget.ids) == set(same_kind.ids)
+  assert not set(held.ids) & set(shown.forget.ids)
+  assert abs(len(held) - len(shown.forget)) <= same_kind.num_classes
+  assert device.parts["test_forget"].ids.tolist() == shown.forget.ids.tolist()
+  record = jobs._data_record(device)["counts"]
+  assert record["validation"] == len(held)
+  assert sum(record.values()) == len(device.train) + len(device.test)
+  again = jobs.validation(context(where=device.job.where, group=None))[1]
+  assert again.ids.tolist() == held.ids.tolist()
   # Of a patient there is no test image: others of the patient's disease.
   patient = context()
   assert not len(patient.asked.test_split.forget)
   (label,) = set(patient.split.forget.labels)
-  of_class = patient.test.take(patient.test.labels == label)
-  expected = accuracy(of_class)
+  shown, held = jobs.validation(patient)
+  expected = accuracy(held.take(held.labels == label))
   assert jobs.target_accuracy(patient, variables) == pytest.approx(expected)
+  assert len(held) + len(shown.retain) == len(patient.test)
   classes = context(where=None, group=None, forget_classes=(1,))
   assert jobs.target_accuracy(classes, variables) is None
+  assert "validation" not in jobs._data_record(classes)["counts"]
+  assert classes.parts["test_retain"] is classes.asked.test_split.retain
 
 
 def test_images_of_ones_own_have_a_recipe_of_their_own(monkeypatch):

@@ -1,4 +1,5 @@
 import chex
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -274,6 +275,7 @@ def test_bad_arguments(options, message):
     ({"learning_rate": 0.0}, "learning_rate .* got 0.0"),
     ({"learning_rate": float("nan")}, "learning_rate .* got nan"),
     ({"learning_rate": 0.1, "momentum": -1.0}, "momentum .* got -1.0"),
+    ({"learning_rate": 0.1, "momentum": 1.0}, "momentum .* got 1.0"),
     ({"learning_rate": 0.1, "weight_decay": -1.0}, "weight_decay .* got -1.0"),
   ],
 )
@@ -304,3 +306,77 @@ def test_bad_datasets(changes, message):
   }
   with pytest.raises(ValueError, match=message):
     types.Dataset(**{**good, **changes})
+
+
+@pytest.fixture(scope="module")
+def small_cnn():
+  model = fakes.small_cnn(
+    num_classes=3, num_channels=1, width=0.05, mean=0.5, std=0.5
+  )
+  return model, model.init(KEY, jnp.zeros((1, 4, 4, 1)))
+
+
+def fit_cnn(small_cnn, variables=None, **options):
+  model, own = small_cnn
+  return training.fit(
+    model,
+    own if variables is None else variables,
+    fakes.blobs(12),
+    KEY,
+    **{
+      "num_epochs": 1,
+      "batch_size": 8,
+      "show_progress": False,
+      **options,
+    },
+  )[0]
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_wide_types_change_nothing(small_cnn, num_parts):
+  plain = fit_cnn(small_cnn, num_parts=num_parts)
+  jax.config.update("jax_enable_x64", True)
+  try:
+    wide = fit_cnn(small_cnn, num_parts=num_parts)
+  finally:
+    jax.config.update("jax_enable_x64", False)
+  chex.assert_trees_all_equal_dtypes(wide, plain)
+  # The order is drawn with other integers there: the same kind of result only.
+  assert np.isfinite(wide["params"]["head"]["kernel"]).all()
+
+
+def test_other_mappings_and_types(small_cnn):
+  """FrozenDicts, and a network that answers in other types and mappings."""
+  model, variables = small_cnn
+
+  def apply_train(variables, images, key, mask=None):
+    logits, moved = model.apply_train(variables, images, key, mask)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), moved["batch_stats"])
+    return logits.astype(jnp.float16), flax.core.freeze({"batch_stats": half})
+
+  odd = (model._replace(apply_train=apply_train), variables)
+  frozen = flax.core.freeze(variables)
+  trained = fit_cnn(odd, frozen)
+  assert type(trained["params"]) is type(trained["batch_stats"]) is dict
+  chex.assert_trees_all_equal_shapes_and_dtypes(trained, variables)
+  same = fit_cnn(small_cnn, frozen)
+  chex.assert_trees_all_equal(same, fit_cnn(small_cnn))
+
+
+@pytest.mark.parametrize(
+  ("variables", "found"),
+  [
+    ({"w": jnp.zeros(3), "b": jnp.zeros(3)}, "the keys w, b"),
+    ({}, "the keys "),
+    (jnp.zeros(3), "a ArrayImpl"),
+  ],
+)
+def test_variables_without_params(variables, found):
+  with pytest.raises(ValueError, match=f'with "params".* got {found}'):
+    training.fit(MODEL, variables, fakes.blobs(8), KEY, num_epochs=1)
+
+
+def test_networks_without_logits():
+  one = MODEL._replace(apply=lambda v, x: fakes.linear_apply(v, x)[:, :1])
+  with pytest.raises(ValueError, match=r"must return logits.* \[1, 1\]"):
+    training.fit(one, start(), fakes.blobs(8), KEY, num_epochs=1)

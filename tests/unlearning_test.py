@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
-from psg_jax import boundary, inference, training, unlearning
-from tests import fakes
+from psg_jax import baselines, boundary, inference, training, unlearning
+from tests import fakes, tolerances
 
 KEY = jax.random.key(0)
 SEARCH = {"num_steps": 60, "step_size": 0.02}
@@ -66,7 +66,7 @@ def test_forgets_a_class_and_keeps_the_rest(trained):
   chex.assert_trees_all_equal(variables, before)
   assert output.relabelling.is_crossed.all()
   assert not np.any(output.targets == split.forget.labels)
-  assert output.history[-1]["forget_accuracy"] > 0.8
+  assert output.history[-1]["label_accuracy"] > 0.8
   assert output.history[0]["search_seconds"] > 0
   assert len(output.history[0]["forget_step_losses"]) == -(
     -len(split.forget) // 16
@@ -305,6 +305,8 @@ def test_one_compilation_for_each_phase(small_cnn):
     ({"num_epochs": 0}, "num_epochs .* got 0"),
     ({"batch_size": 0}, "batch_size .* got 0"),
     ({"search_batch_size": 0}, "search_batch_size .* got 0"),
+    ({"eval_batch_size": 0}, "eval_batch_size .* got 0"),
+    ({"confidence": 1.0}, "confidence .* got 1.0"),
     ({"step_size": -0.1}, "step_size .* got -0.1"),
     ({"noise_scale": -0.1}, "noise_scale .* got -0.1"),
     ({"norm": "l0"}, "norm must be one of"),
@@ -438,3 +440,82 @@ def test_nothing_changes_where_the_target_is_reached(trained):
 def test_bad_target_accuracy(trained):
   with pytest.raises(ValueError, match=r"target_accuracy .* got 1.5"):
     unlearn(trained, target_accuracy=1.5)
+
+
+def test_labels_returned_are_those_of_the_last_pass(trained):
+  """With an early stop too, and no search is made for nothing."""
+  calls = []
+
+  def search_fn(apply_fn, variables, images, labels, key):
+    calls.append(1)
+    output = fixed_search(apply_fn, variables, images, labels, key)
+    # Two searches never agree.
+    return output.replace(logits=output.logits + len(calls))
+
+  output = unlearn(
+    trained,
+    search_fn=search_fn,
+    search_batch_size=1000,
+    refresh_labels=True,
+    optimizer=training.sgd(0.02),
+    schedule="constant",
+    num_epochs=40,
+    target_accuracy=0.5,
+  )
+  assert 0 < len(output.history) < 40
+  assert len(calls) == len(output.history)
+  fixed = unlearn(
+    trained, search_fn=fixed_search, num_epochs=1, search_batch_size=1000
+  )
+  np.testing.assert_allclose(
+    output.relabelling.logits - fixed.relabelling.logits,
+    len(calls),
+    atol=tolerances.float32(4, 100),
+  )
+
+
+def test_batch_sizes_of_search_and_prediction_change_nothing(trained):
+  options = {"labels": "soft", "target_accuracy": 0.1, "noise_scale": 0.1}
+  few, many = (
+    unlearn(trained, search_batch_size=a, eval_batch_size=b, **options)
+    for a, b in ((5, 3), (1000, 500))
+  )
+  np.testing.assert_array_equal(few.relabelling.labels, many.relabelling.labels)
+  assert len(few.history) == len(many.history)
+  # Sums of another batch size may differ in the last bits.
+  chex.assert_trees_all_close(few.variables, many.variables, atol=1e-4)
+
+
+def test_released_search_with_noise_has_the_update_s_minibatch(trained):
+  model, variables, split = trained
+  sizes = []
+
+  def counted(variables, images):
+    sizes.append(len(images))
+    return fakes.linear_apply(variables, images)
+
+  baselines.find("psg_released").fn(
+    model._replace(apply=counted),
+    variables,
+    split,
+    KEY,
+    model_mean=0.5,
+    model_std=0.5,
+    noise_scale=0.1,
+    num_epochs=1,
+    batch_size=16,
+    show_progress=False,
+  )
+  # One image where shapes alone are asked for.
+  assert set(sizes) == {1, 16}
+
+
+def test_variables_without_params_are_refused_before_the_search(
+  trained, monkeypatch
+):
+  model, variables, split = trained
+  monkeypatch.setattr(unlearning, "relabel", None)
+  for bad in (variables["params"], {"weights": variables["params"]}):
+    for fn in (unlearning.unlearn, baselines.find("finetune").fn):
+      with pytest.raises(ValueError, match=r'variables must .* with "params"'):
+        fn(model, bad, split, KEY)

@@ -354,12 +354,13 @@ def _run_steps(
     others = {
       k: _layers.take(updated[k], old[k], layers) for k in old if k in updated
     }
+    others = training.of_types(training.plain_variables({**old, **others}), old)
     state = training.TrainState(
       variables={
         **others,
         "params": _layers.join(params, moved, frozen, layers),
       },
-      opt_state=opt_state,
+      opt_state=training.of_types(opt_state, state.opt_state),
       key=state.key,
       step=state.step + 1,
     )

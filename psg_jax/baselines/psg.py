@@ -147,6 +147,8 @@ def psg_released(
     split,
     key,
     search_fn=search_fn,
+    # Its gradient is that of the minibatch's mean loss, beside λ and γ.
+    search_batch_size=batch_size,
     num_epochs=num_epochs,
     batch_size=batch_size,
     optimizer=optimizer or training.sgd(1e-5, weight_decay=0.0),
