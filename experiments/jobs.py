@@ -356,9 +356,8 @@ def unlearned(
 
 
 def is_class_request(context: Context) -> bool:
-  """Whether whole classes are asked for, whose ideal accuracy is 0."""
-  fields = requests.request_fields(context.asked.request)
-  return requests.is_class_request(fields)
+  """Whether whole classes are forgotten, whose ideal accuracy is 0."""
+  return requests.is_class_request(context.split)
 
 
 def target_accuracy(
@@ -372,8 +371,9 @@ def target_accuracy(
 
   Returns:
     The original's accuracy on test images that match the request, or, where
-    there are none, on test images in the forget set's mixture of classes. None
-    where all is to be forgotten, or there is no such image.
+    there are none, on test images in the forget set's mixture of classes; of
+    a class that is not retained at all, none is to be right. None where all is
+    to be forgotten, or there is no such image.
   """
   chosen = context.job.unlearning.target
   asked = context.asked
@@ -388,13 +388,20 @@ def target_accuracy(
       mesh=context.mesh,
     )
 
+  whole = requests.whole_classes(asked.split)
   if len(asked.test_split.forget):
     same_kind = asked.test_split.forget
-    return metrics.accuracy(logits(same_kind), same_kind.labels)
+    is_right = np.argmax(logits(same_kind), -1) == same_kind.labels
+    return float(np.mean(is_right & ~np.isin(same_kind.labels, whole)))
+  if not len(context.test):
+    return None
   by_class = metrics.per_class_accuracy(
     logits(context.test), context.test.labels
   )
-  found = [by_class[label] for label in asked.split.forget.labels]
+  found = [
+    0.0 if label in whole else by_class[label]
+    for label in asked.split.forget.labels
+  ]
   known = [value for value in found if value is not None]
   return float(np.mean(known)) if known else None
 
@@ -990,7 +997,7 @@ def _read_out(
     retrained_logits,
     history=records["unlearned"],
     options=unlearn_options(context),
-    request=requests.request_fields(context.asked.request),
+    is_class=is_class_request(context),
     num_classes=context.train.num_classes,
   )
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments import figures
+from psg_jax import forget
 
 _NUM_ROWS = 15
 _MAX_SIDE = 160
@@ -131,10 +132,8 @@ def _criteria(
 ) -> list[tuple[str, str]]:
   found = []
   if request.get("classes"):
-    names = [
-      class_names[each] if isinstance(each, int) else each
-      for each in request["classes"]
-    ]
+    numbers = forget.class_indices(class_names, request["classes"])
+    names = [class_names[number] for number in numbers]
     found.append(("classes", ", ".join(names)))
   if request.get("where"):
     found.append(("where", request["where"]))

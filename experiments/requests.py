@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,7 +102,9 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
     )
     if job.twins == "move":
       before = len(split.forget)
-      split = twins.move(split, found)
+      codes = forget.group_codes(train, request.group)
+      groups = dict(zip(np.asarray(train.ids), codes, strict=True))
+      split = twins.move(split, found, groups=groups)
       num_moved = len(split.forget) - before
   return Asked(
     request=request,
@@ -116,17 +117,21 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
   )
 
 
-def is_class_request(fields: Mapping[str, Any]) -> bool:
-  """Whether whole classes are forgotten, so that the ideal accuracy is 0.
+def whole_classes(split: types.Split) -> np.ndarray:
+  """Returns the numbers of the classes of which no image is retained."""
+  return np.setdiff1d(split.forget.labels, split.retain.labels)
+
+
+def is_class_request(split: types.Split) -> bool:
+  """Whether whole classes are forgotten and no more: the ideal accuracy is 0.
+
+  However the request was put: as classes, as a condition or as ids, with or
+  without groups.
 
   Args:
-    fields: Of `request_fields`, or those of a run's `data.json`.
+    split: Forget and retain set of the training images.
   """
-  others = ("where", "num_ids", "group")
-  return bool(fields.get("classes")) and not (
-    any(fields.get(name) for name in others)
-    or fields.get("fraction", 1.0) != 1.0
-  )
+  return bool(np.isin(split.forget.labels, whole_classes(split)).all())
 
 
 def request_fields(request: forget.Request) -> dict[str, Any]:
@@ -140,6 +145,7 @@ def record(asked: Asked) -> dict[str, Any]:
   """Returns what a run folder keeps of the request, for JSON."""
   return {
     "request": request_fields(asked.request),
+    "is_class_request": is_class_request(asked.split),
     "request_sha256": forget.request_hash(asked.request),
     "forget_ids_sha256": forget.ids_hash(np.asarray(asked.split.forget.ids)),
     "preview": asked.preview.as_dict(),

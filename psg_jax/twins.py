@@ -282,14 +282,22 @@ def find(
   )
 
 
-def moved_rows(found: Twins, *, near: bool = False) -> np.ndarray:
+def moved_rows(
+  found: Twins,
+  *,
+  near: bool = False,
+  groups: Mapping[str, int] | None = None,
+) -> np.ndarray:
   """Returns the retained images that must be forgotten as twins.
 
-  Twins of twins count as well, until there are none.
+  Twins of twins count as well, and with `groups` all images of a group and
+  their twins, until there are none.
 
   Args:
     found: Twins of parts that include `"forget"` and `"retain"`.
     near: Whether near twins count, by the limits of `found`.
+    groups: The number of each image's group, by id, such as those of
+      `forget.group_codes`.
 
   Returns:
     Rows of the retain set in ascending order.
@@ -304,17 +312,25 @@ def moved_rows(found: Twins, *, near: bool = False) -> np.ndarray:
         f" {list(found.fingerprints)}"
       )
   forget, retain = (found.fingerprints[name] for name in ("forget", "retain"))
-  forget_codes, codes = _contents([forget, retain])
-  is_moved = np.isin(codes, forget_codes)
-  newest = _join(forget, retain.take(is_moved))
-  while near and len(newest):
-    rest = np.flatnonzero(~is_moved)
-    _, matches = _near(
-      newest, retain.take(rest), found.max_distance, found.min_correlation
+  kinds = [_contents([forget, retain])]
+  if groups is not None:
+    kinds.append(
+      [np.array([groups[x] for x in each.ids]) for each in (forget, retain)]
     )
-    is_new = np.isin(codes, codes[rest[matches]]) & ~is_moved
-    is_moved |= is_new
-    newest = retain.take(is_new)
+  is_moved = np.zeros(len(retain), bool)
+  newest = forget
+  while len(newest):
+    before = is_moved.copy()
+    for forgotten, codes in kinds:
+      is_moved |= np.isin(codes, np.append(forgotten, codes[is_moved]))
+    if near:
+      newest = _join(newest, retain.take(is_moved & ~before))
+      rest = np.flatnonzero(~is_moved)
+      _, matches = _near(
+        newest, retain.take(rest), found.max_distance, found.min_correlation
+      )
+      is_moved[rest[matches]] = True
+    newest = retain.take(is_moved & ~before)
   return np.flatnonzero(is_moved)
 
 
@@ -323,6 +339,7 @@ def move(
   found: Twins | None = None,
   *,
   near: bool = False,
+  groups: Mapping[str, int] | None = None,
   dataset: types.Dataset | None = None,
 ) -> types.Split:
   """Takes the retained twins of forgotten images into the forget set.
@@ -332,6 +349,7 @@ def move(
     found: Twins of parts that include these two as `"forget"` and `"retain"`;
       looked for with the default limits if not given.
     near: Whether near twins move as well; see `moved_rows`.
+    groups: What is forgotten as a whole; see `moved_rows`.
     dataset: The set that was split, in whose order both parts are then. If not
       given, the moved images stand behind those that were forgotten.
 
@@ -344,7 +362,7 @@ def move(
   """
   if found is None:
     found = find(split._asdict())
-  rows = moved_rows(found, near=near)
+  rows = moved_rows(found, near=near, groups=groups)
   for name, part in split._asdict().items():
     if not np.array_equal(found.fingerprints[name].ids, part.ids):
       raise ValueError(f"found must be of this split, got other ids in {name}")

@@ -8,11 +8,12 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from experiments import demo, recipes, report, requests, unlearn
-from psg_jax import data, forget, models, torch_weights
+from psg_jax import data, forget, models, torch_weights, types
 from tests import programs_test
 
 SMALL = [
@@ -129,18 +130,124 @@ def test_report_shows_request_twins_and_groups(run):
     assert words in page, words
 
 
-def test_class_requests_are_told_apart():
-  base = {"where": None, "num_ids": None, "group": None, "fraction": 1.0}
-  assert requests.is_class_request({**base, "classes": [0]})
-  for other in (
-    {"where": "a"},
-    {"num_ids": 3},
-    {"group": "patient"},
-    {"fraction": 0.5},
-    {"classes": None},
-  ):
-    request = {**base, "classes": [0], **other}
-    assert not requests.is_class_request(request)
+def small_set(labels, **columns):
+  """A set of classes a, b, c of which each image has pixels of its own."""
+  num = len(labels)
+  ids = [f"i{row}" for row in range(num)]
+  images = np.random.default_rng(0).integers(0, 256, (num, 4, 4, 1), np.uint8)
+  return types.Dataset(
+    images,
+    np.array(labels),
+    ("a", "b", "c"),
+    np.array(ids),
+    pa.table({"id": ids, **columns}),
+  )
+
+
+def ask(train, **options):
+  job = recipes.Job(**{"forget_classes": (), "twins": "ignore", **options})
+  return requests.ask(job, train, train.take([0]))
+
+
+@pytest.mark.parametrize(
+  ("options", "expected"),
+  [
+    ({"forget_classes": ("a",)}, True),
+    ({"forget_classes": (0, "b")}, True),
+    ({"forget_classes": ("a",), "group": "patient"}, True),
+    ({"forget_classes": ("a",), "where": "row >= 0 AND row < 9"}, True),
+    ({"where": "label = 'a'"}, True),
+    ({"where": "label = 'a'", "group": "patient"}, True),
+    ({"where": "label = 'a' AND row > 0"}, False),
+    ({"where": "label = 'a' OR row = 1"}, False),
+    ({"forget_classes": ("b",), "group": "patient"}, False),
+    ({"forget_classes": ("a",), "fraction": 0.5}, False),
+  ],
+)
+def test_class_requests_are_those_that_leave_none(options, expected):
+  patients = ["p", "q", "r", "p", "q", "r"]
+  train = small_set([0, 1, 2, 0, 1, 1], patient=patients)
+  asked = ask(train, **options)
+  assert requests.is_class_request(asked.split) is expected
+  assert requests.record(asked)["is_class_request"] is expected
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_one_request_in_all_its_forms(seed, tmp_path):
+  rng = np.random.default_rng(seed)
+  num = int(rng.integers(8, 30))
+  labels = np.append([0, 1, 2], rng.integers(0, 3, num - 3))
+  patients = [
+    # Some stand alone.
+    None if rng.random() < 0.2 else f"{'abc'[label]}{rng.integers(3)}"
+    for label in labels
+  ]
+  train = small_set(labels, patient=pa.array(patients, pa.string()))
+  names = ["a", "b", "c"][: rng.integers(1, 3)]
+  ids = train.ids[np.isin(labels, range(len(names)))]
+  (tmp_path / "ids.txt").write_text("\n".join(rng.permutation(ids)))
+  texts = ", ".join(f"'{name}'" for name in names)
+  forms = [
+    {"forget_classes": tuple(names)},
+    {"forget_classes": tuple(range(len(names)))},
+    {"where": f"label IN ({texts})"},
+    {"where": f"row IN (SELECT row FROM metadata WHERE label IN ({texts}))"},
+    {"ids": str(tmp_path / "ids.txt")},
+  ]
+  asked = [
+    ask(train, **form, **more)
+    for form in forms
+    for more in ({}, {"group": "patient"}, {"twins": "move"})
+    for _ in range(2)
+  ]
+  assert len({forget.ids_hash(each.split.forget.ids) for each in asked}) == 1
+  assert all(requests.is_class_request(each.split) for each in asked)
+
+
+def test_twins_and_groups_are_closed_together():
+  # i0 has the patient of i1, i1 the pixels of i2, i2 the patient of i3.
+  train = small_set([0, 0, 0, 0, 1, 2], patient=list("ppqqrs"))
+  train.images[2] = train.images[1]
+  asked = ask(train, where="row = 0", group="patient", twins="move")
+  assert set(asked.split.forget.ids) == {"i0", "i1", "i2", "i3"}
+  assert asked.num_moved == 2
+  assert asked.preview.group.num_shared_groups == 0
+  # Without groups, twins alone move.
+  asked = ask(train, where="row = 1", twins="move")
+  assert set(asked.split.forget.ids) == {"i1", "i2"}
+
+
+def test_names_of_options_with_hyphens(monkeypatch):
+  from experiments import cli
+
+  def job(*arguments):
+    monkeypatch.setattr("sys.argv", ["program", *arguments])
+    return cli.parse_job(recipes.Job, "test")
+
+  for name in ("forget_classes", "forget-classes"):
+    for given in ([f"--{name}", "1"], [f"--{name}=1"]):
+      found = job("--recipe", "phantom_patient", *given)
+      assert (found.forget_classes, found.where) == ((1,), None)
+      assert found.group is None
+  # What is not written as numbers are is a name.
+  found = job("--forget_classes", "01", "2", "1_0", "-1", "glioma")
+  assert found.forget_classes == ("01", 2, "1_0", -1, "glioma")
+
+
+def test_a_fraction_is_a_request_of_its_own(monkeypatch):
+  from experiments import cli
+
+  def request(*arguments):
+    monkeypatch.setattr("sys.argv", ["program", "--recipe", *arguments])
+    return requests.build(cli.parse_job(recipes.Job, "test"))
+
+  assert request("digits", "--fraction", "0.1") == forget.Request(fraction=0.1)
+  assert request("phantom_patient", "--fraction=.5") == forget.Request(
+    fraction=0.5
+  )
+  part = request("digits", "--fraction", "0.1", "--forget_classes", "3")
+  assert part == forget.Request(classes=3, fraction=0.1)
+  assert request("digits", "--fraction", "1") == forget.Request(classes=0)
 
 
 def test_a_request_takes_the_place_of_the_recipes(monkeypatch, data_dir):
