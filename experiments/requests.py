@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from experiments import recipes
-from psg_jax import forget, twins, types
+from psg_jax import checks, forget, twins, types
 
 _MAX_VALUES = 12
 _MAX_COLUMNS = 4
@@ -212,11 +212,12 @@ def _check_column(dataset: types.Dataset, column: str) -> None:
 
 def _read_ids(path: pathlib.Path) -> tuple[str, ...]:
   try:
-    lines = path.read_text(encoding="utf-8").splitlines()
-  except (OSError, UnicodeDecodeError) as error:
+    content = path.read_bytes()
+  except OSError as error:
     raise ValueError(
       f"ids must be a text file with an id a line, got {path}: {error}"
     ) from None
+  lines = checks.text("ids", content, str(path)).splitlines()
   found = tuple(line.strip() for line in lines if line.strip())
   if not found:
     raise ValueError(

@@ -18,6 +18,7 @@ import pathlib
 import re
 import threading
 import time
+import unicodedata
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -176,7 +177,7 @@ class Request:
     """
     path = pathlib.Path(path)
     try:
-      fields = json.loads(path.read_text(encoding="utf-8"))
+      fields = json.loads(checks.text("path", path.read_bytes(), str(path)))
     except OSError as error:
       raise ValueError(
         f"path must be a readable file, got {str(path)!r}: {error.strerror}"
@@ -338,6 +339,8 @@ class Preview:
     missing: For each column named in the request's condition, the images
       without a value.
     types: For each of these columns, what its values are compared as.
+    alike: For each of them and the column of groups, values that differ in
+      case or blanks alone, and yet differ.
     num_undecided: Images for which the condition is neither true nor false.
       They do not match by themselves.
   """
@@ -350,6 +353,7 @@ class Preview:
   num_without_metadata: int
   missing: Mapping[str, int]
   types: Mapping[str, str]
+  alike: Mapping[str, tuple[str, ...]]
   num_undecided: int
 
   def as_dict(self) -> dict[str, Any]:
@@ -399,7 +403,13 @@ class Preview:
     kinds = [
       f"{name} is compared as {kind}" for name, kind in self.types.items()
     ]
-    return [*kinds, *(f"{count} {text}" for count, text in notes if count)]
+    alike = [
+      f"{_few([repr(value) for value in values])} of {name} differ in case or"
+      " blanks alone: they are not the same here"
+      for name, values in self.alike.items()
+    ]
+    counted = [f"{count} {text}" for count, text in notes if count]
+    return [*kinds, *alike, *counted]
 
 
 def preview(
@@ -457,6 +467,7 @@ def preview(
     num_without_metadata=_num_without_metadata(dataset),
     missing=missing,
     types=kinds,
+    alike=_alike(dataset, [*kinds, *([group] if group else [])]),
     num_undecided=num_undecided,
   )
 
@@ -554,7 +565,7 @@ def _met(
   if request.ids is not None:
     met.rows[:] &= _has_id(ids, request.ids, is_strict=is_strict)
   if request.where is not None:
-    where = request.where
+    where = _nfc(request.where)
     columns = _columns(dataset, where)
     is_true, num_undecided = _decide(dataset, where)
     if is_strict and is_true.all() and len(is_true):
@@ -589,7 +600,9 @@ def class_indices(
   wanted: list[int] = []
   for value in classes:
     if isinstance(value, str):
-      found = [i for i, name in enumerate(class_names) if name == value]
+      found = [
+        i for i, name in enumerate(class_names) if _nfc(name) == _nfc(value)
+      ]
       if not found:
         raise ValueError(f"{span}, got {value!r}{_hint(value, class_names)}")
     else:
@@ -608,6 +621,11 @@ def class_indices(
         raise ValueError(f"{span}, got {value}")
     wanted += found
   return wanted
+
+
+def _nfc(text: str) -> str:
+  """One form of texts that look the same."""
+  return unicodedata.normalize("NFC", text)
 
 
 def _is_number(name: str, value: int) -> bool:
@@ -632,10 +650,19 @@ def _has_id(
 ) -> np.ndarray:
   values = pa.array(wanted, ids.type)
   unknown = values.filter(pc.invert(pc.is_in(values, value_set=ids)))
+  if len(unknown):
+    # Names of one look: accents written otherwise.
+    normal = pc.utf8_normalize(ids, form="NFC")
+    same = pc.utf8_normalize(unknown, form="NFC")
+    values = pa.concat_arrays(
+      [values, ids.filter(pc.is_in(normal, value_set=same))]
+    )
+    unknown = unknown.filter(pc.invert(pc.is_in(same, value_set=normal)))
   if is_strict and len(unknown):
+    names = unknown.to_pylist()
     raise ValueError(
       f"ids must be ids of the data set, got {len(unknown)} that are not:"
-      f" {_few(unknown.to_pylist())}"
+      f" {_few(names)}{_hint(names[0], ids.to_pylist())}"
     )
   return pc.is_in(ids, value_set=values).to_numpy(zero_copy_only=False)
 
@@ -652,9 +679,15 @@ def _table(dataset: types.Dataset) -> pa.Table:
     for i, name in enumerate(dataset.metadata.column_names)
     if name.casefold() not in _OWN_COLUMNS
   }
-  columns["id"] = pa.array(dataset.ids)
+  columns = {
+    name: pc.utf8_normalize(column, form="NFC")
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    else column
+    for name, column in columns.items()
+  }
+  columns["id"] = pc.utf8_normalize(pa.array(dataset.ids), form="NFC")
   columns["label"] = pa.DictionaryArray.from_arrays(
-    dataset.labels, pa.array(dataset.class_names, pa.string())
+    dataset.labels, pa.array(map(_nfc, dataset.class_names), pa.string())
   )
   columns["row"] = pa.array(np.arange(len(dataset)))
   return pa.table(columns)
@@ -720,6 +753,7 @@ def _columns(dataset: types.Dataset, where: str) -> list[str]:
   return found
 
 
+@functools.lru_cache(maxsize=16)
 def _condition(where: str, start: str) -> Any:
   """Returns the parsed condition, if it is one and no more."""
   # The parser's time grows with the square of the depth or worse.
@@ -1056,6 +1090,32 @@ def group_codes(dataset: types.Dataset, group: str | None) -> np.ndarray:
   alone = np.flatnonzero(codes == len(values) - 1)
   codes[alone] += np.arange(len(alone))
   return codes
+
+
+def _alike(
+  dataset: types.Dataset, columns: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+  """Finds values of text that look the same, by column."""
+  found = {}
+  for name in dict.fromkeys(columns):
+    column = _column("group", dataset, name)
+    if _kind(column.type) != "text":
+      continue
+    if pa.types.is_dictionary(column.type):
+      column = column.cast(column.type.value_type)
+    values = pc.unique(column).drop_null()
+    folded = [
+      "".join(unicodedata.normalize("NFKC", value).casefold().split())
+      for value in values.to_pylist()
+    ]
+    _, codes, counts = np.unique(
+      folded, return_inverse=True, return_counts=True
+    )
+    rows = np.flatnonzero((counts > 1)[codes] & (np.array(folded) != ""))
+    if len(rows):
+      rows = rows[np.argsort(codes[rows], kind="stable")]
+      found[name] = tuple(values.take(rows).to_pylist())
+  return found
 
 
 def _kind(data_type: pa.DataType) -> str:

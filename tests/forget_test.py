@@ -759,6 +759,7 @@ def test_preview(dataset):
     "num_without_metadata": 1,
     "missing": {"device": 1},
     "types": {"device": "text"},
+    "alike": {},
     "num_undecided": 1,
   }
   assert counts.as_dict() == expected
@@ -789,6 +790,36 @@ def test_preview_as_text(dataset):
     "1 without device",
     "1 for which the condition is undecided",
   ]
+
+
+def test_preview_names_values_that_look_the_same():
+  patients = ["P03", "p03", "P03 ", "P04", "", None]
+  dataset = make_dataset(patient_id=pa.array(patients, pa.string()))
+  request = forget.Request(where="patient_id = 'P03'", group="patient_id")
+  split = forget.split_request(dataset, request)
+  counts = forget.preview(dataset, split, request=request)
+  assert set(counts.alike["patient_id"]) == {"P03", "p03", "P03 "}
+  assert "'P03 ' of patient_id differ in case or blanks" in str(counts)
+
+
+def test_accents_are_the_same_however_they_are_written():
+  composed, decomposed = "caf\u00e9", "cafe\u0301"
+  dataset = types.Dataset(
+    np.zeros((2, 1, 1, 1), np.uint8),
+    np.array([0, 1]),
+    (decomposed, "other"),
+    np.array([f"{decomposed}/1", "other/1"]),
+    pa.table({"clinic": [decomposed, "x"]}),
+  )
+  for criteria in (
+    {"classes": composed},
+    {"ids": f"{composed}/1"},
+    {"where": f"label = '{composed}'"},
+    {"where": f"clinic = '{composed}'"},
+    {"where": f"id = '{decomposed}/1'"},
+  ):
+    split = forget.split(dataset, **criteria)
+    assert list(split.forget.ids) == [f"{decomposed}/1"]
 
 
 def test_preview_shows_groups_on_both_sides(dataset):
