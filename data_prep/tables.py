@@ -58,9 +58,10 @@ def read(content: bytes, name: str, *, encoding: str | None = None) -> Table:
   """Reads a CSV file, its fields separated by comma, semicolon or tab.
 
   Blanks around values are no part of them; empty fields and the usual words for
-  missing values (NA, NaN, null) become null; empty rows, and columns without a
-  name that are empty or, as the first, number the rows, are left out. Numbers that are written
-  like names (with leading zeros, or too long for 64 bits) stay text.
+  missing values (NA, NaN, null) become null; empty rows are left out, and so
+  are columns without a name that are empty or, as the first, number the rows.
+  Numbers that are written like names (with leading zeros, or too long for 64
+  bits) stay text.
 
   Args:
     content: The file.

@@ -135,7 +135,11 @@ class Job:
   pretrained: str | None = None
   """PyTorch state dict to start training from, all but the head."""
   weights: str | None = None
-  """PyTorch state dict of the original model, instead of training it."""
+  """PyTorch state dict of the original model, instead of training it. Of images
+  of one's own it has seen all, but those in a folder test or of --unseen."""
+  unseen: str | None = None
+  """SQL condition, such as "split = 'test'", for the images of one's own that
+  the model of --weights has not seen."""
   mean: tuple[float, ...] | None = None
   """The model's standardisation per channel; the training set's by default."""
   std: tuple[float, ...] | None = None

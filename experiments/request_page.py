@@ -20,7 +20,8 @@ def asked(data: Mapping[str, Any]) -> dict[str, Any] | None:
     data: The content of a run's `data.json`.
 
   Returns:
-    `criteria`, pairs of a name and a text; `groups` of rows with counts to
+    `criteria`, pairs of a name and a text; `images`, pairs of a part and its
+    number, the first of all that were read; `groups` of rows with counts to
     forget and to keep; `notes`; and `hashes`.
   """
   if "preview" not in data:
@@ -39,6 +40,10 @@ def asked(data: Mapping[str, Any]) -> dict[str, Any] | None:
   ]
   return {
     "criteria": _criteria(data["request"], data["class_names"]),
+    # Runs of earlier versions do not count them.
+    "images": [
+      (name, f"{count:,}") for name, count in data.get("images", {}).items()
+    ],
     "groups": groups,
     "notes": _notes(preview, data.get("num_twins_moved", 0)),
     "hashes": [

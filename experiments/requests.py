@@ -1,7 +1,10 @@
 """From a job's options to the images to forget, with a preview and twins."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -139,6 +142,18 @@ def request_fields(request: forget.Request) -> dict[str, Any]:
   fields = dataclasses.asdict(request)
   ids = fields.pop("ids")
   return {**fields, "num_ids": None if ids is None else len(ids)}
+
+
+def images_hash(parts: Sequence[types.Dataset]) -> str:
+  """Returns the SHA-256 of ids, labels and, where known, files of images."""
+  digest = hashlib.sha256()
+  for part in parts:
+    columns: list[Any] = [np.asarray(part.ids).tolist(), part.labels.tolist()]
+    table = part.metadata
+    if table is not None and "sha256" in table.column_names:
+      columns.append(table.column("sha256").to_pylist())
+    digest.update(json.dumps(columns).encode())
+  return digest.hexdigest()
 
 
 def record(asked: Asked) -> dict[str, Any]:

@@ -7,9 +7,11 @@ import pathlib
 import re
 from typing import Any
 
-from data_prep import base
+import numpy as np
+
+from data_prep import base, image_folder, naming
 from experiments import recipes
-from psg_jax import checks, data, streaming, types
+from psg_jax import checks, data, forget, streaming, twins, types
 
 
 def load(job: recipes.Job) -> tuple[types.Dataset, types.Dataset]:
@@ -33,11 +35,51 @@ def load(job: recipes.Job) -> tuple[types.Dataset, types.Dataset]:
   train, test = (
     read(name, split, data_dir=job.data_dir) for split in data.SPLITS
   )
+  if job.weights is not None and naming.parse(name).is_own:
+    return _seen_and_unseen(job, train, test)
   return train, test
+
+
+def _seen_and_unseen(
+  job: recipes.Job, train: types.Dataset, test: types.Dataset
+) -> tuple[types.Dataset, types.Dataset]:
+  """Parts the user's images by what the user's model was trained on.
+
+  A part that was set aside when the images were prepared is not one that the
+  model has not seen: only the user's own folders, or a condition, say that.
+
+  Raises:
+    ValueError: As `forget.matching`, or if there is no image that was seen.
+  """
+  folders = {str(each).partition("/")[0].lower() for each in test.ids}
+  has_folders = folders <= image_folder.SPLIT_NAMES.keys()
+  if job.unseen is None and has_folders:
+    return train, test
+  whole = twins.concatenate(train, test)
+  is_unseen = np.zeros(len(whole), bool)
+  if job.unseen is not None:
+    request = forget.Request(where=job.unseen)
+    try:
+      is_unseen = forget.matching(whole, request)
+    except ValueError as error:
+      raise ValueError(f"unseen: {error}") from None
+    if is_unseen.all() or not is_unseen.any():
+      raise ValueError(
+        f"unseen must match some images and not all, got {job.unseen!r}, which"
+        f" matches {is_unseen.sum()} of {len(whole)}"
+      )
+  return whole.take(~is_unseen), whole.take(is_unseen)
 
 
 def check(job: recipes.Job) -> None:
   """Raises ValueError unless the job names a set, or a folder or zip."""
+  if job.unseen is not None:
+    is_own = is_path(job.dataset) or naming.parse(job.dataset).is_own
+    if not (job.weights and is_own):
+      raise ValueError(
+        "unseen must be given with weights and with images of one's own alone,"
+        f" got {job.unseen!r}"
+      )
   if is_path(job.dataset):
     if not pathlib.Path(job.dataset).expanduser().exists():
       raise ValueError(

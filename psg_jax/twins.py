@@ -376,7 +376,7 @@ def move(
   is_moved[rows] = True
   if dataset is None:
     return types.Split(
-      forget=_concatenate(split.forget, split.retain.take(rows)),
+      forget=concatenate(split.forget, split.retain.take(rows)),
       retain=split.retain.take(~is_moved),
     )
   ids, forgotten, retained = (
@@ -572,7 +572,8 @@ def _pairs(
   ]
 
 
-def _concatenate(a: types.Dataset, b: types.Dataset) -> types.Dataset:
+def concatenate(a: types.Dataset, b: types.Dataset) -> types.Dataset:
+  """Joins two sets of the same classes; what is on disk is not read."""
   has_metadata = a.metadata is not None and b.metadata is not None
   return types.Dataset(
     images=cast(np.ndarray, streaming.concatenate([a.images, b.images])),
