@@ -45,7 +45,7 @@ def asked(data: Mapping[str, Any]) -> dict[str, Any] | None:
       (name, f"{count:,}") for name, count in data.get("images", {}).items()
     ],
     "groups": groups,
-    "notes": _notes(preview, data.get("num_twins_moved", 0)),
+    "notes": _notes(preview, data.get("num_twins_moved", 0), _lacking(data)),
     "hashes": [
       ("SHA-256 of the request", data["request_sha256"]),
       ("SHA-256 of the ids to forget", data["forget_ids_sha256"]),
@@ -173,7 +173,19 @@ def _counts(
   }
 
 
-def _notes(preview: Mapping[str, Any], num_moved: int) -> list[str]:
+def _lacking(data: Mapping[str, Any]) -> list[str]:
+  """What cannot be told without unseen images."""
+  if data.get("images", {}).get("test", 1):
+    return []
+  return [
+    "there are no unseen images: all figures of test images are missing, and no"
+    " accuracy on them says when to stop"
+  ]
+
+
+def _notes(
+  preview: Mapping[str, Any], num_moved: int, lacking: Sequence[str]
+) -> list[str]:
   group = preview.get("group") or {}
   column = group.get("column")
   counted = [
@@ -192,7 +204,17 @@ def _notes(preview: Mapping[str, Any], num_moved: int) -> list[str]:
     (count, f"images have no {name}")
     for name, count in (preview.get("missing") or {}).items()
   ]
-  return [f"{count:,} {text}" for count, text in counted if count]
+  said = [
+    f"{name} is compared as {kind}"
+    for name, kind in (preview.get("types") or {}).items()
+  ]
+  said += [
+    f"{', '.join(map(repr, values[:_NUM_ROWS]))} of {name} differ in case or"
+    " blanks alone"
+    for name, values in (preview.get("alike") or {}).items()
+  ]
+  found = [f"{count:,} {text}" for count, text in counted if count]
+  return [*lacking, *said, *found]
 
 
 def _length(pictures: Mapping[str, np.ndarray] | None) -> int:

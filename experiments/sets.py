@@ -51,7 +51,9 @@ def _seen_and_unseen(
   Raises:
     ValueError: As `forget.matching`, or if there is no image that was seen.
   """
-  folders = {str(each).partition("/")[0].lower() for each in test.ids}
+  folders = {
+    str(each).partition("/")[0].lower() for each in np.asarray(test.ids)
+  }
   has_folders = folders <= image_folder.SPLIT_NAMES.keys()
   if job.unseen is None and has_folders:
     return train, test

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,8 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from experiments import demo, recipes, report, requests, unlearn
-from psg_jax import data, forget, models, torch_weights, types
+from experiments import demo, jobs, recipes, report, requests, sets, unlearn
+from psg_jax import data, forget, inference, models, torch_weights, types
 from tests import programs_test
 
 SMALL = [
@@ -352,6 +353,118 @@ def users_folder(tmp_path_factory):
     writer.writeheader()
     writer.writerows(rows)
   return folder
+
+
+def own_job(users_folder, tmp_path, **options):
+  return recipes.Job(
+    **{
+      "recipe": "own",
+      "dataset": str(users_folder),
+      "image_size": 32,
+      "width": 0.02,
+      "num_devices": 1,
+      "twins": "ignore",
+      "forget_classes": (),
+      "runs_dir": str(tmp_path),
+      "name": "own",
+      **options,
+    }
+  )
+
+
+def test_ones_own_weights_have_seen_all_images(users_folder, data_dir):
+  def counts(folder=users_folder, **options):
+    parts = sets.load(own_job(folder, folder, **options))
+    return [len(part) for part in parts], parts
+
+  assert counts()[0] == [24, 6]
+  found, (train, _) = counts(weights="model.pt")
+  assert found == [30, 0]
+  assert len(set(train.ids)) == 30
+  assert train.metadata.column("id").to_pylist() == list(train.ids)
+  assert counts(weights="model.pt", streaming=True)[0] == [30, 0]
+  # What the user has said is so.
+  found, (_, test) = counts(weights="model.pt", unseen="clinic = 'south'")
+  assert found == [20, 10]
+  assert set(test.metadata.column("clinic").to_pylist()) == {"south"}
+  for part in ("train", "test"):
+    shutil.copytree(users_folder, users_folder.parent / "parted" / part)
+    (users_folder.parent / "parted" / part / "metadata.csv").unlink()
+  assert counts(users_folder.parent / "parted", weights="m.pt")[0] == [30, 30]
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"unseen": "row = 1"}, "unseen must be given with weights"),
+    (
+      {"unseen": "row = 1", "weights": "m.pt", "dataset": "digits"},
+      "unseen must be given with weights and with images of one's own",
+    ),
+    ({"unseen": "row = -1", "weights": "m.pt"}, "matches 0 of 30"),
+    ({"unseen": "row >= 0", "weights": "m.pt"}, "matches 30 of 30"),
+    ({"unseen": "split = 1", "weights": "m.pt"}, "unseen: .* no column split"),
+  ],
+)
+def test_bad_unseen(users_folder, data_dir, tmp_path, options, message):
+  with pytest.raises(ValueError, match=message):
+    sets.load(own_job(users_folder, tmp_path, **options))
+
+
+def test_resuming_compares_what_a_request_means(
+  users_folder, data_dir, tmp_path
+):
+  ids = tmp_path / "ids.txt"
+  ids.write_text("sick/0.png\nsick/1.png\nsick/2.png\nsick/3.png\n")
+  job = own_job(users_folder, tmp_path, ids=str(ids), num_train=20)
+  train, test = sets.load(job)
+  known = [str(each) for each in train.ids[:20]]
+  ids.write_text("\n".join(known[:3]))
+  jobs.prepare(job)
+  folder = tmp_path / "own"
+  record = read(folder / "data.json")
+  images = record["images"]
+  assert images.pop("read") == len(train) + len(test) == sum(images.values())
+  assert (images["forget"], images["retain"]) == (3, 17)
+  resumed = dataclasses.replace(job, resume=True)
+  jobs.prepare(resumed)
+  assert jobs.has_same_request(folder, job)
+  files = {path: path.read_bytes() for path in folder.iterdir()}
+  ids.write_text("\n".join(known[3:6]))
+  with pytest.raises(ValueError, match="ids or request must mean the 3 images"):
+    jobs.prepare(resumed)
+  split = forget.split(train, ids=known[3:6])
+  assert not jobs.has_same_request(folder, job, split)
+  ids.write_text("\n".join(known[:3]))
+  record["images_sha256"] = "0"
+  (folder / "data.json").write_text(json.dumps(record))
+  with pytest.raises(ValueError, match="dataset must hold the images of"):
+    jobs.prepare(resumed)
+  del files[folder / "data.json"]
+  assert all(path.read_bytes() == before for path, before in files.items())
+
+
+def test_whole_classes_count_nothing_in_the_accuracy_to_stop_at():
+  train = small_set([0, 1, 1, 2, 2, 2], patient=list("pppqrs"))
+  test = small_set([0, 0, 2, 2], patient=list("pppp"))
+  job = recipes.Job(
+    forget_classes=("a",), group="patient", twins="ignore", num_devices=1
+  )
+  # Class a, and with it all of b: whole classes. With a patient more: not.
+  more = train.take([0, 1, 3, 4, 5, 2])
+  more.labels[5] = 2
+  aims = []
+  for each in (train, more):
+    asked = requests.ask(job, each, test)
+    model = types.Model(None, lambda _, x: np.eye(3)[[0, 0, 2, 1]], None, None)
+    context = jobs.Context(job, None, each, test, asked, model, None)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(
+        inference, "predict", lambda fn, v, images, mesh: fn(v, images)
+      )
+      aims.append(jobs.target_accuracy(context, {}))
+  # Of the four test images three are right, two of them of class a.
+  assert aims == [None, 0.25]
 
 
 @pytest.mark.slow
