@@ -17,7 +17,7 @@ import numpy as np
 from data_prep import image_tree, sources, splits, tables
 from psg_jax import checks
 
-_SPLIT_NAMES = {
+SPLIT_NAMES = {
   "train": "train",
   "training": "train",
   "test": "test",
@@ -51,7 +51,7 @@ class PsgImageFolder(image_tree.ImageTreeBuilder):
   def make_plan(self, source: pathlib.Path) -> image_tree.Plan:
     """Lists the classes, reads the table, and splits where folders do not."""
     tree, headers = image_tree.read_headers(
-      sources.strip_wrappers(sources.list_files(source), _SPLIT_NAMES)
+      sources.strip_wrappers(sources.list_files(source), SPLIT_NAMES)
     )
     class_names, found, notes = _find_images(tree)
     classes = {
@@ -141,7 +141,7 @@ def _split_folders(
   top = sorted(name for name in tree.folders if "/" not in name)
   found: dict[str, str] = {}
   for name in top:
-    split = _SPLIT_NAMES.get(name.lower())
+    split = SPLIT_NAMES.get(name.lower())
     if split in found:
       raise ValueError(
         f"source must have one folder for {split}, got {found[split]} and"

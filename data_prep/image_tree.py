@@ -511,11 +511,14 @@ def read_table(
     )
   table = table._replace(files=files)
   rows = tables.match(table, classes)
+  # As the files are called, whatever form of Unicode the table has.
+  table = table._replace(files=tuple(rows))
   tables.check_labels(table, classes)
   without = [file for file in classes if file not in rows]
   if not without:
-    return table, ()
+    return table, table.notes
   return table, (
+    *table.notes,
     f"{len(without):,} of {len(classes):,} images have no row in {name}:"
     f" {tables.first(without)}",
   )

@@ -1,15 +1,17 @@
 """Metadata tables: CSV files with one row an image.
 
 The column `file` names the image; all others are the user's, and their types
-are inferred: integers, numbers, dates and times in ISO form, true/false, text.
+are inferred: integers, numbers (also with a decimal comma), dates and times in
+ISO form, dates in one other order, true/false, text.
 """
 
-import codecs
 import csv
+import datetime
 import difflib
 import io
 import pathlib
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -17,13 +19,21 @@ import pyarrow as pa
 import pyarrow.csv
 
 from data_prep import columns
+from psg_jax import checks
 
 FILE_COLUMN = "file"
 LABEL_COLUMN = "label"
-RESERVED = ("id", "image", "sha256", "width", "height")
-"""Columns that every set of images has of its own."""
-_DELIMITERS = ",;\t"
+RESERVED = ("id", "image", "sha256", "width", "height", "row")
+"""Names, in any case, of what every set of images has of its own."""
 _NUM_SHOWN = 3
+_ORDERS = {
+  "day/month/year": (2, 1, 0),
+  "month/day/year": (2, 0, 1),
+  "year/month/day": (0, 1, 2),
+}
+_DATE = re.compile(r"(\d{1,4})([-/.])(\d{1,2})\2(\d{1,4})")
+_DECIMAL_COMMA = re.compile(r"[+-]?\d+(,\d+)?")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})*")
 
 
 class Table(NamedTuple):
@@ -34,20 +44,24 @@ class Table(NamedTuple):
     files: Path of each row's image, with "/", relative to the source.
     types: Column -> one of `columns.TYPES`; without `file`.
     texts: Column -> text of each row, None for a missing value.
+    notes: What the user should know, a phrase each.
   """
 
   name: str
   files: tuple[str, ...]
   types: Mapping[str, pa.DataType]
   texts: Mapping[str, list[str | None]]
+  notes: tuple[str, ...] = ()
 
 
 def read(content: bytes, name: str, *, encoding: str | None = None) -> Table:
   """Reads a CSV file, its fields separated by comma, semicolon or tab.
 
-  Empty fields and the usual words for missing values (NA, NaN, null) become
-  null. Numbers that are written like names (with leading zeros, or too long for
-  64 bits) stay text.
+  Blanks around values are no part of them; empty fields and the usual words for
+  missing values (NA, NaN, null) become null; empty rows are left out, and so
+  are columns without a name that are empty or, as the first, number the rows.
+  Numbers that are written like names (with leading zeros, or too long for 64
+  bits) stay text.
 
   Args:
     content: The file.
@@ -62,24 +76,33 @@ def read(content: bytes, name: str, *, encoding: str | None = None) -> Table:
       missing, double or taken, or a file is named twice, not at all, or is
       outside the source.
   """
-  text = _decode(content, name, encoding)
-  delimiter, header = _read_header(text, name)
-  names = [column.strip() for column in header]
+  text = checks.text("metadata", content, name, encoding=encoding)
+  rows = _read_rows(text, name)
+  names = rows[0]
   _check_names(names, name)
-  raw = _parse(text, delimiter, header, name, is_inferring=False)
-  typed = _parse(text, delimiter, header, name, is_inferring=True)
-  types, texts = {}, {}
-  for column, title in zip(header, names, strict=True):
-    values = raw[column].combine_chunks()
-    kind = typed[column].type
+  raw = _parse(rows, name, is_inferring=False)
+  typed = _parse(rows, name, is_inferring=True)
+  types, texts, notes = {}, {}, []
+  for title in names:
+    values = raw[title].combine_chunks()
+    kind = typed[title].type
     if _is_kept_as_text(kind, values):
       kind = pa.string()
     else:
-      values = typed[column].cast(pa.string())
-    types[title], texts[title] = kind, values.to_pylist()
+      values = typed[title].cast(pa.string())
+    found = values.to_pylist()
+    if kind == pa.string() and title not in (FILE_COLUMN, LABEL_COLUMN):
+      kind, found, said = _read_texts(title, found)
+      notes += said
+    types[title], texts[title] = kind, found
   files = _check_files(texts.pop(FILE_COLUMN), name)
   del types[FILE_COLUMN]
-  return Table(name, files, types, texts)
+  return Table(name, files, types, texts, tuple(notes))
+
+
+def same_path(path: str) -> str:
+  """Returns what two names of a file have in common that look the same."""
+  return unicodedata.normalize("NFC", path)
 
 
 def match(table: Table, paths: Iterable[str]) -> dict[str, int]:
@@ -95,17 +118,25 @@ def match(table: Table, paths: Iterable[str]) -> dict[str, int]:
   Raises:
     ValueError: If a row names a file that is not among them.
   """
-  known = dict.fromkeys(paths)
-  missing = [file for file in table.files if file not in known]
+  known = {same_path(path): path for path in paths}
+  missing = [file for file in table.files if same_path(file) not in known]
   if missing:
-    close = difflib.get_close_matches(missing[0], known, n=1)
-    hint = f", did you mean {close[0]!r}?" if close else ""
+    hint = _path_hint(missing[0], list(known.values()))
     raise ValueError(
       f"metadata must name images of the source, got {missing[0]!r} in"
       f" {table.name!r}, which is not there ({len(missing):,} of"
       f" {len(table.files):,} rows name such files){hint}"
     )
-  return {file: row for row, file in enumerate(table.files)}
+  return {known[same_path(file)]: row for row, file in enumerate(table.files)}
+
+
+def _path_hint(file: str, paths: list[str]) -> str:
+  """Suggests the path that has the same name, or a like one."""
+  alike = [path for path in paths if path.casefold() == file.casefold()] or [
+    path for path in paths if path.split("/")[-1] == file.split("/")[-1]
+  ]
+  close = alike or difflib.get_close_matches(file, paths, n=1)
+  return f", did you mean {close[0]!r}?" if close else ""
 
 
 def check_labels(table: Table, classes: Mapping[str, str]) -> None:
@@ -123,7 +154,7 @@ def check_labels(table: Table, classes: Mapping[str, str]) -> None:
     for file, label in zip(
       table.files, table.texts.get(LABEL_COLUMN, ()), strict=False
     )
-    if label is not None and label != classes[file]
+    if label is not None and same_path(label) != same_path(classes[file])
   ]
   if wrong:
     raise ValueError(
@@ -139,55 +170,114 @@ def first(names: list[str]) -> str:
   return f"{shown} and {more:,} more" if more > 0 else shown
 
 
-def _decode(content: bytes, name: str, encoding: str | None) -> str:
-  if encoding is not None:
-    try:
-      codecs.lookup(encoding)
-    except LookupError:
-      raise ValueError(
-        f"encoding must be one that Python knows, such as latin-1, got"
-        f" {encoding!r}"
-      ) from None
-    codec = encoding
-  elif content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-    codec = "utf-16"
-  else:
-    codec = "utf-8-sig"
-  try:
-    text = content.decode(codec)
-  except UnicodeDecodeError as error:
-    line = content[: error.start].count(b"\n") + 1
-    raise ValueError(
-      f"metadata must be text in {encoding or 'UTF-8 or UTF-16'}, got {name!r}"
-      f" with the byte 0x{content[error.start]:02x} in line {line}: name its"
-      " encoding (--encoding latin-1), or convert it: iconv -f LATIN1 -t UTF-8"
-    ) from None
-  if "\0" in text:
-    raise ValueError(
-      f"metadata must be a text file (CSV), got {name!r}, which is binary, or"
-      " UTF-16 without its mark (--encoding utf-16-le)"
+def _read_texts(
+  title: str, texts: list[str | None]
+) -> tuple[pa.DataType, list[str | None], list[str]]:
+  """Reads a column of text as dates or numbers where all its values are such.
+
+  Returns:
+    Its type, its values, and what the user should know.
+  """
+  values = [text for text in texts if text is not None]
+  if not values:
+    return pa.string(), texts, []
+  parts = [_DATE.fullmatch(text) for text in values]
+  orders = {name for name in _ORDERS if all(_date(x, name) for x in parts)}
+  if len(orders) > 1:
+    return (
+      pa.string(),
+      texts,
+      [
+        f"{title} may be {' or '.join(sorted(orders))}, such as {values[0]}: it"
+        " stays text, write its dates as year-month-day"
+      ],
     )
-  return text
+  if orders:
+    (order,) = orders
+    dates = [
+      text and str(_date(_DATE.fullmatch(text), order)) for text in texts
+    ]
+    said = f"{title} is read as dates, {order}, such as {values[0]}"
+    return pa.date32(), dates, [said]
+  is_decimal = (
+    any("," in text for text in values)
+    and all(map(_DECIMAL_COMMA.fullmatch, values))
+    and not all(map(_THOUSANDS.fullmatch, values))
+  )
+  if is_decimal and not any(re.match(r"[+-]?0\d", text) for text in values):
+    numbers = [text and str(float(text.replace(",", "."))) for text in texts]
+    said = f"{title} is read as numbers with a decimal comma, such as"
+    return pa.float64(), numbers, [f"{said} {values[0]}"]
+  return pa.string(), texts, []
 
 
-def _read_header(text: str, name: str) -> tuple[str, list[str]]:
-  """Returns the delimiter, and the names as they are written."""
-  headers = {}
-  for delimiter in _DELIMITERS:
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    headers[delimiter] = next((row for row in reader if row), [])
-    if FILE_COLUMN in [column.strip() for column in headers[delimiter]]:
-      return delimiter, headers[delimiter]
-  names = headers[","]
-  if not names:
+def _date(parts: re.Match[str] | None, order: str) -> datetime.date | None:
+  """The date that a text is in an order; None if it is none."""
+  if parts is None:
+    return None
+  numbers = parts.group(1, 3, 4)
+  year, month, day = (numbers[place] for place in _ORDERS[order])
+  if len(year) != 4 or len(day) > 2:
+    return None
+  try:
+    return datetime.date(int(year), int(month), int(day))
+  except ValueError:
+    return None
+
+
+def _read_rows(text: str, name: str) -> list[list[str]]:
+  """Splits a text into its header and rows, without blanks and empty rows.
+
+  Raises:
+    ValueError: If there is no header, or it has no column `file`.
+  """
+  said = re.match(r'"?sep=(.)"?\s*?(\r\n|\n|\r)', text, re.IGNORECASE)
+  text = text[said.end() :] if said else text
+  delimiters = dict.fromkeys([*(said.groups()[:1] if said else ()), *",;\t"])
+  first: list[str] = []
+  for delimiter in delimiters:
+    try:
+      read = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+      rows = [
+        [unicodedata.normalize("NFC", x).strip() for x in y] for y in read
+      ]
+    except (csv.Error, TypeError) as error:
+      raise ValueError(
+        f"metadata must be a CSV table, got {name!r}: {error}"
+      ) from None
+    rows = [row for row in rows if any(row)]
+    if rows and FILE_COLUMN in rows[0]:
+      return _named(rows)
+    first = first or (rows[0] if rows else [])
+  if not first:
     raise ValueError(f"metadata must have a header line, got {name!r} without")
-  lower = {column.strip().lower(): column.strip() for column in names}
+  lower = {column.lower(): column for column in first}
   close = difflib.get_close_matches(FILE_COLUMN, lower, n=1, cutoff=0.5)
   hint = f", did you mean {lower[close[0]]!r}?" if close else ""
   raise ValueError(
     f"metadata must have the column {FILE_COLUMN!r} (the image's path in the"
-    f" source), got the columns {', '.join(names)} in {name!r}{hint}"
+    f" source), got the columns {', '.join(first)} in {name!r}{hint}"
   )
+
+
+def _named(rows: list[list[str]]) -> list[list[str]]:
+  """Leaves out columns without a name: empty ones, and a first that counts.
+
+  A column that is called `label`, but for case, is the label.
+  """
+  header, *rest = rows
+  left_out = set()
+  for column, title in enumerate(header):
+    values = [row[column] for row in rest if column < len(row)]
+    numbers = [str(number) for number in range(len(rest) + 1)]
+    is_index = column == 0 and values in (numbers[:-1], numbers[1:])
+    if not title and (is_index or not any(values)):
+      left_out.add(column)
+  header = [LABEL_COLUMN if x.casefold() == LABEL_COLUMN else x for x in header]
+  return [
+    [value for column, value in enumerate(row) if column not in left_out]
+    for row in (header, *rest)
+  ]
 
 
 def _check_names(names: list[str], name: str) -> None:
@@ -196,7 +286,7 @@ def _check_names(names: list[str], name: str) -> None:
       problem = "a column without a name"
     elif names.count(column) > 1:
       problem = f"the column {column!r} twice"
-    elif column in RESERVED:
+    elif column.casefold() in RESERVED:
       problem = f"the column {column!r}, which every set has of its own"
     else:
       continue
@@ -206,28 +296,23 @@ def _check_names(names: list[str], name: str) -> None:
     )
 
 
-def _parse(
-  text: str,
-  delimiter: str,
-  header: list[str],
-  name: str,
-  *,
-  is_inferring: bool,
-) -> pa.Table:
+def _parse(rows: list[list[str]], name: str, *, is_inferring: bool) -> pa.Table:
   """Parses the rows as text, or infers the types of all but two columns."""
-  content = text.encode()
+  buffer = io.StringIO()
+  csv.writer(buffer, lineterminator="\n").writerows(rows)
+  content = buffer.getvalue().encode()
   kept = (FILE_COLUMN, LABEL_COLUMN)
   is_text = {
     column: pa.string()
-    for column in header
-    if not is_inferring or column.strip() in kept
+    for column in rows[0]
+    if not is_inferring or column in kept
   }
   try:
     return pyarrow.csv.read_csv(
       io.BytesIO(content),
       # One block, so that types are inferred from every row.
       pyarrow.csv.ReadOptions(use_threads=False, block_size=len(content) + 1),
-      pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+      pyarrow.csv.ParseOptions(newlines_in_values=True),
       pyarrow.csv.ConvertOptions(
         column_types=is_text, strings_can_be_null=True
       ),
@@ -267,9 +352,9 @@ def _check_files(values: list[str | None], name: str) -> tuple[str, ...]:
         f"metadata must name files inside the source, got {value!r} in row"
         f" {row:,} of {name!r}"
       )
-    if file in seen:
+    if same_path(file) in seen:
       twice.append(file)
-    seen.add(file)
+    seen.add(same_path(file))
     files.append(file)
   if twice:
     raise ValueError(

@@ -394,7 +394,7 @@ def _of_model(context: jobs.Context, plan: Plan, index: int) -> jobs.Context:
   here = context._replace(asked=context.asked._replace(split=split))
   target = context.job.unlearning.target
   if target == "auto":
-    is_class = compare_recipes.is_class_request(here)
+    is_class = jobs.is_class_request(here)
     target = "zero" if is_class else "unseen"
   unlearning = dataclasses.replace(context.job.unlearning, target=target)
   job = dataclasses.replace(context.job, unlearning=unlearning)

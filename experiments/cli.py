@@ -6,7 +6,7 @@ import dataclasses
 import io
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -75,7 +75,8 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
   first.add_argument("--data_dir", "--data-dir")
   for name in _CRITERIA:
     first.add_argument(f"--{name}", nargs="*")
-  given, _ = first.parse_known_args(programs.arguments())
+  first.add_argument("--fraction")
+  given, _ = first.parse_known_args(_underscored(programs.arguments()))
   extends = {field.name for field in dataclasses.fields(options)}
   recipe = given.recipe or options().recipe
   if given.recipe is None and given.data:
@@ -93,12 +94,32 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
     for field in dataclasses.fields(job)
     if field.name not in own
   }
-  if any(getattr(given, name) is not None for name in _CRITERIA):
+  is_part = given.fraction is not None and not _is_whole(given.fraction)
+  if is_part or any(getattr(given, name) is not None for name in _CRITERIA):
     # A request of one's own takes the place of the recipe's.
     for name in (*_CRITERIA, "group", "fraction"):
       default = recipes.Job.__dataclass_fields__[name].default
       values[name] = () if name == "forget_classes" else default
   return parse(options, default=options(**values), description=description)
+
+
+def _underscored(arguments: Sequence[str]) -> list[str]:
+  """Writes names of options with underscores, which may have hyphens."""
+  found = []
+  for argument in arguments:
+    name, is_given, value = argument.partition("=")
+    if re.fullmatch(r"--[\w.-]+", name):
+      name = f"--{name[2:].replace('-', '_')}"
+    found.append(f"{name}{is_given}{value}")
+  return found
+
+
+def _is_whole(fraction: str) -> bool:
+  """Whether all that matches is asked for, which is no request by itself."""
+  try:
+    return float(fraction) == 1
+  except ValueError:
+    return False
 
 
 def parse(

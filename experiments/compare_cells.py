@@ -384,7 +384,7 @@ def _diagnose(
     retrained=accuracies[2],
     history=output.history if is_known else (),
     options=resolved.arguments if is_known else None,
-    scope="class" if compare_recipes.is_class_request(context) else "samples",
+    scope="class" if jobs.is_class_request(context) else "samples",
     num_classes=context.train.num_classes,
   ).as_dict()
 

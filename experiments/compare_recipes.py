@@ -22,7 +22,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import optax
 
 from experiments import jobs, recipes
@@ -248,12 +247,6 @@ def resolve(
   return Resolved(arguments, record, settings, dict(overrides or {}), note)
 
 
-def is_class_request(context: jobs.Context) -> bool:
-  """Whether the forget set is all there is of some classes."""
-  split = context.split
-  return not np.intersect1d(split.forget.labels, split.retain.labels).size
-
-
 def _literal(text: str) -> Any:
   try:
     return ast.literal_eval(text)
@@ -340,7 +333,7 @@ def _aim(context: jobs.Context) -> str | None:
 def _rewinding(
   context: jobs.Context,
 ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-  if is_class_request(context):
+  if jobs.is_class_request(context):
     # A retrained model has no image of a class right that it never saw.
     return {"reference_error": 1.0}, {}, None
   parts = context.parts

@@ -48,6 +48,7 @@ from psg_jax import (
   checkpoints,
   checks,
   data,
+  forget,
   inference,
   metrics,
   models,
@@ -247,6 +248,7 @@ def _prepare(
     raise ValueError(f"weights must be a file, got {job.weights}")
   mesh = parallel.create_mesh(job.num_devices)
   train, test, source_files = sets.load(job)
+  num_read = len(train) + len(test)
   if job.num_train is not None:
     if job.num_train > len(train):
       raise ValueError(
@@ -276,13 +278,13 @@ def _prepare(
     _imported(context)
   if job.pretrained is not None:
     _fresh_state(context, "original")
-  if source is not None:
-    _check_same_job(source, job, may_change)
-  elif folder.exists() and not job.overwrite:
-    _check_same_job(folder, job, may_change)
+  record = _data_record(context, num_read)
+  if source is not None or (folder.exists() and not job.overwrite):
+    _check_same_job(source or folder, job, may_change)
+    _check_same_data(source or folder, record, may_change)
   if is_read_only:
     return context
-  config, record = _config(context), _data_record(context)
+  config = _config(context)
   if job.overwrite and folder.exists():
     if job.weights is not None and folder.resolve() in (
       pathlib.Path(job.weights).resolve().parents
@@ -292,7 +294,8 @@ def _prepare(
       )
     _set_aside(folder)
   if source is not None and not folder.exists():
-    _copy_run(source, folder, is_same_request=has_same_request(source, job))
+    is_same = has_same_request(source, job, context.split)
+    _copy_run(source, folder, is_same_request=is_same)
   folder.mkdir(parents=True, exist_ok=True)
   write_json(folder / "config.json", config)
   write_json(folder / "data.json", record)
@@ -401,6 +404,12 @@ def unlearned(
 
   start = time.perf_counter()
   aim = target_accuracy(context, original_variables)
+  is_aimed = options.target != "zero" and not is_class_request(context)
+  if aim is None and is_aimed:
+    print(
+      "There are no unseen images to tell when to stop: all passes are made"
+      " (--unseen names images that the model was not trained on)."
+    )
   output = unlearning.unlearn(
     context.model,
     original_variables,
@@ -440,9 +449,8 @@ def unlearned(
 
 
 def is_class_request(context: Context) -> bool:
-  """Whether whole classes are asked for, whose ideal accuracy is 0."""
-  fields = requests.request_fields(context.asked.request)
-  return requests.is_class_request(fields)
+  """Whether whole classes are forgotten, whose ideal accuracy is 0."""
+  return requests.is_class_request(context.split)
 
 
 def validation(
@@ -483,17 +491,23 @@ def target_accuracy(
 
   Returns:
     The original's accuracy on the images of `validation`: those that match the
-    request, or, where there are none, in the forget set's mixture of classes.
-    None where all is to be forgotten, or there is no such image.
+    request, or, where there are none, in the forget set's mixture of classes;
+    of a class that is not retained at all, none is to be right. None where all
+    is to be forgotten, or there is no such image.
   """
   shown, held = validation(context)
   if held is None:
     return None
+  whole = requests.whole_classes(context.split)
   logits = _predict(context, original_variables, held.images)
   if len(shown.forget) < len(context.asked.test_split.forget):
-    return metrics.accuracy(logits, held.labels)
+    is_right = np.argmax(logits, -1) == held.labels
+    return float(np.mean(is_right & ~np.isin(held.labels, whole)))
   by_class = metrics.per_class_accuracy(logits, held.labels)
-  found = [by_class[label] for label in context.split.forget.labels]
+  found = [
+    0.0 if label in whole else by_class[label]
+    for label in context.split.forget.labels
+  ]
   known = [value for value in found if value is not None]
   return float(np.mean(known)) if known else None
 
@@ -905,11 +919,17 @@ def _stored_job(folder: pathlib.Path) -> dict[str, Any] | None:
   return {**defaults, **before, **nested}
 
 
-def has_same_request(run: pathlib.Path, job: recipes.Job) -> bool:
-  """Whether a run forgets what this job asks for."""
+def has_same_request(
+  run: pathlib.Path, job: recipes.Job, split: types.Split | None = None
+) -> bool:
+  """Whether a run forgets what this job asks for, and these very images."""
   before = _stored_job(run) or {}
   now = json.loads(json.dumps(job_options(job)))
-  return all(before.get(name) == now[name] for name in REQUEST_FIELDS)
+  stated = read_json(run / "data.json").get("forget_ids_sha256")
+  return all(before.get(name) == now[name] for name in REQUEST_FIELDS) and (
+    split is None
+    or stated in (None, forget.ids_hash(np.asarray(split.forget.ids)))
+  )
 
 
 def _copy_run(
@@ -1014,6 +1034,31 @@ def _is_earlier(folder: pathlib.Path | None) -> bool:
   return bool(config) and config.get("references_standardise_by") != _RETAINED
 
 
+def _check_same_data(
+  folder: pathlib.Path, record: dict[str, Any], may_change: tuple[str, ...]
+) -> None:
+  """What options mean must be the same as well: files can be edited."""
+  before = read_json(folder / "data.json")
+
+  def is_other(name: str) -> bool:
+    return before.get(name) not in (None, record[name])
+
+  if is_other("images_sha256"):
+    raise ValueError(
+      f"dataset must hold the images of the run {folder}, got others, or other"
+      " labels: it was prepared anew since; choose another name"
+    )
+  if "ids" not in may_change and is_other("forget_ids_sha256"):
+    request = record["request"]
+    given = [name for name in ("classes", "where") if request[name]]
+    raise ValueError(
+      f"{'ids or request' if request['num_ids'] else ' and '.join(given)} must"
+      f" mean the {before['counts']['train_forget']} images to forget of the"
+      f" run {folder}, got {record['counts']['train_forget']}, not the same:"
+      " what it reads was edited since; choose another name"
+    )
+
+
 def _config(context: Context) -> dict[str, Any]:
   device = jax.devices()[0]
   is_own = context.retrained_model is not None
@@ -1065,25 +1110,28 @@ def _git_commit() -> str | None:
     return None
 
 
-def _data_record(context: Context) -> dict[str, Any]:
+def _data_record(context: Context, num_read: int) -> dict[str, Any]:
   counts = {name: len(part) for name, part in context.parts.items()}
+  num_used = len(context.train) + len(context.test)
   _, held = validation(context)
   if held is not None:
     counts["validation"] = len(held)
   return {
     "class_names": list(context.train.class_names),
-    "source": _source_record(context),
+    "source": {**context.source, "unused": num_read - num_used},
     # All images; those of `validation`, of the test images, say when to stop.
     "counts": counts,
+    # Their sum is what was read.
+    "images": {
+      "read": num_read,
+      "forget": counts["train_forget"],
+      "retain": counts["train_retain"],
+      "test": len(context.test),
+      "not used (num_train)": num_read - num_used,
+    },
+    "images_sha256": requests.images_hash([context.train, context.test]),
     **requests.record(context.asked),
   }
-
-
-def _source_record(context: Context) -> dict[str, Any]:
-  """What became of every file: `read` are the four parts and those unused."""
-  num_used = sum(len(part) for part in context.parts.values())
-  num_read = context.source.get("read", num_used)
-  return {**context.source, "unused": num_read - num_used}
 
 
 def _save_twins(context: Context) -> None:
@@ -1245,7 +1293,7 @@ def _read_out(
     retrained_logits,
     history=records["unlearned"],
     options=unlearn_options(context),
-    request=requests.request_fields(context.asked.request),
+    is_class=is_class_request(context),
     num_classes=context.train.num_classes,
   )
 
@@ -1269,7 +1317,7 @@ def _save_features(
   if not len(forgotten):
     forgotten = parts["train_forget"]
   chosen = []
-  num_test = len(context.test)
+  num_test = max(1, len(context.test))
   for part in (forgotten, parts["test_retain"]):
     share = max(_NUM_FEATURES // 4, _NUM_FEATURES * len(part) // num_test)
     chosen.append(part.take(np.sort(rng.permutation(len(part))[:share])))

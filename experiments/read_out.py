@@ -177,7 +177,7 @@ def judge(
   *,
   history: Sequence[Mapping[str, Any]],
   options: Mapping[str, Any],
-  request: Mapping[str, Any],
+  is_class: bool,
   num_classes: int,
 ) -> dict[str, Any]:
   """Says what went wrong, if anything, and what the models allow to claim.
@@ -188,14 +188,13 @@ def judge(
     retrained_logits: float `[N, K]`, the retrained model's on the forget set.
     history: One record a pass.
     options: Of `unlearning.unlearn`.
-    request: The request as a dictionary.
+    is_class: Whether whole classes are forgotten, and no more.
     num_classes: `K`.
 
   Returns:
     `diagnosis` and `claims`, for JSON.
   """
   retrained = accuracies.get("retrained")
-  is_class = requests.is_class_request(request)
   splits = metrics.SPLITS
   return {
     "diagnosis": diagnosis.diagnose(

@@ -6,11 +6,27 @@ docs/tuning. Where a recipe names none, the rate is not from a table.
 """
 
 import dataclasses
+import re
 from typing import Annotated, Literal
 
 import tyro
 
 from psg_jax import checks
+
+
+def _read_class(texts: list[str]) -> int | str:
+  """Reads a class; what is not written as numbers are (01) is a name."""
+  (text,) = texts
+  return int(text) if re.fullmatch(r"0|-?[1-9][0-9]*", text) else text
+
+
+_CLASS = tyro.constructors.PrimitiveConstructorSpec[int | str](
+  nargs=1,
+  metavar="INT|STR",
+  instance_from_str=_read_class,
+  is_instance=lambda value: isinstance(value, int | str),
+  str_from_instance=lambda value: [str(value)],
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,19 +150,24 @@ class Job:
   pretrained: str | None = None
   """PyTorch state dict to start training from, all but the head."""
   weights: str | None = None
-  """PyTorch state dict of the original model, instead of training it."""
+  """PyTorch state dict of the original model, instead of training it. Of images
+  of one's own it has seen all, but those in a folder test or of --unseen."""
+  unseen: str | None = None
+  """SQL condition, such as "split = 'test'", for the images of one's own that
+  the model of --weights has not seen."""
   mean: tuple[float, ...] | None = None
   """The model's standardisation per channel; that of the images that a model
   is trained on by default."""
   std: tuple[float, ...] | None = None
-  forget_classes: tuple[int | str, ...] = (0,)
-  """Classes to forget, by number or name; with what follows: AND."""
+  forget_classes: tuple[Annotated[int | str, _CLASS], ...] = (0,)
+  """Classes to forget, by name or number; with what follows: AND."""
   where: str | None = None
   """SQL condition over the metadata, such as "device = 'B' AND year < 2016"."""
   ids: str | None = None
   """File with an image id a line."""
   fraction: float = 1.0
-  """Part of the matching images (with group: of the groups) to forget."""
+  """Part of the matching images (with group: of the groups) to forget; alone,
+  of all images."""
   request_seed: int = 0
   """Of the random choice that a fraction needs."""
   group: str | None = None

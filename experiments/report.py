@@ -25,10 +25,9 @@ from experiments import (
   read_out,
   read_out_page,
   request_page,
-  requests,
   yardstick_page,
 )
-from psg_jax import judgement
+from psg_jax import forget, judgement
 
 MODELS = figures.MODELS
 NOT_AVAILABLE = "not available"
@@ -377,9 +376,8 @@ def _class_names(run: Run) -> list[str]:
 
 def _forget_classes(run: Run) -> list[int]:
   """Returns the classes of the request, which may give names, as numbers."""
-  names = run.data["class_names"]
   asked = run.data.get("request", {}).get("classes") or []
-  return [names.index(x) if isinstance(x, str) else x for x in asked]
+  return forget.class_indices(run.data["class_names"], asked)
 
 
 def _subject(run: Run) -> str:
@@ -478,7 +476,8 @@ def _distance(run: Run) -> str:
     f"The right answer on the forget images is the retrained model’s accuracy,"
     f" {percent(reference)}"
   )
-  if not requests.is_class_request(run.data.get("request", {})):
+  # Runs of earlier versions do not say it.
+  if not run.data.get("is_class_request", _forget_classes(run)):
     text += (
       ", and not zero: a model that never saw them still knows others of their"
       " kind"

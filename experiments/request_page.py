@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from experiments import figures
+from psg_jax import forget
 
 _NUM_ROWS = 15
 _MAX_SIDE = 160
@@ -19,7 +20,8 @@ def asked(data: Mapping[str, Any]) -> dict[str, Any] | None:
     data: The content of a run's `data.json`.
 
   Returns:
-    `criteria`, pairs of a name and a text; `groups` of rows with counts to
+    `criteria`, pairs of a name and a text; `images`, pairs of a part and its
+    number, the first of all that were read; `groups` of rows with counts to
     forget and to keep; `notes`; and `hashes`.
   """
   if "preview" not in data:
@@ -38,8 +40,12 @@ def asked(data: Mapping[str, Any]) -> dict[str, Any] | None:
   ]
   return {
     "criteria": _criteria(data["request"], data["class_names"]),
+    # Runs of earlier versions do not count them.
+    "images": [
+      (name, f"{count:,}") for name, count in data.get("images", {}).items()
+    ],
     "groups": groups,
-    "notes": _notes(data),
+    "notes": [*_lacking(data), *_notes(data)],
     "hashes": [
       ("SHA-256 of the request", data["request_sha256"]),
       ("SHA-256 of the ids to forget", data["forget_ids_sha256"]),
@@ -160,10 +166,8 @@ def _criteria(
 ) -> list[tuple[str, str]]:
   found = []
   if request.get("classes"):
-    names = [
-      class_names[each] if isinstance(each, int) else each
-      for each in request["classes"]
-    ]
+    numbers = forget.class_indices(class_names, request["classes"])
+    names = [class_names[number] for number in numbers]
     found.append(("classes", ", ".join(names)))
   if request.get("where"):
     found.append(("where", request["where"]))
@@ -198,6 +202,16 @@ def _counts(
   }
 
 
+def _lacking(data: Mapping[str, Any]) -> list[str]:
+  """What cannot be told without unseen images."""
+  if data.get("images", {}).get("test", 1):
+    return []
+  return [
+    "there are no unseen images: all figures of test images are missing, and no"
+    " accuracy on them says when to stop"
+  ]
+
+
 def _notes(data: Mapping[str, Any]) -> list[str]:
   preview = data["preview"]
   group = preview.get("group") or {}
@@ -225,7 +239,17 @@ def _notes(data: Mapping[str, Any]) -> list[str]:
     (count, f"images have no {name}")
     for name, count in (preview.get("missing") or {}).items()
   ]
-  return [f"{count:,} {text}" for count, text in counted if count]
+  said = [
+    f"{name} is compared as {kind}"
+    for name, kind in (preview.get("types") or {}).items()
+  ]
+  said += [
+    f"{', '.join(map(repr, values[:_NUM_ROWS]))} of {name} differ in case or"
+    " blanks alone"
+    for name, values in (preview.get("alike") or {}).items()
+  ]
+  found = [f"{count:,} {text}" for count, text in counted if count]
+  return [*said, *found]
 
 
 def _length(pictures: Mapping[str, np.ndarray] | None) -> int:

@@ -1,8 +1,10 @@
 """From a job's options to the images to forget, with a preview and twins."""
 
 import dataclasses
+import hashlib
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from experiments import recipes
-from psg_jax import forget, twins, types
+from psg_jax import checks, forget, twins, types
 
 _MAX_VALUES = 12
 _MAX_COLUMNS = 4
@@ -103,7 +105,9 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
     )
     if job.twins == "move":
       before = len(split.forget)
-      split = twins.move(split, found)
+      codes = forget.group_codes(train, request.group)
+      groups = dict(zip(np.asarray(train.ids), codes, strict=True))
+      split = twins.move(split, found, groups=groups)
       num_moved = len(split.forget) - before
   return Asked(
     request=request,
@@ -116,17 +120,21 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
   )
 
 
-def is_class_request(fields: Mapping[str, Any]) -> bool:
-  """Whether whole classes are forgotten, so that the ideal accuracy is 0.
+def whole_classes(split: types.Split) -> np.ndarray:
+  """Returns the numbers of the classes of which no image is retained."""
+  return np.setdiff1d(split.forget.labels, split.retain.labels)
+
+
+def is_class_request(split: types.Split) -> bool:
+  """Whether whole classes are forgotten and no more: the ideal accuracy is 0.
+
+  However the request was put: as classes, as a condition or as ids, with or
+  without groups.
 
   Args:
-    fields: Of `request_fields`, or those of a run's `data.json`.
+    split: Forget and retain set of the training images.
   """
-  others = ("where", "num_ids", "group")
-  return bool(fields.get("classes")) and not (
-    any(fields.get(name) for name in others)
-    or fields.get("fraction", 1.0) != 1.0
-  )
+  return bool(np.isin(split.forget.labels, whole_classes(split)).all())
 
 
 def request_fields(request: forget.Request) -> dict[str, Any]:
@@ -136,10 +144,23 @@ def request_fields(request: forget.Request) -> dict[str, Any]:
   return {**fields, "num_ids": None if ids is None else len(ids)}
 
 
+def images_hash(parts: Sequence[types.Dataset]) -> str:
+  """Returns the SHA-256 of ids, labels and, where known, files of images."""
+  digest = hashlib.sha256()
+  for part in parts:
+    columns: list[Any] = [np.asarray(part.ids).tolist(), part.labels.tolist()]
+    table = part.metadata
+    if table is not None and "sha256" in table.column_names:
+      columns.append(table.column("sha256").to_pylist())
+    digest.update(json.dumps(columns).encode())
+  return digest.hexdigest()
+
+
 def record(asked: Asked) -> dict[str, Any]:
   """Returns what a run folder keeps of the request, for JSON."""
   return {
     "request": request_fields(asked.request),
+    "is_class_request": is_class_request(asked.split),
     "request_sha256": forget.request_hash(asked.request),
     "forget_ids_sha256": forget.ids_hash(np.asarray(asked.split.forget.ids)),
     "preview": asked.preview.as_dict(),
@@ -206,11 +227,12 @@ def _check_column(dataset: types.Dataset, column: str) -> None:
 
 def _read_ids(path: pathlib.Path) -> tuple[str, ...]:
   try:
-    lines = path.read_text(encoding="utf-8").splitlines()
-  except (OSError, UnicodeDecodeError) as error:
+    content = path.read_bytes()
+  except OSError as error:
     raise ValueError(
       f"ids must be a text file with an id a line, got {path}: {error}"
     ) from None
+  lines = checks.text("ids", content, str(path)).splitlines()
   found = tuple(line.strip() for line in lines if line.strip())
   if not found:
     raise ValueError(

@@ -9,9 +9,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from data_prep import base, dicom, image_tree, registry
+import numpy as np
+
+from data_prep import base, dicom, image_folder, image_tree, naming, registry
 from experiments import recipes
-from psg_jax import checks, data, streaming, types
+from psg_jax import checks, data, forget, streaming, twins, types
 
 # Of sets that were prepared otherwise, none is used.
 _VERSION = 2
@@ -57,7 +59,10 @@ def load(job: recipes.Job) -> Loaded:
   train, test = (
     read(name, split, data_dir=job.data_dir) for split in data.SPLITS
   )
-  return Loaded(train, test, _account(job, name, len(train) + len(test)))
+  source = _account(job, name, len(train) + len(test))
+  if job.weights is not None and naming.parse(name).is_own:
+    train, test = _seen_and_unseen(job, train, test)
+  return Loaded(train, test, source)
 
 
 def _account(job: recipes.Job, name: str, num_images: int) -> dict[str, Any]:
@@ -68,9 +73,50 @@ def _account(job: recipes.Job, name: str, num_images: int) -> dict[str, Any]:
   return {"name": str(source), **account}
 
 
+def _seen_and_unseen(
+  job: recipes.Job, train: types.Dataset, test: types.Dataset
+) -> tuple[types.Dataset, types.Dataset]:
+  """Parts the user's images by what the user's model was trained on.
+
+  A part that was set aside when the images were prepared is not one that the
+  model has not seen: only the user's own folders, or a condition, say that.
+
+  Raises:
+    ValueError: As `forget.matching`, or if there is no image that was seen.
+  """
+  folders = {
+    str(each).partition("/")[0].lower() for each in np.asarray(test.ids)
+  }
+  has_folders = folders <= image_folder.SPLIT_NAMES.keys()
+  if job.unseen is None and has_folders:
+    return train, test
+  whole = twins.concatenate(train, test)
+  is_unseen = np.zeros(len(whole), bool)
+  if job.unseen is not None:
+    request = forget.Request(where=job.unseen)
+    try:
+      is_unseen = forget.matching(whole, request)
+    except ValueError as error:
+      raise ValueError(f"unseen: {error}") from None
+    if is_unseen.all() or not is_unseen.any():
+      raise ValueError(
+        f"unseen must match some images and not all, got {job.unseen!r}, which"
+        f" matches {is_unseen.sum()} of {len(whole)}"
+      )
+  return whole.take(~is_unseen), whole.take(is_unseen)
+
+
 def check(job: recipes.Job) -> None:
   """Raises ValueError unless the job names a set, or a folder or zip."""
-  if is_path(job.dataset, job.data_dir):
+  is_own = is_path(job.dataset, job.data_dir)
+  if job.unseen is not None and not (
+    job.weights and (is_own or naming.parse(job.dataset).is_own)
+  ):
+    raise ValueError(
+      "unseen must be given with weights and with images of one's own alone,"
+      f" got {job.unseen!r}"
+    )
+  if is_own:
     if not data.expanded(job.dataset, "dataset").exists():
       raise ValueError(
         "dataset must be a prepared set or an existing folder or zip, got"

@@ -4,6 +4,7 @@ Values under a JAX transformation are unknown and pass unchecked: there, bad
 input shows as masks and NaN in the result.
 """
 
+import codecs
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,6 +12,22 @@ from typing import Any
 import jax
 import numpy as np
 
+_MARKS = (
+  # That of UTF-32 begins with that of UTF-16.
+  (codecs.BOM_UTF32_LE, "utf-32"),
+  (codecs.BOM_UTF32_BE, "utf-32"),
+  (codecs.BOM_UTF8, "utf-8-sig"),
+  (codecs.BOM_UTF16_LE, "utf-16"),
+  (codecs.BOM_UTF16_BE, "utf-16"),
+)
+_FIRST_BYTES = (
+  (b"PK\x03\x04", "an Excel or zip file"),
+  (b"\xd0\xcf\x11\xe0", "an Excel file of before 2007"),
+  (b"\x1f\x8b", "compressed by gzip"),
+  (b"%PDF", "a PDF file"),
+  (b"PAR1", "a Parquet file"),
+  (b"SQLite format 3", "a database"),
+)
 # With a name that is near, more than these say less than that one.
 _MAX_NAMED = 30
 
@@ -94,6 +111,55 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
   if close and len(allowed) > _MAX_NAMED:
     names = f"{len(allowed)} names"
   raise ValueError(f"{name} must be one of {names}, got {value!r}{hint}")
+
+
+def text(
+  argument: str, content: bytes, path: str, *, encoding: str | None = None
+) -> str:
+  """Decodes a text file that a person has written, without its mark.
+
+  Args:
+    argument: What the file is given as.
+    content: The file.
+    path: Its name, for the message.
+    encoding: Of a file without a byte order mark; None for UTF-8.
+
+  Returns:
+    The text.
+
+  Raises:
+    ValueError: If it is no text, or in another encoding.
+  """
+  for first, kind in _FIRST_BYTES:
+    if content.startswith(first):
+      raise ValueError(
+        f"{argument} must be a text file, got {path!r}, which is {kind}: save"
+        " it as text (CSV)"
+      )
+  codec = next(
+    (name for mark, name in _MARKS if content.startswith(mark)),
+    encoding or "utf-8",
+  )
+  try:
+    found = content.decode(codec)
+  except LookupError:
+    raise ValueError(
+      f"encoding must be one that Python knows, such as latin-1, got"
+      f" {encoding!r}"
+    ) from None
+  except UnicodeDecodeError as error:
+    line = content[: error.start].count(b"\n") + 1
+    raise ValueError(
+      f"{argument} must be text in {encoding or 'UTF-8 or UTF-16'}, got"
+      f" {path!r} with the byte 0x{content[error.start]:02x} in line {line}:"
+      " save it as UTF-8 (iconv -f LATIN1 -t UTF-8)"
+    ) from None
+  if "\0" in found:
+    raise ValueError(
+      f"{argument} must be a text file, got {path!r}, which is binary, or"
+      " UTF-16 without its mark"
+    )
+  return found
 
 
 def images(value: Any, *, bounds: tuple[float, float] = (0.0, 1.0)) -> None:

@@ -8,6 +8,7 @@ states what was asked for and what it meant.
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import itertools
 import json
@@ -16,6 +17,8 @@ import os
 import pathlib
 import re
 import threading
+import time
+import unicodedata
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -28,6 +31,8 @@ import pyarrow.compute as pc
 from psg_jax import checks, types
 
 _TIME_LIMIT = 30.0
+# How long a condition that is interrupted is waited for.
+_GRACE = 1.0
 _NUM_SHOWN = 5
 _MAX_TEXT = 120
 _MAX_DEPTH = 200
@@ -36,17 +41,48 @@ _NO_VALUE = "(none)"
 # The table that a condition sees has these besides the metadata.
 _OWN_COLUMNS = ("id", "label", "row")
 _CONFIG: dict[str, str | bool | int | float | list[str]] = {
+  # One thread: what has no order of its own has that of the table.
+  "threads": 1,
   "enable_external_access": "false",
   "autoload_known_extensions": "false",
   "autoinstall_known_extensions": "false",
   "python_enable_replacements": "false",
 }
-_LOCK = "SET lock_configuration = true"
+# Times with a zone are compared alike on every machine.
+_LOCK = "SET TimeZone = 'UTC'; SET lock_configuration = true"
+# Beside what DuckDB itself says of its functions.
+_UNSTABLE = frozenset(
+  {
+    *("current_localtime", "current_localtimestamp", "current_time"),
+    *("current_timestamp", "localtime", "localtimestamp", "version"),
+    *("reservoir_quantile", "json_serialize_plan"),
+  }
+)
+_TABLE_FUNCTIONS = frozenset(
+  {"unnest", "range", "generate_series", "repeat", "json_each", "json_tree"}
+)
+_KEEPING = frozenset(
+  {
+    *("trim", "ltrim", "rtrim", "lower", "upper", "lcase", "ucase", "concat"),
+    *("||", "min", "max", "first", "last", "any_value", "nullif", "ifnull"),
+  }
+)
+_ORDERED = ("LESSTHAN", "GREATERTHAN", "BETWEEN")
+# Each digit a 9: dates that letters sort.
+_SORTED_DATES = ("9999-99-99", "9999/99/99", "9999.99.99", "99999999")
+_DATE_TEXT = re.compile(
+  r"\d{1,4}([-/. ])(\d{1,2}|[^\W\d]{3,9})\1\d{1,4}([ T,].*)?|(19|20)\d{6}"
+)
+_NUMBER_TEXT = re.compile(r"[+-]?\d+([.,]\d+)*")
 _UNKNOWN_COLUMN = re.compile(
   'Referenced column "([^"]+)" not found|column named "([^"]+)"'
 )
 # Line breaks keep a comment in the condition from reaching further.
 _QUERY = "SELECT row FROM metadata WHERE (\n{}\n)"
+_DECISION = (
+  'SELECT * FROM (SELECT row, (\n{}\n) AS "is true" FROM metadata)'
+  ' WHERE "is true" IS DISTINCT FROM FALSE'
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,7 +177,7 @@ class Request:
     """
     path = pathlib.Path(path)
     try:
-      fields = json.loads(path.read_text(encoding="utf-8"))
+      fields = json.loads(checks.text("path", path.read_bytes(), str(path)))
     except OSError as error:
       raise ValueError(
         f"path must be a readable file, got {str(path)!r}: {error.strerror}"
@@ -205,12 +241,8 @@ def split(
 
 def split_request(dataset: types.Dataset, request: Request) -> types.Split:
   """Cuts a data set as `split` does, by a request."""
-  matches = _matches(dataset, request)
-  if request.group is None:
-    codes = np.arange(len(dataset))
-  else:
-    codes = _group_codes(dataset, request.group)
-  units = np.unique(codes[matches])
+  codes = group_codes(dataset, request.group)
+  units = np.unique(codes[_met(dataset, request).rows])
   if request.fraction < 1:
     count = max(1, math.floor(request.fraction * len(units) + 0.5))
     order = np.random.default_rng(request.seed).permutation(len(units))
@@ -244,12 +276,10 @@ def matching(dataset: types.Dataset, request: Request) -> np.ndarray:
   Raises:
     ValueError: As `split_request`, for classes, conditions and columns.
   """
-  rows = np.ones(len(dataset), bool)
-  for mask in _masks(dataset, request, _unique_ids(dataset), is_strict=False):
-    rows &= mask
+  rows = _met(dataset, request, is_strict=False).rows
   if request.group is None or not rows.any():
     return rows
-  codes = _group_codes(dataset, request.group)
+  codes = group_codes(dataset, request.group)
   return np.isin(codes, np.unique(codes[rows]))
 
 
@@ -308,6 +338,9 @@ class Preview:
     num_without_metadata: Images that have no value in any metadata column.
     missing: For each column named in the request's condition, the images
       without a value.
+    types: For each of these columns, what its values are compared as.
+    alike: For each of them and the column of groups, values that differ in
+      case or blanks alone, and yet differ.
     num_undecided: Images for which the condition is neither true nor false.
       They do not match by themselves.
   """
@@ -319,6 +352,8 @@ class Preview:
   group: GroupPreview | None
   num_without_metadata: int
   missing: Mapping[str, int]
+  types: Mapping[str, str]
+  alike: Mapping[str, tuple[str, ...]]
   num_undecided: int
 
   def as_dict(self) -> dict[str, Any]:
@@ -365,7 +400,16 @@ class Preview:
     notes.append((self.num_without_metadata, "without any metadata"))
     notes += [(n, f"without {name}") for name, n in self.missing.items()]
     notes.append((self.num_undecided, "for which the condition is undecided"))
-    return [f"{count} {text}" for count, text in notes if count]
+    kinds = [
+      f"{name} is compared as {kind}" for name, kind in self.types.items()
+    ]
+    alike = [
+      f"{_few([repr(value) for value in values])} of {name} differ in case or"
+      " blanks alone: they are not the same here"
+      for name, values in self.alike.items()
+    ]
+    counted = [f"{count} {text}" for count, text in notes if count]
+    return [*kinds, *alike, *counted]
 
 
 def preview(
@@ -404,18 +448,15 @@ def preview(
       f"split must part the {len(dataset)} images of dataset, got"
       f" {len(split.forget)} and {len(split.retain)} images"
     )
-  matches, missing, num_undecided = None, {}, 0
+  matches, missing, kinds, num_undecided = None, {}, {}, 0
   if request is not None:
     group = request.group if group is None else group
-    matches = _matches(dataset, request)
-    if request.where is not None:
-      with _open(dataset) as connection:
-        columns = _columns(connection, dataset, request.where)
-        num_undecided = _num_undecided(connection, request.where)
-      missing = {
-        name: int(_is_missing(dataset.metadata.column(name)).sum())
-        for name in columns
-      }
+    met = _met(dataset, request)
+    matches, num_undecided = met.rows, met.num_undecided
+    for name in met.columns:
+      column = dataset.metadata.column(name)
+      missing[name] = int(_is_missing(column).sum())
+      kinds[name] = _kind(column.type)
   names = [by] if isinstance(by, str) else list(by)
   return Preview(
     num_forget=len(split.forget),
@@ -425,6 +466,8 @@ def preview(
     group=None if group is None else _group(dataset, group, forget, matches),
     num_without_metadata=_num_without_metadata(dataset),
     missing=missing,
+    types=kinds,
+    alike=_alike(dataset, [*kinds, *([group] if group else [])]),
     num_undecided=num_undecided,
   )
 
@@ -491,66 +534,106 @@ def _unique_ids(dataset: types.Dataset) -> pa.Array:
   return ids
 
 
-def _matches(dataset: types.Dataset, request: Request) -> np.ndarray:
-  """Returns a bool for each image: whether all criteria are met, `[N]`."""
-  matches = np.ones(len(dataset), bool)
-  for mask in _masks(dataset, request, _unique_ids(dataset)):
-    matches &= mask
-  if not matches.any():
-    raise ValueError(f"{_describe(request)} matches no image")
-  return matches
+class _Met(NamedTuple):
+  """Which images meet a request, and what its condition is about.
+
+  Attributes:
+    rows: bool `[N]`, whether all criteria are met.
+    columns: The metadata columns that the condition names.
+    num_undecided: Images for which it is neither true nor false.
+  """
+
+  rows: np.ndarray
+  columns: tuple[str, ...] = ()
+  num_undecided: int = 0
 
 
-def _masks(
-  dataset: types.Dataset,
-  request: Request,
-  ids: pa.Array,
-  *,
-  is_strict: bool = True,
-) -> list[np.ndarray]:
-  """Returns a bool `[N]` for each criterion.
+def _met(
+  dataset: types.Dataset, request: Request, *, is_strict: bool = True
+) -> _Met:
+  """Finds the images that meet all criteria.
 
   Raises:
-    ValueError: If a criterion is wrong; if strict, also if an id is unknown or
-      the condition holds for all images.
+    ValueError: If a criterion is wrong; if strict, also if an id is unknown,
+      the condition holds for all images, or no image meets the criteria.
   """
-  masks = []
+  ids = _unique_ids(dataset)
+  met = _Met(np.ones(len(dataset), bool))
   if request.classes is not None:
-    wanted = _class_indices(dataset, request.classes)
-    masks.append(np.isin(dataset.labels, wanted))
+    wanted = class_indices(dataset.class_names, request.classes)
+    met.rows[:] &= np.isin(dataset.labels, wanted)
   if request.ids is not None:
-    masks.append(_has_id(ids, request.ids, is_strict=is_strict))
+    met.rows[:] &= _has_id(ids, request.ids, is_strict=is_strict)
   if request.where is not None:
-    with _open(dataset) as connection:
-      _columns(connection, dataset, request.where)
-      rows = _run(connection, dataset, request.where)
-    if is_strict and len(rows) == len(dataset) > 0:
+    where = _nfc(request.where)
+    columns = _columns(dataset, where)
+    is_true, num_undecided = _decide(dataset, where)
+    if is_strict and is_true.all() and len(is_true):
       raise ValueError(
-        f"where is true for all {len(dataset)} images, got"
-        f" {_short(request.where)!r}"
+        f"where is true for all {len(dataset)} images, got {_short(where)!r}"
       )
-    masks.append(np.zeros(len(dataset), bool))
-    masks[-1][rows] = True
-  return masks
+    met = _Met(met.rows & is_true, tuple(columns), num_undecided)
+  if is_strict and not met.rows.any():
+    raise ValueError(f"{_describe(request)} matches no image")
+  return met
 
 
-def _class_indices(
-  dataset: types.Dataset, classes: tuple[int | str, ...]
+def class_indices(
+  class_names: Sequence[str], classes: Iterable[int | str]
 ) -> list[int]:
-  names, num = dataset.class_names, dataset.num_classes
+  """Finds the classes that a request names.
+
+  Args:
+    class_names: One name a class.
+    classes: Names or numbers; where classes have numbers for names, a number is
+      looked for among the names first.
+
+  Returns:
+    The numbers of the classes, in the order of the request.
+
+  Raises:
+    ValueError: If there is no such class, or a number is the name of one class
+      and stands for another.
+  """
+  num = len(class_names)
   span = f"classes must be in [0, {num}) or names of classes"
-  wanted = []
+  wanted: list[int] = []
   for value in classes:
-    if isinstance(value, int):
-      if not 0 <= value < num:
+    if isinstance(value, str):
+      found = [
+        i for i, name in enumerate(class_names) if _nfc(name) == _nfc(value)
+      ]
+      if not found:
+        raise ValueError(f"{span}, got {value!r}{_hint(value, class_names)}")
+    else:
+      found = [
+        i for i, name in enumerate(class_names) if _is_number(name, value)
+      ]
+      if 0 <= value < num and found not in ([], [value]):
+        named, numbered = class_names[found[0]], class_names[value]
+        raise ValueError(
+          f"classes must say which class is meant, got {value}, the name of"
+          f" {named!r} and the number of {numbered!r}: ask with where"
+          f" \"label = '{named}'\" or \"label = '{numbered}'\""
+        )
+      found = found or [value]
+      if not 0 <= found[0] < num:
         raise ValueError(f"{span}, got {value}")
-      wanted.append(value)
-      continue
-    found = [i for i, name in enumerate(names) if name == value]
-    if not found:
-      raise ValueError(f"{span}, got {value!r}{_hint(value, names)}")
     wanted += found
   return wanted
+
+
+def _nfc(text: str) -> str:
+  """One form of texts that look the same."""
+  return unicodedata.normalize("NFC", text)
+
+
+def _is_number(name: str, value: int) -> bool:
+  """Whether a class's name is this number, such as 01 or 1.0 for 1."""
+  try:
+    return float(name) == value
+  except ValueError:
+    return False
 
 
 def _hint(value: str, names: Iterable[str]) -> str:
@@ -567,10 +650,19 @@ def _has_id(
 ) -> np.ndarray:
   values = pa.array(wanted, ids.type)
   unknown = values.filter(pc.invert(pc.is_in(values, value_set=ids)))
+  if len(unknown):
+    # Names of one look: accents written otherwise.
+    normal = pc.utf8_normalize(ids, form="NFC")
+    same = pc.utf8_normalize(unknown, form="NFC")
+    values = pa.concat_arrays(
+      [values, ids.filter(pc.is_in(normal, value_set=same))]
+    )
+    unknown = unknown.filter(pc.invert(pc.is_in(same, value_set=normal)))
   if is_strict and len(unknown):
+    names = unknown.to_pylist()
     raise ValueError(
       f"ids must be ids of the data set, got {len(unknown)} that are not:"
-      f" {_few(unknown.to_pylist())}"
+      f" {_few(names)}{_hint(names[0], ids.to_pylist())}"
     )
   return pc.is_in(ids, value_set=values).to_numpy(zero_copy_only=False)
 
@@ -578,9 +670,8 @@ def _has_id(
 # Conditions.
 
 
-@contextlib.contextmanager
-def _open(dataset: types.Dataset) -> Iterator[duckdb.DuckDBPyConnection]:
-  """Opens a database in memory that sees one table and nothing else."""
+def _table(dataset: types.Dataset) -> pa.Table:
+  """The table that a condition sees."""
   if dataset.metadata is None:
     raise ValueError("where needs metadata, and dataset has none")
   columns = {
@@ -588,56 +679,53 @@ def _open(dataset: types.Dataset) -> Iterator[duckdb.DuckDBPyConnection]:
     for i, name in enumerate(dataset.metadata.column_names)
     if name.casefold() not in _OWN_COLUMNS
   }
-  columns["id"] = pa.array(dataset.ids)
+  columns = {
+    name: pc.utf8_normalize(column, form="NFC")
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    else column
+    for name, column in columns.items()
+  }
+  columns["id"] = pc.utf8_normalize(pa.array(dataset.ids), form="NFC")
   columns["label"] = pa.DictionaryArray.from_arrays(
-    dataset.labels, pa.array(dataset.class_names, pa.string())
+    dataset.labels, pa.array(map(_nfc, dataset.class_names), pa.string())
   )
   columns["row"] = pa.array(np.arange(len(dataset)))
+  return pa.table(columns)
+
+
+@contextlib.contextmanager
+def _open(table: pa.Table) -> Iterator[duckdb.DuckDBPyConnection]:
+  """Opens a database in memory that sees one table and nothing else."""
   connection = duckdb.connect(":memory:", config=_CONFIG)
   try:
-    connection.register("metadata", pa.table(columns))
+    connection.register("metadata", table)
     connection.execute(_LOCK)
     yield connection
   finally:
     connection.close()
 
 
-def _columns(
-  connection: duckdb.DuckDBPyConnection, dataset: types.Dataset, where: str
-) -> list[str]:
+def _columns(dataset: types.Dataset, where: str) -> list[str]:
   """Checks that `where` is one condition; returns the columns it names.
 
   Around the condition the parsed statement must be what it is around `true`:
-  so it cannot have closed the parenthesis to go on with something else.
+  so it cannot have closed the parenthesis to go on with something else. In it,
+  only what makes the same of the same table is let in.
   """
   start = f"where must be one SQL condition, got {_short(where)!r}"
-  # The parser's time grows with the square of the depth or worse.
-  if _depth(where) > _MAX_DEPTH:
-    raise ValueError(f"{start}: its parentheses are deeper than {_MAX_DEPTH}")
-  try:
-    parsed = _parse(connection, where)
-  except (duckdb.Error, RecursionError, ValueError) as error:
-    raise ValueError(f"{start}: {_short(str(error))}") from None
-  if parsed["error"]:
-    raise ValueError(f"{start}: {_short(parsed['error_message'])}")
-  conditions = [
-    statement["node"].pop("where_clause", None)
-    for statement in parsed["statements"]
-  ]
-  frame = _parse(connection, "true")
-  frame["statements"][0]["node"].pop("where_clause")
-  if parsed != frame or not where.strip():
-    raise ValueError(f"{start}: it goes beyond a condition")
+  condition = _condition(where, start)
   named, called = set(), set()
-  for node in _nodes(conditions[0]):
+  for node in _nodes(condition):
     path = node.get("column_names")
     if path:
-      named.add(
-        path[1] if path[0].casefold() == "metadata" and path[1:] else path[0]
-      )
-    called.add(str(node.get("function_name", "")).casefold())
+      named |= set(path)
+    name = str(node.get("function_name", "")).casefold()
+    arguments = node.get("arguments", node.get("children")) or []
+    # The age of one date is that of today.
+    called.add("today" if name == "age" and len(arguments) == 1 else name)
   known: dict[str, list[str]] = {}
-  for name in (*dataset.metadata.column_names, *_OWN_COLUMNS):
+  names = [] if dataset.metadata is None else dataset.metadata.column_names
+  for name in (*names, *_OWN_COLUMNS):
     if name not in known.setdefault(name.casefold(), []):
       known[name.casefold()].append(name)
   folded = {name.casefold() for name in named}
@@ -646,16 +734,162 @@ def _columns(
       raise ValueError(
         f"{start}: the columns {' and '.join(known[name])} differ only in case"
       )
-  changing = (called | folded.difference(known)) & _changing(connection)
+  _check_sources(condition, start)
+  # Some have no parentheses, as columns have none.
+  bare = {
+    x for x in folded.difference(known) if x.startswith(("curr", "local"))
+  }
+  changing = (called | bare) & _changing()
   if changing:
     raise ValueError(
       f"{start}: {_few(sorted(changing))} depends on more than the metadata"
     )
-  return sorted(
+  found = sorted(
     known[name][0]
     for name in folded
-    if name in known and known[name][0] in dataset.metadata.column_names
+    if name in known and known[name][0] in names
   )
+  _check_texts(dataset, condition, found, start)
+  return found
+
+
+@functools.lru_cache(maxsize=16)
+def _condition(where: str, start: str) -> Any:
+  """Returns the parsed condition, if it is one and no more."""
+  # The parser's time grows with the square of the depth or worse.
+  if _depth(where) > _MAX_DEPTH:
+    raise ValueError(f"{start}: its parentheses are deeper than {_MAX_DEPTH}")
+  with contextlib.closing(
+    duckdb.connect(":memory:", config=_CONFIG)
+  ) as connection:
+    try:
+      parsed = _parse(connection, where)
+    except (duckdb.Error, RecursionError, ValueError) as error:
+      raise ValueError(f"{start}: {_short(str(error))}") from None
+    if parsed["error"]:
+      raise ValueError(f"{start}: {_short(parsed['error_message'])}")
+    frame = _parse(connection, "true")
+  conditions = [
+    statement["node"].pop("where_clause", None)
+    for statement in parsed["statements"]
+  ]
+  frame["statements"][0]["node"].pop("where_clause")
+  if parsed != frame or not where.strip():
+    raise ValueError(f"{start}: it goes beyond a condition")
+  return conditions[0]
+
+
+def _check_sources(condition: Any, start: str) -> None:
+  """Raises ValueError for a random sample, or tables beside the metadata."""
+  named = {"metadata"}
+  for node in _nodes(condition):
+    defined = (node.get("cte_map") or {}).get("map") or []
+    named |= {str(item["key"]).casefold() for item in defined}
+  for node in _nodes(condition):
+    kind = "" if "class" in node else str(node.get("type", ""))
+    table = str(node.get("table_name", ""))
+    schema = node.get("schema_name") or "main"
+    is_known = table.casefold() in named and schema in ("main", "temp")
+    function = (node.get("function") or {}) if kind == "TABLE_FUNCTION" else {}
+    called = str(function.get("function_name", ""))
+    if node.get("sample"):
+      raise ValueError(f"{start}: its sample is drawn at random")
+    if kind == "BASE_TABLE" and not is_known:
+      raise ValueError(
+        f"{start}: the table {table} does not exist, metadata alone does"
+      )
+    if called and called.casefold() not in _TABLE_FUNCTIONS:
+      raise ValueError(f"{start}: the table function {called} is disabled")
+    if kind in ("SHOW_REF", "PIVOT"):
+      raise ValueError(f"{start}: DESCRIBE, SUMMARIZE and PIVOT are disabled")
+
+
+def _check_texts(
+  dataset: types.Dataset, condition: Any, columns: list[str], start: str
+) -> None:
+  """Refuses dates and numbers that would be compared by their letters.
+
+  Raises:
+    ValueError: If a column of text is put in an order with dates or numbers,
+      unless all are dates in ISO form; or if texts such as 14/02/2018 are held
+      against a date in ISO form.
+  """
+  compared = [each for each in _nodes(condition) if _operands(each)]
+  for name in columns:
+    nodes = [
+      (is_ordered, [text for each in operands for text in _literals(each)])
+      for node in compared
+      for operands in [_operands(node)]
+      for is_ordered in [any(word in str(node["type"]) for word in _ORDERED)]
+      if name.casefold() in map(_name, operands)
+    ]
+    column = dataset.metadata.column(name)
+    if not nodes or _kind(column.type) != "text":
+      continue
+    texts = _texts(column)
+    is_date = all(map(_DATE_TEXT.fullmatch, texts))
+    shapes = {_shape(text) for text in texts}
+    is_number = all(map(_NUMBER_TEXT.fullmatch, texts)) and len(shapes) > 1
+    is_sorted = shapes.issubset(_SORTED_DATES) and len(shapes) == 1
+    for is_ordered, literals in nodes:
+      dates = {_shape(x) for x in literals if _DATE_TEXT.fullmatch(x)}
+      is_other = bool(dates) and not (is_sorted and dates == shapes)
+      is_read_wrong = is_other or (is_date and not is_sorted)
+      if is_ordered:
+        is_wrong = is_read_wrong or (is_number and bool(literals))
+      else:
+        is_wrong = is_date and is_other and bool(dates - shapes)
+      if is_wrong:
+        hint = f"TRY_CAST({name} AS DATE) < DATE '2016-01-31'"
+        if is_number and not is_date:
+          hint = f"replace({name}, ',', '.')::DOUBLE > 3"
+        elif is_date and not is_sorted:
+          hint = f"strptime({name}, '%d/%m/%Y') < TIMESTAMP '2016-01-31'"
+        raise ValueError(
+          f"{start}: the column {name} is text, such as {_short(texts[0])!r},"
+          " and would be compared by its letters: say how to read it, such as"
+          f" {hint}"
+        )
+
+
+def _texts(column: pa.ChunkedArray) -> list[str]:
+  """The different texts of a column without outer blanks; one at least."""
+  if pa.types.is_dictionary(column.type):
+    column = column.cast(column.type.value_type)
+  texts = pc.unique(pc.utf8_trim_whitespace(column)).drop_null().to_pylist()
+  return [text for text in texts if text] or [""]
+
+
+def _shape(text: str) -> str:
+  """The form of a date's text."""
+  return re.sub(r"\d", "9", text.strip()[:10])
+
+
+def _operands(node: Mapping[str, Any]) -> list[Any]:
+  """What a comparison compares; nothing of another node."""
+  if node.get("class") == "COMPARISON":
+    return [node["left"], node["right"]]
+  if node.get("class") == "BETWEEN":
+    return [node["input"], node["lower"], node["upper"]]
+  if node.get("type") in ("COMPARE_IN", "COMPARE_NOT_IN"):
+    return list(node["children"])
+  return []
+
+
+def _name(operand: Mapping[str, Any]) -> str:
+  """The column that an operand is, but for functions that keep its form."""
+  while str(operand.get("function_name", "")).casefold() in _KEEPING:
+    arguments = operand.get("arguments", operand.get("children")) or [{}]
+    operand = arguments[0].get("expression", arguments[0])
+  return str((operand.get("column_names") or [""])[-1]).casefold()
+
+
+def _literals(operand: Mapping[str, Any]) -> list[str]:
+  """The text that an operand is, if it is one."""
+  literal = operand.get("literal") or operand.get("value") or {}
+  text = literal.get("text", literal.get("value"))
+  is_number = literal.get("kind", "STRING") != "STRING"
+  return [text] if isinstance(text, str) and not is_number else []
 
 
 def _depth(where: str) -> int:
@@ -684,60 +918,96 @@ def _nodes(tree: Any) -> Iterator[dict[str, Any]]:
       waiting += node
 
 
-def _changing(connection: duckdb.DuckDBPyConnection) -> set[str]:
+@functools.cache
+def _changing() -> frozenset[str]:
   """Functions, like random and today, that no split can be repeated with."""
-  rows = connection.execute(
-    "SELECT DISTINCT function_name FROM duckdb_functions() WHERE"
-    " function_type = 'scalar' AND stability <> 'CONSISTENT'"
-  ).fetchall()
-  return {name for (name,) in rows}
+  with contextlib.closing(
+    duckdb.connect(":memory:", config=_CONFIG)
+  ) as connection:
+    rows = connection.execute(
+      "SELECT function_name, function_type, stability, macro_definition"
+      " FROM duckdb_functions()"
+    ).fetchall()
+  found = _UNSTABLE | {
+    name
+    for name, kind, stability, _ in rows
+    if kind == "scalar" and stability != "CONSISTENT"
+  }
+  words = {
+    name: set(re.findall(r"\w+", definition.casefold())) - {name}
+    for name, kind, _, definition in rows
+    if kind == "macro" and definition
+  }
+  found |= {name for name, used in words.items() if "from" in used}
+  size = 0
+  while size < len(found):
+    size = len(found)
+    found |= {name for name, used in words.items() if used & found}
+  return found
+
+
+def _decide(dataset: types.Dataset, where: str) -> tuple[np.ndarray, int]:
+  """Decides a checked condition for each image, within the time limit.
+
+  Returns:
+    Whether it is true, `[N]`, and for how many images it is undecided.
+  """
+  results: list[Any] = []
+  connections: list[duckdb.DuckDBPyConnection] = []
+  tables = _table(dataset)
+
+  def work() -> None:
+    try:
+      with _open(tables) as connection:
+        connections.append(connection)
+        results.append(_run(connection, tables, where))
+    except Exception as error:
+      results.append(error)
+
+  # What does not heed the interrupt is left behind, and ends with the program.
+  thread = threading.Thread(target=work, daemon=True)
+  thread.start()
+  thread.join(_TIME_LIMIT)
+  end = time.monotonic() + _GRACE
+  is_late = thread.is_alive()
+  while thread.is_alive() and time.monotonic() < end:
+    for connection in connections:
+      connection.interrupt()
+    thread.join(0.05)
+  if is_late:
+    raise ValueError(
+      f"where must be decided within {_TIME_LIMIT:g} s, got {_short(where)!r}"
+    )
+  if isinstance(results[0], Exception):
+    raise results[0]
+  rows, num_undecided = results[0]
+  is_true = np.zeros(len(dataset), bool)
+  is_true[rows] = True
+  return is_true, num_undecided
 
 
 def _run(
-  connection: duckdb.DuckDBPyConnection, dataset: types.Dataset, where: str
-) -> np.ndarray:
-  """Returns the rows for which a checked condition is true."""
+  connection: duckdb.DuckDBPyConnection, table: pa.Table, where: str
+) -> tuple[np.ndarray, int]:
+  """Returns the rows for which a condition is true, and how many it leaves."""
   start = f"where must be one SQL condition, got {_short(where)!r}"
   try:
-    with _limit_time(connection, where):
-      described = connection.execute(
-        f"DESCRIBE SELECT (\n{where}\n) FROM metadata"
-      ).fetchone()
-      kind = described[1] if described else ""
-      if kind not in ("BOOLEAN", '"NULL"'):
-        raise ValueError(f"{start}: it is of type {kind}, not true or false")
-      result = connection.execute(_QUERY.format(where)).fetchnumpy()
-  except duckdb.Error as error:
-    names = [*dataset.metadata.column_names, *_OWN_COLUMNS]
-    raise ValueError(f"{start}: {_explain(error, names)}") from None
-  return np.asarray(result["row"], np.int64)
-
-
-def _num_undecided(connection: duckdb.DuckDBPyConnection, where: str) -> int:
-  with _limit_time(connection, where):
-    found = connection.execute(
-      f"SELECT count(*) FROM metadata WHERE (\n{where}\n) IS NULL"
+    # What must not stand in a condition, such as sums, is refused here.
+    connection.execute(f"DESCRIBE {_QUERY.format(where)}")
+    described = connection.execute(
+      f"DESCRIBE SELECT (\n{where}\n) FROM metadata"
     ).fetchone()
-  return int(found[0]) if found else 0
-
-
-@contextlib.contextmanager
-def _limit_time(
-  connection: duckdb.DuckDBPyConnection, where: str
-) -> Iterator[None]:
-  timer = threading.Timer(_TIME_LIMIT, connection.interrupt)
-  timer.daemon = True
-  timer.start()
-  try:
-    yield
-  except duckdb.InterruptException:
+    kind = described[1] if described else ""
+    if kind not in ("BOOLEAN", '"NULL"'):
+      raise ValueError(f"{start}: it is of type {kind}, not true or false")
+    found = connection.execute(_DECISION.format(where)).fetchnumpy()
+  except duckdb.Error as error:
     raise ValueError(
-      f"where must be decided within {_TIME_LIMIT:g} s, got {_short(where)!r}"
+      f"{start}: {_explain(error, table.column_names)}"
     ) from None
-  finally:
-    timer.cancel()
-    # An interrupt must not meet a connection that is closed.
-    timer.join()
+  rows = np.asarray(found["row"], np.int64)
+  is_true = np.ma.filled(found["is true"], False).astype(bool)
+  return rows[is_true], len(rows) - int(is_true.sum())
 
 
 def _explain(error: Exception, names: Sequence[str]) -> str:
@@ -801,12 +1071,69 @@ def _encode(
   return codes, [*values, _NO_VALUE]
 
 
-def _group_codes(dataset: types.Dataset, group: str) -> np.ndarray:
-  """Returns a group number for each image; those without one get their own."""
+def group_codes(dataset: types.Dataset, group: str | None) -> np.ndarray:
+  """Numbers what is forgotten as a whole.
+
+  Args:
+    dataset: Images, with metadata if there is a group.
+    group: As in `Request`.
+
+  Returns:
+    The group's number of each image, `[N]`; images without one get their own.
+
+  Raises:
+    ValueError: If there is no such column, or it has no single values.
+  """
+  if group is None:
+    return np.arange(len(dataset))
   codes, values = _encode("group", dataset, group)
   alone = np.flatnonzero(codes == len(values) - 1)
   codes[alone] += np.arange(len(alone))
   return codes
+
+
+def _alike(
+  dataset: types.Dataset, columns: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+  """Finds values of text that look the same, by column."""
+  found = {}
+  for name in dict.fromkeys(columns):
+    column = _column("group", dataset, name)
+    if _kind(column.type) != "text":
+      continue
+    if pa.types.is_dictionary(column.type):
+      column = column.cast(column.type.value_type)
+    values = pc.unique(column).drop_null()
+    folded = [
+      "".join(unicodedata.normalize("NFKC", value).casefold().split())
+      for value in values.to_pylist()
+    ]
+    _, codes, counts = np.unique(
+      folded, return_inverse=True, return_counts=True
+    )
+    rows = np.flatnonzero((counts > 1)[codes] & (np.array(folded) != ""))
+    if len(rows):
+      rows = rows[np.argsort(codes[rows], kind="stable")]
+      found[name] = tuple(values.take(rows).to_pylist())
+  return found
+
+
+def _kind(data_type: pa.DataType) -> str:
+  """What values of a type are compared as, in words."""
+  if pa.types.is_dictionary(data_type):
+    data_type = data_type.value_type
+  names = (
+    (pa.types.is_string, "text"),
+    (pa.types.is_large_string, "text"),
+    (pa.types.is_boolean, "true or false"),
+    (pa.types.is_date, "a date"),
+    (pa.types.is_timestamp, "a time"),
+    (pa.types.is_integer, "a number"),
+    (pa.types.is_floating, "a number"),
+    (pa.types.is_decimal, "a number"),
+  )
+  found = [name for is_type, name in names if is_type(data_type)]
+  return found[0] if found else str(data_type)
 
 
 def _count(

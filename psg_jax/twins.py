@@ -288,14 +288,22 @@ def find(
   )
 
 
-def moved_rows(found: Twins, *, near: bool = False) -> np.ndarray:
+def moved_rows(
+  found: Twins,
+  *,
+  near: bool = False,
+  groups: Mapping[str, int] | None = None,
+) -> np.ndarray:
   """Returns the retained images that must be forgotten as twins.
 
-  Twins of twins count as well, until there are none.
+  Twins of twins count as well, and with `groups` all images of a group and
+  their twins, until there are none.
 
   Args:
     found: Twins of parts that include `"forget"` and `"retain"`.
     near: Whether near twins count, by the limits of `found`.
+    groups: The number of each image's group, by id, such as those of
+      `forget.group_codes`.
 
   Returns:
     Rows of the retain set in ascending order.
@@ -310,20 +318,34 @@ def moved_rows(found: Twins, *, near: bool = False) -> np.ndarray:
         f" {list(found.fingerprints)}"
       )
   forget, retain = (found.fingerprints[name] for name in ("forget", "retain"))
-  forget_codes, codes = _contents([forget, retain])
-  is_moved = np.isin(codes, forget_codes)
-  newest = _join(forget, retain.take(is_moved))
-  newest = newest.take(_firsts(np.append(forget_codes, codes[is_moved])))
-  while near and len(newest):
-    rest = np.flatnonzero(~is_moved)
-    rest = rest[_firsts(codes[rest])]
-    _, matches = _near(
-      newest, retain.take(rest), found.max_distance, found.min_correlation
+  kinds = [_contents([forget, retain])]
+  if groups is not None:
+    kinds.append(
+      [np.array([groups[x] for x in each.ids]) for each in (forget, retain)]
     )
-    is_new = np.isin(codes, codes[rest[matches]]) & ~is_moved
-    is_moved |= is_new
-    new = np.flatnonzero(is_new)
-    newest = retain.take(new[_firsts(codes[new])])
+  everything = _join(forget, retain)
+  contents = np.concatenate(kinds[0])
+  is_moved = np.zeros(len(retain), bool)
+  newest = np.arange(len(forget))
+  while len(newest):
+    before = is_moved.copy()
+    for forgotten, codes in kinds:
+      is_moved |= np.isin(codes, np.append(forgotten, codes[is_moved]))
+    if near:
+      added = len(forget) + np.flatnonzero(is_moved & ~before)
+      newest = np.append(newest, added)
+      rest = np.flatnonzero(~is_moved)
+      # Equal images are compared as one; the next turn takes the others.
+      newest = newest[_firsts(contents[newest])]
+      rest = rest[_firsts(kinds[0][1][rest])]
+      _, matches = _near(
+        everything.take(newest),
+        retain.take(rest),
+        found.max_distance,
+        found.min_correlation,
+      )
+      is_moved[rest[matches]] = True
+    newest = len(forget) + np.flatnonzero(is_moved & ~before)
   return np.flatnonzero(is_moved)
 
 
@@ -332,6 +354,7 @@ def move(
   found: Twins | None = None,
   *,
   near: bool = False,
+  groups: Mapping[str, int] | None = None,
   dataset: types.Dataset | None = None,
 ) -> types.Split:
   """Takes the retained twins of forgotten images into the forget set.
@@ -341,6 +364,7 @@ def move(
     found: Twins of parts that include these two as `"forget"` and `"retain"`;
       looked for with the default limits if not given.
     near: Whether near twins move as well; see `moved_rows`.
+    groups: What is forgotten as a whole; see `moved_rows`.
     dataset: The set that was split, in whose order both parts are then. If not
       given, the moved images stand behind those that were forgotten.
 
@@ -353,7 +377,7 @@ def move(
   """
   if found is None:
     found = find(split._asdict())
-  rows = moved_rows(found, near=near)
+  rows = moved_rows(found, near=near, groups=groups)
   for name, part in split._asdict().items():
     if not np.array_equal(found.fingerprints[name].ids, part.ids):
       raise ValueError(f"found must be of this split, got other ids in {name}")
@@ -367,7 +391,7 @@ def move(
   is_moved[rows] = True
   if dataset is None:
     return types.Split(
-      forget=_concatenate(split.forget, split.retain.take(rows)),
+      forget=concatenate(split.forget, split.retain.take(rows)),
       retain=split.retain.take(~is_moved),
     )
   ids, forgotten, retained = (
@@ -596,7 +620,8 @@ def _pairs(
   ]
 
 
-def _concatenate(a: types.Dataset, b: types.Dataset) -> types.Dataset:
+def concatenate(a: types.Dataset, b: types.Dataset) -> types.Dataset:
+  """Joins two sets of the same classes; what is on disk is not read."""
   has_metadata = a.metadata is not None and b.metadata is not None
   return types.Dataset(
     images=cast(np.ndarray, streaming.concatenate([a.images, b.images])),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import audit, audit_page, compare_recipes, jobs
+from experiments import audit, audit_page, jobs
 from psg_jax import data, ensembles, ulira
 from tests import fakes, programs_test
 
@@ -525,7 +525,7 @@ def test_where_psg_ends(runs):
   num_pool = len(context.split.forget)
   part, whole = target(6), target(num_pool)
   assert part.job.unlearning.target == "unseen"
-  assert not compare_recipes.is_class_request(part)
+  assert not jobs.is_class_request(part)
   assert len(part.split.retain) == 144
   assert whole.job.unlearning.target == "zero"
   assert target(6, target="zero").job.unlearning.target == "zero"

@@ -511,7 +511,7 @@ def test_rewinding_by_what_is_known(context):
     ),
   )
   mixed = context._replace(asked=context.asked._replace(split=split))
-  assert not compare_recipes.is_class_request(mixed)
+  assert not jobs.is_class_request(mixed)
   found = compare_recipes.resolve("scrub_r", mixed)
   assert "validation" in found.arguments
   assert "test_forget" in found.note

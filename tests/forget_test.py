@@ -358,6 +358,131 @@ def test_bad_conditions(dataset, where, parts):
   )
 
 
+@pytest.mark.parametrize(
+  ("where", "part"),
+  [
+    ("row IN (SELECT row FROM metadata USING SAMPLE 3)", "sample"),
+    ("row IN (SELECT row FROM metadata TABLESAMPLE 50%)", "sample"),
+    (
+      "row IN (SELECT a.row FROM metadata a JOIN (metadata TABLESAMPLE 5%) b"
+      " ON a.row = b.row)",
+      "sample",
+    ),
+    ("'4' IN (SELECT value FROM duckdb_settings())", "duckdb_settings"),
+    ("1 IN (SELECT 1 FROM query('SELECT 1'))", "query"),
+    ("1 IN (SELECT 1 FROM information_schema.tables)", "does not exist"),
+    ("1 IN (SELECT 1 FROM duckdb_tables)", "duckdb_tables"),
+    ("1 IN (SELECT 1 FROM (SUMMARIZE metadata))", "SUMMARIZE"),
+    ("current_timestamp > TIMESTAMP '2020-01-01'", "current_timestamp"),
+    ("get_current_timestamp() IS NOT NULL", "get_current_timestamp"),
+    ("current_localtimestamp() IS NOT NULL", "current_localtimestamp"),
+    ("ago(INTERVAL 1 DAY) IS NULL", "ago"),
+    ("age(TIMESTAMP '2020-01-01') > INTERVAL 1 DAY", "today"),
+    ("current_setting('threads') = '1'", "current_setting"),
+    ("getvariable('a') IS NULL", "getvariable"),
+    ("version() = '1'", "version"),
+    ("gen_random_uuid() IS NULL", "gen_random_uuid"),
+    ("Age < (SELECT reservoir_quantile(Age, .5) FROM metadata)", "reservoir"),
+    ("row IN (SELECT row FROM metadata ORDER BY random() LIMIT 2)", "random"),
+  ],
+)
+def test_conditions_are_functions_of_the_table(dataset, where, part):
+  fails(
+    lambda: forget.split(dataset, where=where),
+    "where must be one SQL condition",
+    part,
+  )
+
+
+@pytest.mark.parametrize(
+  ("where", "expected"),
+  [
+    ("row IN (SELECT row FROM metadata LIMIT 2)", "ab"),
+    ("row IN (SELECT row FROM metadata ORDER BY Age DESC LIMIT 1)", "f"),
+    (
+      "row IN (SELECT r FROM (SELECT row AS r, row_number() OVER () AS k"
+      " FROM metadata) WHERE k < 3)",
+      "ab",
+    ),
+    ("row IN (WITH old AS (FROM metadata WHERE Age > 4) SELECT row FROM old)",
+     "ef"),
+    ("row IN (SELECT * FROM range(2))", "ab"),
+    ("row IN (VALUES (1), (3))", "bd"),
+    ("age(DATE '2020-01-01', DATE '2020-01-01') = INTERVAL 0 DAY AND row < 1",
+     "a"),
+  ],
+)  # fmt: skip
+def test_what_has_no_order_of_its_own_has_the_tables(dataset, where, expected):
+  for _ in range(2):
+    assert forgotten(dataset, where=where) == expected
+
+
+def test_times_with_a_zone_are_in_utc(monkeypatch):
+  monkeypatch.setenv("TZ", "America/New_York")
+  times = pa.array([0, 3600 * 23, 3600 * 25, 0, 0, 0], pa.timestamp("s", "UTC"))
+  dataset = make_dataset(taken=times)
+  assert forgotten(dataset, where="taken >= '1970-01-02'") == "c"
+
+
+DAYS = ["14/02/2018", "27/12/2015", "01/03/2016", "", None, "02/01/2014"]
+
+
+@pytest.mark.parametrize(
+  ("days", "where"),
+  [
+    (DAYS, "day < '2016-01-01'"),
+    (DAYS, "'2016-01-01' > day"),
+    (DAYS, "day < '01/01/2016'"),
+    (DAYS, "day <> '2016-01-01'"),
+    (DAYS, "day IN ('2016-01-01', '2015-12-27')"),
+    (DAYS, "day BETWEEN '2014-01-01' AND '2016-01-01'"),
+    (DAYS, "row IN (SELECT row FROM metadata m WHERE m.day < '2016-01-01')"),
+    (DAYS, "trim(day) < '2016-01-01'"),
+    (["2/14/2018", "12/27/2015", "3/1/2016"] * 2, "day < '2016-01-01'"),
+    (["14.02.18", "27.12.15", "01.03.16"] * 2, "day < '2016-01-01'"),
+    (["14 Feb 2018", "27 Dec 2015", "1 Mar 2016"] * 2, "day < '2016-01-01'"),
+    (["2018/02/14", "2015/12/27", "2016/03/01"] * 2, "day < '2016-01-01'"),
+    (["20180214", "20151227", "20160301"] * 2, "day < '2016-01-01'"),
+    (["2018-2-14", "2015-12-7", "2016-3-1"] * 2, "day < '2016-01-01'"),
+    (["2018-02-14", "2015-12-27", "2016-03-01"] * 2, "day < '01/01/2016'"),
+    (["2018-02-14", "2015-12-27", "unknown"] * 2, "day < '2016-01-01'"),
+    (["3,5", "12,25", "20"] * 2, "day > '12'"),
+    (["3", "12", "20"] * 2, "day > '12'"),
+  ],
+)
+def test_dates_and_numbers_are_not_compared_by_letters(days, where):
+  dataset = make_dataset(day=pa.array(days, pa.string()))
+  fails(
+    lambda: forget.split(dataset, where=where),
+    "the column day is text",
+    "by its letters",
+  )
+
+
+@pytest.mark.parametrize(
+  ("days", "where", "expected"),
+  [
+    (DAYS, "day = '14/02/2018'", "a"),
+    (DAYS, "day LIKE '%2015'", "b"),
+    (
+      DAYS,
+      "TRY_STRPTIME(day, '%d/%m/%Y') < TIMESTAMP '2016-01-01'",
+      "bf",
+    ),
+    (["2018-02-14", "2015-12-27", ""] * 2, "day > '2016-01-01'", "ad"),
+    (["2018-02-14", "2015-12-27", ""] * 2, "day > '2016'", "ad"),
+    (["2018/02/14", "2015/12/27", ""] * 2, "day > '2016/01/01'", "ad"),
+    (["0012", "0013", "0120"] * 2, "day > '0012'", "bcef"),
+    (["1", "2", "10"] * 2, "day IN ('1', '10')", "acdf"),
+    (["2016-01-01", "unknown", None] * 2, "day = '2016-01-01'", "ad"),
+    (["n1", "n2", "n3"] * 2, "day > 'n2'", "cf"),
+  ],
+)
+def test_texts_are_compared_as_before(days, where, expected):
+  dataset = make_dataset(day=pa.array(days, pa.string()))
+  assert forgotten(dataset, where=where) == expected
+
+
 def test_conditions_see_no_files(dataset, tmp_path):
   (tmp_path / "a.csv").write_text("row\n1\n")
   for source in (f"'{tmp_path}/a.csv'", f"read_csv('{tmp_path}/a.csv')"):
@@ -376,6 +501,16 @@ def test_conditions_have_a_time_limit(dataset, monkeypatch):
   assert time.perf_counter() - start < 10
   # The next one is not disturbed.
   assert forgotten(dataset, where="device = 'A'") == "ad"
+
+
+def test_conditions_that_heed_no_interrupt_have_one(dataset, monkeypatch):
+  monkeypatch.setattr(forget, "_TIME_LIMIT", 0.2)
+  monkeypatch.setattr(forget, "_GRACE", 0.1)
+  # One call of a function is not interrupted.
+  where = "levenshtein(repeat(id, 12000), repeat('z', 12000)) = 1"
+  start = time.perf_counter()
+  fails(lambda: forget.split(dataset, where=where), "where", "within 0.2 s")
+  assert time.perf_counter() - start < 10
 
 
 # Bad input.
@@ -426,6 +561,34 @@ def test_conditions_have_a_time_limit(dataset, monkeypatch):
 )
 def test_bad_input(dataset, criteria, parts):
   fails(lambda: forget.split(dataset, **criteria), *parts)
+
+
+def numbered(names):
+  num = len(names)
+  return types.Dataset(
+    np.zeros((2 * num, 1, 1, 1), np.uint8), np.arange(2 * num) % num, names
+  )
+
+
+def test_classes_with_numbers_for_names():
+  def classes(names, value):
+    split = forget.split(numbered(names), classes=value)
+    return {names[label] for label in split.forget.labels}
+
+  assert classes(("0", "1", "2"), 1) == {"1"}
+  assert classes(("1", "2", "3"), "1") == {"1"}
+  # Above the numbers of the classes, it can but be a name.
+  assert classes(("1", "2", "3"), 3) == {"3"}
+  assert classes(("1", "2", "3"), 0) == {"1"}
+  assert classes(("07", "12"), 12) == {"12"}
+  for names in (("1", "2", "3"), ("01", "02", "03"), ("1.0", "2.0", "3.0")):
+    fails(
+      lambda names=names: forget.split(numbered(names), classes=1),
+      "classes",
+      f"the name of {names[0]!r}",
+      f"the number of {names[1]!r}",
+      f"label = '{names[0]}'",
+    )
 
 
 def test_groups_that_take_everything():
@@ -595,6 +758,8 @@ def test_preview(dataset):
     },
     "num_without_metadata": 1,
     "missing": {"device": 1},
+    "types": {"device": "text"},
+    "alike": {},
     "num_undecided": 1,
   }
   assert counts.as_dict() == expected
@@ -618,12 +783,43 @@ def test_preview_as_text(dataset):
     "  C                          0         1",
     "  (none)                     0         1",
     "groups of patient_id         1         2",
+    "device is compared as text",
     "1 forgotten only for their group",
     "2 without patient_id, standing alone",
     "1 without any metadata",
     "1 without device",
     "1 for which the condition is undecided",
   ]
+
+
+def test_preview_names_values_that_look_the_same():
+  patients = ["P03", "p03", "P03 ", "P04", "", None]
+  dataset = make_dataset(patient_id=pa.array(patients, pa.string()))
+  request = forget.Request(where="patient_id = 'P03'", group="patient_id")
+  split = forget.split_request(dataset, request)
+  counts = forget.preview(dataset, split, request=request)
+  assert set(counts.alike["patient_id"]) == {"P03", "p03", "P03 "}
+  assert "'P03 ' of patient_id differ in case or blanks" in str(counts)
+
+
+def test_accents_are_the_same_however_they_are_written():
+  composed, decomposed = "caf\u00e9", "cafe\u0301"
+  dataset = types.Dataset(
+    np.zeros((2, 1, 1, 1), np.uint8),
+    np.array([0, 1]),
+    (decomposed, "other"),
+    np.array([f"{decomposed}/1", "other/1"]),
+    pa.table({"clinic": [decomposed, "x"]}),
+  )
+  for criteria in (
+    {"classes": composed},
+    {"ids": f"{composed}/1"},
+    {"where": f"label = '{composed}'"},
+    {"where": f"clinic = '{composed}'"},
+    {"where": f"id = '{decomposed}/1'"},
+  ):
+    split = forget.split(dataset, **criteria)
+    assert list(split.forget.ids) == [f"{decomposed}/1"]
 
 
 def test_preview_shows_groups_on_both_sides(dataset):

@@ -22,6 +22,7 @@ from data_prep import (
   prepare,
   sources,
   splits,
+  tables,
 )
 from experiments import cli, jobs, recipes, request_page, sets
 from psg_jax import data
@@ -371,6 +372,81 @@ def test_table_types(tmp_path, encoding, delimiter):
     assert [rows[path][name] for name in own] == [None] * 10
   assert rows["cat/2.png"]["score"] == 1e-3
   assert rows["cat/2.png"]["on"] is False
+
+
+def read_table(text, encoding="utf-8"):
+  return tables.read(text.encode(encoding), "m.csv")
+
+
+def test_tables_as_people_write_them():
+  table = read_table(
+    "sep=;\r\n;File name;file;patient;note;\r\n"
+    "0;x;a\\0.png; P03 ;caf\u0065\u0301;\r\n"
+    ";;;;;\r\n"
+    "1;y;./a/1.png;p03;NULL;\r\n",
+    "utf-16",
+  )
+  assert table.files == ("a/0.png", "a/1.png")
+  assert table.texts == {
+    "File name": ["x", "y"],
+    "patient": ["P03", "p03"],
+    "note": ["caf\u00e9", None],
+  }
+
+
+@pytest.mark.parametrize(
+  ("values", "expected", "said"),
+  [
+    (["14/02/2018", "27/12/2015"], "2018-02-14", "day/month/year"),
+    (["2/14/2018", "12/1/2015"], "2018-02-14", "month/day/year"),
+    (["14.2.2018", ""], "2018-02-14", "day/month/year"),
+    (["2018/2/14", "2015/12/01"], "2018-02-14", "year/month/day"),
+    (["03/02/2018", "04/05/2015"], None, "may be day/month/year or month"),
+    (["14/02/2018", "2/14/2018"], None, None),
+    (["14/02/2018", "unknown"], None, None),
+    (["31/02/2018", "1/1/2018"], None, None),
+  ],
+)
+def test_dates_of_one_other_order(values, expected, said):
+  rows = [f"{i}.png,{value}" for i, value in enumerate(values)]
+  table = read_table("\n".join(["file,seen", *rows]))
+  is_date = table.types["seen"] == pa.date32()
+  assert is_date == (expected is not None)
+  assert table.texts["seen"][0] == (expected or values[0])
+  assert [said in note for note in table.notes] == ([True] if said else [])
+
+
+@pytest.mark.parametrize(
+  ("values", "expected"),
+  [
+    (["3,5", "12"], ["3.5", "12.0"]),
+    (["1,250", "2,500"], ["1,250", "2,500"]),
+    (["007,5", "1,5"], ["007,5", "1,5"]),
+    (["007", "012"], ["007", "012"]),
+  ],
+)
+def test_decimal_commas(values, expected):
+  rows = [f"{i}.png;{value}" for i, value in enumerate(values)]
+  assert read_table("\n".join(["file;x", *rows])).texts["x"] == expected
+
+
+def test_columns_called_like_ours_in_any_case():
+  for name in ("ID", "row", "Row", "SHA256"):
+    with pytest.raises(ValueError, match=f"the column '{name}'"):
+      read_table(f"file,{name}\na/0.png,1\n")
+  table = read_table("file,Label\na/0.png,b\n")
+  with pytest.raises(ValueError, match="the class folder's name"):
+    tables.check_labels(table, {"a/0.png": "a"})
+
+
+def test_paths_that_look_the_same_are_the_same():
+  composed, decomposed = "caf\u00e9/0.png", "cafe\u0301/0.png"
+  for written, named in ((composed, decomposed), (decomposed, composed)):
+    table = read_table(f"file,x\n{written},1\n")
+    assert tables.match(table, [named]) == {named: 0}
+  for written, path in (("a/0.PNG", "a/0.png"), ("0.png", "long/way/0.png")):
+    with pytest.raises(ValueError, match=f"did you mean '{path}'"):
+      tables.match(read_table(f"file,x\n{written},1\n"), ["b.png", path])
 
 
 def test_table_elsewhere_and_latin1(tmp_path):

@@ -175,7 +175,7 @@ def test_judge_names_what_was_not_forgotten(has_retrained):
     None,
     history=(),
     options={"num_steps": 1},
-    request={"classes": [0]},
+    is_class=True,
     num_classes=3,
   )
   assert found["diagnosis"]["verdict"] == diagnosis.NOTHING

@@ -4,15 +4,17 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from experiments import demo, recipes, report, requests, unlearn
-from psg_jax import data, forget, models, torch_weights
+from experiments import demo, jobs, recipes, report, requests, sets, unlearn
+from psg_jax import data, forget, inference, models, torch_weights, types
 from tests import programs_test
 
 SMALL = [
@@ -129,18 +131,124 @@ def test_report_shows_request_twins_and_groups(run):
     assert words in page, words
 
 
-def test_class_requests_are_told_apart():
-  base = {"where": None, "num_ids": None, "group": None, "fraction": 1.0}
-  assert requests.is_class_request({**base, "classes": [0]})
-  for other in (
-    {"where": "a"},
-    {"num_ids": 3},
-    {"group": "patient"},
-    {"fraction": 0.5},
-    {"classes": None},
-  ):
-    request = {**base, "classes": [0], **other}
-    assert not requests.is_class_request(request)
+def small_set(labels, **columns):
+  """A set of classes a, b, c of which each image has pixels of its own."""
+  num = len(labels)
+  ids = [f"i{row}" for row in range(num)]
+  images = np.random.default_rng(0).integers(0, 256, (num, 4, 4, 1), np.uint8)
+  return types.Dataset(
+    images,
+    np.array(labels),
+    ("a", "b", "c"),
+    np.array(ids),
+    pa.table({"id": ids, **columns}),
+  )
+
+
+def ask(train, **options):
+  job = recipes.Job(**{"forget_classes": (), "twins": "ignore", **options})
+  return requests.ask(job, train, train.take([0]))
+
+
+@pytest.mark.parametrize(
+  ("options", "expected"),
+  [
+    ({"forget_classes": ("a",)}, True),
+    ({"forget_classes": (0, "b")}, True),
+    ({"forget_classes": ("a",), "group": "patient"}, True),
+    ({"forget_classes": ("a",), "where": "row < 5"}, True),
+    ({"where": "label = 'a'"}, True),
+    ({"where": "label = 'a'", "group": "patient"}, True),
+    ({"where": "label = 'a' AND row > 0"}, False),
+    ({"where": "label = 'a' OR row = 1"}, False),
+    ({"forget_classes": ("b",), "group": "clinic"}, False),
+    ({"forget_classes": ("a",), "fraction": 0.5}, False),
+  ],
+)
+def test_class_requests_are_those_that_leave_none(options, expected):
+  patients = ["p", "q", "r", "p", "q", "r"]
+  clinics = ["x", "x", "y", "z", "x", "w"]
+  train = small_set([0, 1, 2, 0, 1, 1], patient=patients, clinic=clinics)
+  asked = ask(train, **options)
+  assert requests.is_class_request(asked.split) is expected
+  assert requests.record(asked)["is_class_request"] is expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_request_in_all_its_forms(seed, tmp_path):
+  rng = np.random.default_rng(seed)
+  num = int(rng.integers(8, 30))
+  labels = np.append([0, 1, 2], rng.integers(0, 3, num - 3))
+  patients = [
+    # Some stand alone.
+    None if rng.random() < 0.2 else f"{'abc'[label]}{rng.integers(3)}"
+    for label in labels
+  ]
+  train = small_set(labels, patient=pa.array(patients, pa.string()))
+  names = ["a", "b", "c"][: rng.integers(1, 3)]
+  ids = train.ids[np.isin(labels, range(len(names)))]
+  (tmp_path / "ids.txt").write_text("\n".join(rng.permutation(ids)))
+  texts = ", ".join(f"'{name}'" for name in names)
+  forms = [
+    {"forget_classes": tuple(names)},
+    {"forget_classes": tuple(range(len(names)))},
+    {"where": f"label IN ({texts})"},
+    {"where": f"row IN (SELECT row FROM metadata WHERE label IN ({texts}))"},
+    {"ids": str(tmp_path / "ids.txt")},
+  ]
+  asked = [
+    ask(train, **form, **more)
+    for form in forms
+    for more in ({}, {}, {"group": "patient", "twins": "move"})
+  ]
+  assert len({forget.ids_hash(each.split.forget.ids) for each in asked}) == 1
+  assert all(requests.is_class_request(each.split) for each in asked)
+
+
+def test_twins_and_groups_are_closed_together():
+  # i0 has the patient of i1, i1 the pixels of i2, i2 the patient of i3.
+  train = small_set([0, 0, 0, 0, 1, 2], patient=list("ppqqrs"))
+  train.images[2] = train.images[1]
+  asked = ask(train, where="row = 0", group="patient", twins="move")
+  assert set(asked.split.forget.ids) == {"i0", "i1", "i2", "i3"}
+  assert asked.num_moved == 2
+  assert asked.preview.group.num_shared_groups == 0
+  # Without groups, twins alone move.
+  asked = ask(train, where="row = 1", twins="move")
+  assert set(asked.split.forget.ids) == {"i1", "i2"}
+
+
+def test_names_of_options_with_hyphens(monkeypatch):
+  from experiments import cli
+
+  def job(*arguments):
+    monkeypatch.setattr("sys.argv", ["program", *arguments])
+    return cli.parse_job(recipes.Job, "test")
+
+  for name in ("forget_classes", "forget-classes"):
+    for given in ([f"--{name}", "1"], [f"--{name}=1"]):
+      found = job("--recipe", "phantom_patient", *given)
+      assert (found.forget_classes, found.where) == ((1,), None)
+      assert found.group is None
+  # What is not written as numbers are is a name.
+  found = job("--forget_classes", "01", "2", "1_0", "-1", "glioma")
+  assert found.forget_classes == ("01", 2, "1_0", -1, "glioma")
+
+
+def test_a_fraction_is_a_request_of_its_own(monkeypatch):
+  from experiments import cli
+
+  def request(*arguments):
+    monkeypatch.setattr("sys.argv", ["program", "--recipe", *arguments])
+    return requests.build(cli.parse_job(recipes.Job, "test"))
+
+  assert request("digits", "--fraction", "0.1") == forget.Request(fraction=0.1)
+  assert request("phantom_patient", "--fraction=.5") == forget.Request(
+    fraction=0.5
+  )
+  part = request("digits", "--fraction", "0.1", "--forget_classes", "3")
+  assert part == forget.Request(classes=3, fraction=0.1)
+  assert request("digits", "--fraction", "1") == forget.Request(classes=0)
 
 
 def test_a_request_takes_the_place_of_the_recipes(monkeypatch, data_dir):
@@ -169,6 +277,33 @@ def test_request_and_ids_files(tmp_path, data_dir):
   assert requests.build(job) == forget.Request(classes=2)
   job = recipes.Job(request=str(tmp_path / "request.json"))
   with pytest.raises(ValueError, match="request must be the only criterion"):
+    requests.build(job)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-8"])
+def test_files_with_byte_order_marks(tmp_path, encoding):
+  (tmp_path / "ids.txt").write_bytes("é\r\nb\r\n".encode(encoding))
+  job = recipes.Job(forget_classes=(), ids=str(tmp_path / "ids.txt"))
+  assert requests.build(job) == forget.Request(ids=("b", "é"))
+  text = json.dumps({"classes": ["é"]}, ensure_ascii=False)
+  (tmp_path / "request.json").write_bytes(text.encode(encoding))
+  job = recipes.Job(forget_classes=(), request=str(tmp_path / "request.json"))
+  assert requests.build(job) == forget.Request(classes="é")
+
+
+@pytest.mark.parametrize(
+  ("content", "part"),
+  [
+    (b"PK\x03\x04...", "an Excel or zip file"),
+    (b"\x1f\x8b...", "compressed"),
+    (b"\xff", "the byte 0xff in line 1"),
+    (b"a\0b\0", "binary"),
+  ],
+)
+def test_files_that_are_no_text(tmp_path, content, part):
+  (tmp_path / "ids.txt").write_bytes(content)
+  job = recipes.Job(forget_classes=(), ids=str(tmp_path / "ids.txt"))
+  with pytest.raises(ValueError, match=rf"^ids must be text.*{part}|{part}"):
     requests.build(job)
 
 
@@ -218,6 +353,118 @@ def users_folder(tmp_path_factory):
     writer.writeheader()
     writer.writerows(rows)
   return folder
+
+
+def own_job(users_folder, tmp_path, **options):
+  return recipes.Job(
+    **{
+      "recipe": "own",
+      "dataset": str(users_folder),
+      "image_size": 32,
+      "width": 0.02,
+      "num_devices": 1,
+      "twins": "ignore",
+      "forget_classes": (),
+      "runs_dir": str(tmp_path),
+      "name": "own",
+      **options,
+    }
+  )
+
+
+def test_ones_own_weights_have_seen_all_images(users_folder, data_dir):
+  def counts(folder=users_folder, **options):
+    parts = sets.load(own_job(folder, folder, **options))
+    return [len(part) for part in parts], parts
+
+  assert counts()[0] == [24, 6]
+  found, (train, _) = counts(weights="model.pt")
+  assert found == [30, 0]
+  assert len(set(train.ids)) == 30
+  assert train.metadata.column("id").to_pylist() == list(train.ids)
+  assert counts(weights="model.pt", streaming=True)[0] == [30, 0]
+  # What the user has said is so.
+  found, (_, test) = counts(weights="model.pt", unseen="clinic = 'south'")
+  assert found == [20, 10]
+  assert set(test.metadata.column("clinic").to_pylist()) == {"south"}
+  for part in ("train", "test"):
+    shutil.copytree(users_folder, users_folder.parent / "parted" / part)
+    (users_folder.parent / "parted" / part / "metadata.csv").unlink()
+  assert counts(users_folder.parent / "parted", weights="m.pt")[0] == [30, 30]
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"unseen": "row = 1"}, "unseen must be given with weights"),
+    (
+      {"unseen": "row = 1", "weights": "m.pt", "dataset": "digits"},
+      "unseen must be given with weights and with images of one's own",
+    ),
+    ({"unseen": "row = -1", "weights": "m.pt"}, "matches 0 of 30"),
+    ({"unseen": "row >= 0", "weights": "m.pt"}, "matches 30 of 30"),
+    ({"unseen": "split = 1", "weights": "m.pt"}, "unseen: .* no column split"),
+  ],
+)
+def test_bad_unseen(users_folder, data_dir, tmp_path, options, message):
+  with pytest.raises(ValueError, match=message):
+    sets.load(own_job(users_folder, tmp_path, **options))
+
+
+def test_resuming_compares_what_a_request_means(
+  users_folder, data_dir, tmp_path
+):
+  ids = tmp_path / "ids.txt"
+  ids.write_text("sick/0.png\nsick/1.png\nsick/2.png\nsick/3.png\n")
+  job = own_job(users_folder, tmp_path, ids=str(ids), num_train=20)
+  train, test = sets.load(job)
+  known = [str(each) for each in train.ids[:20]]
+  ids.write_text("\n".join(known[:3]))
+  jobs.prepare(job)
+  folder = tmp_path / "own"
+  record = read(folder / "data.json")
+  images = record["images"]
+  assert images.pop("read") == len(train) + len(test) == sum(images.values())
+  assert (images["forget"], images["retain"]) == (3, 17)
+  resumed = dataclasses.replace(job, resume=True)
+  jobs.prepare(resumed)
+  assert jobs.has_same_request(folder, job)
+  files = {path: path.read_bytes() for path in folder.iterdir()}
+  ids.write_text("\n".join(known[3:6]))
+  with pytest.raises(ValueError, match="ids or request must mean the 3 images"):
+    jobs.prepare(resumed)
+  split = forget.split(train, ids=known[3:6])
+  assert not jobs.has_same_request(folder, job, split)
+  ids.write_text("\n".join(known[:3]))
+  record["images_sha256"] = "0"
+  (folder / "data.json").write_text(json.dumps(record))
+  with pytest.raises(ValueError, match="dataset must hold the images of"):
+    jobs.prepare(resumed)
+  del files[folder / "data.json"]
+  assert all(path.read_bytes() == before for path, before in files.items())
+
+
+def test_whole_classes_count_nothing_in_the_accuracy_to_stop_at():
+  train = small_set([0, 1, 1, 2, 2, 2], patient=list("pppqrs"))
+  test = small_set([0, 0, 2, 2], patient=list("pppp"))
+  job = recipes.Job(
+    forget_classes=("a",), group="patient", twins="ignore", num_devices=1
+  )
+  # Class a, and with it all of b: whole classes. With a patient more: not.
+  more = train.take([0, 1, 3, 4, 5, 2])
+  more.labels[5] = 2
+  aims = []
+  for each in (train, more):
+    asked = requests.ask(job, each, test)
+    model = types.Model(None, lambda _, x: np.eye(3)[[0, 0, 2, 1]], None, None)
+    context = jobs.Context(job, None, each, test, asked, model, None)
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(
+        inference, "predict", lambda fn, v, images, mesh: fn(v, images)
+      )
+      aims.append(jobs.target_accuracy(context, {}))
+  # Of the four test images three are right, two of them of class a.
+  assert aims == [None, 0.25]
 
 
 @pytest.mark.slow
