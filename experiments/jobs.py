@@ -346,6 +346,11 @@ def announce(context: Context) -> str:
     lines.insert(0, f"weights: {taken}")
   if asked.twins is not None and (asked.twins.pairs or asked.twins.groups):
     lines.append(str(asked.twins))
+  num_test = len(asked.test_split.forget)
+  if num_test:
+    lines.append(
+      f"{num_test} test images match as well: unseen, they are not forgotten"
+    )
   if asked.num_moved:
     lines.append(f"{asked.num_moved} twins were moved into the forget set")
   return "\n".join(lines)

@@ -93,8 +93,19 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
     ValueError: As `forget.split`, and for unknown columns.
   """
   request = build(job)
-  split = forget.split_request(train, request)
   is_asked = forget.matching(test, request)
+  try:
+    split = forget.split_request(train, request)
+  except ValueError as error:
+    num_test = int(np.isin(np.asarray(test.ids), request.ids or ()).sum())
+    if not forget.matching(train, request).any():
+      num_test = int(is_asked.sum())
+    if not num_test:
+      raise
+    raise ValueError(
+      f"{error}; {num_test} test images match, which the model is not trained"
+      " on: there is nothing to forget of them"
+    ) from None
   columns = tuple(job.by) or group_columns(train)
   for column in columns:
     _check_column(train, column)

@@ -205,6 +205,21 @@ def test_one_request_in_all_its_forms(seed, tmp_path):
   assert all(requests.is_class_request(each.split) for each in asked)
 
 
+def test_images_of_the_test_part_are_said_to_be_there():
+  train = small_set([0, 1, 2], patient=list("pqr"))
+  test = small_set([0, 1, 2, 0, 1], patient=list("uvwxy")).take([3, 4])
+  for options in (
+    {"where": "patient = 'x'"},
+    {"forget_classes": ("a",), "where": "patient = 'x'"},
+  ):
+    job = recipes.Job(**{"forget_classes": (), "twins": "ignore", **options})
+    with pytest.raises(ValueError, match=r"no image; 1 test images match"):
+      requests.ask(job, train, test)
+  job = recipes.Job(forget_classes=("c",), where="patient = 'x'")
+  with pytest.raises(ValueError, match=r"no image$"):
+    requests.ask(job, train, test)
+
+
 def test_twins_and_groups_are_closed_together():
   # i0 has the patient of i1, i1 the pixels of i2, i2 the patient of i3.
   train = small_set([0, 0, 0, 0, 1, 2], patient=list("ppqqrs"))
