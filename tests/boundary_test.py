@@ -644,16 +644,15 @@ def search_in(dtype, apply_fn=fakes.linear_apply, **options):
   )
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision(dtype):
+def test_half_precision():
   """A network that takes its own type alone; steps that it cannot resolve."""
 
   def strict(variables, images):
-    assert images.dtype == dtype
+    assert images.dtype == jnp.bfloat16
     return fakes.linear_apply(variables, images)
 
-  output = search_in(dtype, strict)
-  assert output.images.dtype == dtype
+  output = search_in(jnp.bfloat16, strict)
+  assert output.images.dtype == jnp.bfloat16
   assert output.distance.dtype == jnp.float32
   # 0.1 / 16 away: less than the steps at 0.5 of bfloat16 add up to by ones.
   assert output.is_crossed.all()
@@ -662,6 +661,26 @@ def test_half_precision(dtype):
     output.distance,
     np.abs(np.asarray(output.images, np.float32) - 0.5).max((1, 2, 3)),
   )
+
+
+@pytest.mark.parametrize("norm", boundary.NORMS)
+def test_types_of_all_options(norm):
+  """By shapes alone: old processors have no float16."""
+
+  def search(images):
+    return boundary.search(
+      fakes.linear_apply,
+      two_classes(16, margin=0.1),
+      images,
+      zeros(2),
+      KEY,
+      **EVERYTHING,
+      norm=norm,
+    )
+
+  for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+    image = jax.ShapeDtypeStruct((2, 4, 4, 1), dtype)
+    assert jax.eval_shape(search, image).images.dtype == dtype
 
 
 @pytest.mark.parametrize("norm", boundary.NORMS)

@@ -453,9 +453,10 @@ def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):
   found = compare_recipes.resolve("psg", part)
   assert "target_accuracy" not in found.arguments
   assert found.record["target"] == "auto"
+  held = jobs.validation(part)[1]
   assert found.note == (
-    "stops at the original's accuracy on test_forget: no validation images are"
-    " set apart"
+    f"stops at the original's accuracy on {len(held)} images of test_forget"
+    " that are set apart and in no figure"
   )
 
 

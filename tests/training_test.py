@@ -352,7 +352,7 @@ def test_other_mappings_and_types(small_cnn):
   def apply_train(variables, images, key, mask=None):
     logits, moved = model.apply_train(variables, images, key, mask)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), moved["batch_stats"])
-    return logits.astype(jnp.float16), flax.core.freeze({"batch_stats": half})
+    return logits.astype(jnp.bfloat16), flax.core.freeze({"batch_stats": half})
 
   odd = (model._replace(apply_train=apply_train), variables)
   frozen = flax.core.freeze(variables)
