@@ -4,29 +4,42 @@ python -m data_prep.cache
 python -m data_prep.cache --remove own_scans_0a1b2c3d4e
 """
 
-import argparse
+import dataclasses
 import json
 import pathlib
 import shutil
 from collections.abc import Sequence
 
+import tyro
+
 from data_prep import naming, registry
 from psg_jax import checks, data, programs
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """Lists the prepared sets, and removes some.
+
+  Attributes:
+    data_dir: Folder of all prepared sets; the environment variable
+      PSG_JAX_DATA, or else ~/.cache/psg_jax, where not given.
+    remove: Names of sets to remove, as they are listed.
+  """
+
+  data_dir: pathlib.Path | None = None
+  remove: tuple[str, ...] = ()
+
+
 def main() -> None:
   """Runs the program."""
-  parser = argparse.ArgumentParser(
-    prog="python -m data_prep.cache", description=__doc__.partition("\n")[0]
+  options = tyro.cli(
+    Options,
+    prog="python -m data_prep.cache",
+    args=programs.arguments(),
+    use_underscores=True,
   )
-  parser.add_argument("--data_dir", help="folder of all prepared sets")
-  parser.add_argument(
-    "--remove", nargs="+", default=[], metavar="NAME", help="sets to remove"
-  )
-  options = parser.parse_args(programs.arguments())
   root = data.root_dir(options.data_dir)
-  if options.remove:
-    remove(root, options.remove)
+  remove(root, options.remove)
   print(table(root))
 
 

@@ -116,16 +116,19 @@ def _locked(
       if os.path.samestat(os.fstat(file.fileno()), name.stat()):
         break
     file.close()
-  file.truncate(0)
-  file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-  file.flush()
+  # A full disk does not keep anybody from holding it.
+  with contextlib.suppress(OSError):
+    os.ftruncate(file.fileno(), 0)
+    holder = f"process {os.getpid()} on {socket.gethostname()}\n"
+    os.write(file.fileno(), holder.encode())
   return file
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a text file; one of before is replaced."""
   with _replacing(path, f"{path.suffix}.partial") as partial:
-    partial.write_text(text, encoding="utf-8")
+    # Names of files need not be text.
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def save_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:

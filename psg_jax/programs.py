@@ -117,7 +117,8 @@ def run(
 def _explain(error: Exception, memory_hint: Callable[[], str]) -> str | None:
   """Says an error in a line; None for those of our own making."""
   text = " ".join(str(error).split())
-  if isinstance(error, MemoryError) or any(x in text for x in _OUT_OF_MEMORY):
+  is_memory = any(x in text for x in _OUT_OF_MEMORY) and not _is_full(error)
+  if isinstance(error, MemoryError) or is_memory:
     return "; ".join(
       x for x in (f"memory is used up: {text[:200]}", memory_hint()) if x
     )
@@ -142,7 +143,10 @@ def _explain(error: Exception, memory_hint: Callable[[], str]) -> str | None:
 
 
 def _is_full(error: Exception) -> bool:
-  return isinstance(error, OSError) and error.errno in _FULL
+  # Others' libraries give a disk's errors other types and codes.
+  return getattr(error, "errno", None) in _FULL or any(
+    os.strerror(number) in str(error) for number in _FULL
+  )
 
 
 def _has_no_device() -> bool:

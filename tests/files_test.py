@@ -211,3 +211,19 @@ def test_reports_name_what_is_missing(tmp_path):
   for name in ("config", "metrics", "history", "data"):
     (tmp_path / f"{name}.json").write_text("{}")
   fails(lambda: report.read(tmp_path), "metrics.json")
+
+
+def test_names_that_are_no_text_are_written(tmp_path):
+  files.write_text(tmp_path / "a.csv", files.to_csv([["a", "scan\udcff.png"]]))
+  fields, _ = files.read_csv(tmp_path / "a.csv")
+  assert fields == ["a", "scan\\udcff.png"]
+
+
+def test_a_full_disk_can_be_locked(tmp_path, monkeypatch):
+  def fail(*arguments):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(os, "write", fail)
+  with hold(tmp_path / "a"):
+    pass
+  assert not list(tmp_path.iterdir())

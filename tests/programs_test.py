@@ -514,6 +514,11 @@ class JaxRuntimeError(RuntimeError):
       "error: memory is used up: RESOURCE_EXHAUSTED: Out of memory allocating"
       " 9 bytes.; less",
     ),
+    (
+      OSError("RESOURCE_EXHAUSTED: write failed: No space left on device"),
+      2,
+      "error: RESOURCE_EXHAUSTED: write failed: No space left on device; hint",
+    ),
     (OSError(12, "Cannot allocate memory"), 2, "memory is used up"),
     (RuntimeError("array_record"), 2, "error: RuntimeError: array_record ("),
     (RuntimeError("Could not determine home directory."), 2, "PSG_JAX_DATA"),
