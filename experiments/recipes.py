@@ -252,7 +252,7 @@ JOBS: dict[str, Job] = {
     width=0.125,
     # Not the images' own: one program serves the original and the retrained.
     mean=(0.3,),
-    std=(0.4,),
+    std=(0.3,),
     references=3,
     # docs/tuning/digits.csv and digits_unlearning.csv.
     training=Training(learning_rate=0.1, num_epochs=8, batch_size=16),
