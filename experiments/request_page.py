@@ -69,7 +69,10 @@ def source(data: Mapping[str, Any]) -> list[tuple[str, str]]:
   used = {
     "forgotten": counts["train_forget"],
     "retained": counts["train_retain"],
-    "test images": counts["test_forget"] + counts["test_retain"],
+    "test images": sum(
+      counts.get(name, 0)
+      for name in ("test_forget", "test_retain", "validation")
+    ),
     "read, and not used": found["unused"],
   }
   used |= {

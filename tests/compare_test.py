@@ -20,7 +20,7 @@ from experiments import (
   files,
   jobs,
 )
-from psg_jax import baselines, checkpoints, data, unlearning
+from psg_jax import baselines, checkpoints, data, twins, types, unlearning
 from tests import programs_test
 
 SMALL = [
@@ -437,12 +437,14 @@ def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):
   found = compare_recipes.resolve("psg_soft", context)
   assert found.record["labels"] == "soft_other"
   assert found.note is None
-  request = context.asked.request
-  part = context._replace(
-    asked=context.asked._replace(
-      request=dataclasses.replace(request, fraction=0.5)
-    )
+  forgotten, retained = context.split
+  half = types.Split(
+    forgotten.take(np.arange(len(forgotten) // 2)),
+    twins.concatenate(
+      forgotten.take(np.arange(len(forgotten) // 2, len(forgotten))), retained
+    ),
   )
+  part = context._replace(asked=context.asked._replace(split=half))
   found = compare_recipes.resolve("psg_soft", part)
   assert (found.record["labels"], found.record["retain_labels"]) == (
     "soft",

@@ -6,7 +6,6 @@ import os
 import pathlib
 import struct
 import tarfile
-import types
 import zipfile
 import zlib
 
@@ -24,7 +23,7 @@ from data_prep import (
   splits,
   tables,
 )
-from experiments import cli, jobs, recipes, request_page, sets
+from experiments import cli, recipes, request_page, sets
 from psg_jax import data
 
 RNG = np.random.default_rng(0)
@@ -1065,15 +1064,14 @@ def test_report_accounts_for_every_file():
     "left_out": [{"why": "hidden", "ending": "", "count": 3, "first": ".a"}],
     "further_pages": {"pages": 2, "files": 1},
   }
-  parts = ("train_forget", "train_retain", "test_forget", "test_retain")
-  fake = types.SimpleNamespace(
-    source=source,
-    parts=dict(zip(parts, ([0], [0] * 4, [0], [0] * 3), strict=True)),
-  )
-  record = {
-    "source": jobs._source_record(fake),
-    "counts": {name: len(part) for name, part in fake.parts.items()},
+  counts = {
+    "train_forget": 1,
+    "train_retain": 4,
+    "test_forget": 1,
+    "test_retain": 2,
+    "validation": 1,
   }
+  record = {"source": {**source, "unused": 2}, "counts": counts}
   assert request_page.source(record) == [
     ("Files of scans", "14"),
     ("forgotten", "1"),

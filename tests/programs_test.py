@@ -189,8 +189,10 @@ def test_resuming_a_run_of_an_earlier_version(runs, tmp_path):
 
 
 def test_references_standardise_with_what_is_retained(runs):
-  job = dataclasses.replace(cli.read_job(runs / "first"), resume=True)
-  context = jobs.prepare(job, is_known_run=True, is_read_only=True)
+  job = dataclasses.replace(
+    cli.read_job(runs / "first"), name="measured", mean=None, std=None
+  )
+  context = jobs.prepare(job, is_read_only=True)
   reference = context.of("retrained").model
   assert reference is context.of("retrained-2").model is not context.model
   assert context.of("unlearned").model is context.model
@@ -585,7 +587,9 @@ def test_output_that_cannot_be_written(shell, status, line):
 @pytest.mark.parametrize("is_begun", [True, False])
 def test_signals_end_in_one_line(signal, status, word, is_begun):
   kill = f"os.kill(os.getpid(), signal.SIG{signal}); time.sleep(9)"
-  code = f"import signal, time\ndef main():\n  {kill}\n"
+  # A shell's background jobs are started deaf to SIGINT.
+  hear = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+  code = f"import signal, time\n{hear}\ndef main():\n  {kill}\n"
   code += (
     "programs.run(main, at_end=lambda is_done: ['go on'])"
     if is_begun

@@ -59,7 +59,7 @@ def test_the_first_line_is_near_the_best_with_the_lowest_loss():
   [
     (("--rates", "-1"), "rates must be finite, positive, got -1"),
     (("--epochs", "0"), "epochs must be an integer of at least 1, got 0"),
-    (("--table", __file__), "table must have the columns"),
+    (("--table", __file__), "tune_test.py must have 1 cells a row, got 0"),
   ],
 )
 def test_bad_input(capsys, arguments, words):
