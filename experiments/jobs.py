@@ -217,7 +217,7 @@ def prepare(
       )
       stack.callback(_settle)
       _settle()
-      if sets.is_path(job.dataset):
+      if sets.is_path(job.dataset, job.data_dir):
         hold.note = (
           f"copies of your images are kept in {data.root_dir(job.data_dir)}:"
           " python -m data_prep.cache lists and removes them"
