@@ -436,6 +436,20 @@ def test_null_is_not_available(tmp_path, page_only):
   )
 
 
+def test_warnings_are_shown(tmp_path, page_only):
+  folder = make_run(tmp_path / "run")
+  assert "Warning" not in _parse(report.build(folder)).text
+
+  def edit(metrics: dict[str, Any]) -> None:
+    metrics["unlearned"]["warnings"] = ["accuracy on test_retain fell"]
+
+  _change(folder / "metrics.json", edit)
+  page = _parse(report.build(folder))
+  assert "Warning unlearned: accuracy on test_retain fell." in page.text
+  # Of earlier versions, and of runs that set no image apart.
+  assert "are in no figure" not in page.text
+
+
 def test_text_is_escaped(tmp_path, page_only):
   names = ('<b>T-shirt</b> & "top"', "$x_1$", *_DIGITS[2:])
   folder = make_run(tmp_path / "run", class_names=names)
