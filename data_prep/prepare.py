@@ -12,7 +12,6 @@ environment variable PSG_JAX_DATA, else to ~/.cache/psg_jax.
 """
 
 import dataclasses
-import io
 import os
 import pathlib
 import sys
@@ -70,10 +69,6 @@ class Options:
 
 def main() -> None:
   """Runs the program; wrong input ends it with one line and status 2."""
-  for stream in (sys.stdout, sys.stderr):
-    if isinstance(stream, io.TextIOWrapper):
-      # Names of files that the locale cannot write.
-      stream.reconfigure(errors="backslashreplace")
   options = tyro.cli(
     Options,
     prog="python -m data_prep.prepare",

@@ -392,11 +392,9 @@ def _of_model(context: jobs.Context, plan: Plan, index: int) -> jobs.Context:
     context.train.take(plan.others[index]),
   )
   here = context._replace(asked=context.asked._replace(split=split))
-  target = context.job.unlearning.target
-  if target == "auto":
-    is_class = jobs.is_class_request(here)
-    target = "zero" if is_class else "unseen"
-  unlearning = dataclasses.replace(context.job.unlearning, target=target)
+  unlearning = dataclasses.replace(
+    context.job.unlearning, target=jobs.stop_target(here)
+  )
   job = dataclasses.replace(context.job, unlearning=unlearning)
   return here._replace(job=job)
 

@@ -409,8 +409,7 @@ def unlearned(
 
   start = time.perf_counter()
   aim = target_accuracy(context, original_variables)
-  is_aimed = options.target != "zero" and not is_class_request(context)
-  if aim is None and is_aimed:
+  if aim is None and stop_target(context) == "unseen":
     print(
       "There are no unseen images to tell when to stop: all passes are made"
       " (--unseen names images that the model was not trained on)."
@@ -458,6 +457,14 @@ def is_class_request(context: Context) -> bool:
   return requests.is_class_request(context.split)
 
 
+def stop_target(context: Context) -> str:
+  """Returns the unlearning's target with `auto` resolved: zero or unseen."""
+  target = context.job.unlearning.target
+  if target != "auto":
+    return target
+  return "zero" if is_class_request(context) else "unseen"
+
+
 def validation(
   context: Context,
 ) -> tuple[types.Split, types.Dataset | None]:
@@ -474,8 +481,8 @@ def validation(
     The test images of which figures are computed, and those set apart; None
     where unlearning does not stop at an accuracy, or there are too few.
   """
-  target, shown = context.job.unlearning.target, context.asked.test_split
-  if target == "zero" or (target == "auto" and is_class_request(context)):
+  shown = context.asked.test_split
+  if stop_target(context) == "zero":
     return shown, None
   for name in ("forget", "retain"):
     part = getattr(shown, name)
@@ -1123,7 +1130,7 @@ def _data_record(context: Context, num_read: int) -> dict[str, Any]:
     counts["validation"] = len(held)
   return {
     "class_names": list(context.train.class_names),
-    "source": {**context.source, "unused": num_read - num_used},
+    "source": dict(context.source),
     # All images; those of `validation`, of the test images, say when to stop.
     "counts": counts,
     # Their sum is what was read.

@@ -63,17 +63,14 @@ def source(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     Pairs of a name and a count, of which those after the first are its parts;
     none for a run without them.
   """
-  found, counts = data.get("source"), data.get("counts")
+  found, counts = data.get("source"), data.get("images")
   if not found or not counts:
     return []
   used = {
-    "forgotten": counts["train_forget"],
-    "retained": counts["train_retain"],
-    "test images": sum(
-      counts.get(name, 0)
-      for name in ("test_forget", "test_retain", "validation")
-    ),
-    "read, and not used": found["unused"],
+    "forgotten": counts["forget"],
+    "retained": counts["retain"],
+    "test images": counts["test"],
+    "read, and not used": counts["not used (num_train)"],
   }
   used |= {
     f"left out: {item['ending'] or 'no ending'}, {item['why']}": item["count"]

@@ -113,6 +113,13 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
   raise ValueError(f"{name} must be one of {names}, got {value!r}{hint}")
 
 
+def few(values: Iterable[Any], num_shown: int = 3) -> str:
+  """Names the first of many values, and says how many more there are."""
+  names = [str(value) for value in values]
+  rest = len(names) - num_shown
+  return ", ".join(names[:num_shown]) + (f" and {rest} more" * (rest > 0))
+
+
 def text(
   argument: str, content: bytes, path: str, *, encoding: str | None = None
 ) -> str:

@@ -33,7 +33,7 @@ from psg_jax import checks, types
 _TIME_LIMIT = 30.0
 # How long a condition that is interrupted is waited for.
 _GRACE = 1.0
-_NUM_SHOWN = 5
+_few = functools.partial(checks.few, num_shown=5)
 _MAX_TEXT = 120
 _MAX_DEPTH = 200
 _NUM_ROWS_SHOWN = 12
@@ -495,12 +495,6 @@ def _index(name: str, value: Any) -> int:
 def _sha256(content: Any) -> str:
   text = json.dumps(content, sort_keys=True, separators=(",", ":"))
   return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-def _few(values: Sequence[Any]) -> str:
-  rest = len(values) - _NUM_SHOWN
-  shown = ", ".join(str(value) for value in values[:_NUM_SHOWN])
-  return shown + (f" and {rest} more" if rest > 0 else "")
 
 
 def _short(text: str) -> str:

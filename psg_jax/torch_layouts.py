@@ -18,7 +18,6 @@ _PARTS = ("weight", "bias", "running_mean", "running_var")
 _WRAPPERS = ("", "state_dict", "model_state_dict", "model", "net")
 # What a loss keeps in the same module, such as the weights of its classes.
 _LOSSES = ("criterion", "loss", "loss_fn")
-_NUM_SHOWN = 3
 
 
 class Entry(NamedTuple):
@@ -246,13 +245,6 @@ def expected_keys(entries: Iterable[Entry], *, has_counts: bool) -> list[str]:
   return [entry.key for entry in entries if has_counts or entry.kind != "count"]
 
 
-def few(items: Iterable[str]) -> str:
-  """Names the first of many."""
-  items = list(items)
-  rest = len(items) - _NUM_SHOWN
-  return ", ".join(items[:_NUM_SHOWN]) + (f" and {rest} more" * (rest > 0))
-
-
 def check_names(
   source: str, given: Iterable[str], expected: list[str], hint: str = ""
 ) -> None:
@@ -260,8 +252,8 @@ def check_names(
   given = set(given)
   missing = [name for name in expected if name not in given]
   extra = sorted(given.difference(expected))
-  faults = [f"missing {few(missing)}"] if missing else []
-  faults += [f"unexpected {few(extra)}"] if extra else []
+  faults = [f"missing {checks.few(missing)}"] if missing else []
+  faults += [f"unexpected {checks.few(extra)}"] if extra else []
   if faults:
     raise ValueError(f"{source}: {'; '.join(faults)}{hint}")
 
@@ -413,7 +405,7 @@ def _check_one(source: str, whole: list[Found]) -> None:
     if set(other.tensors.values()) != set(first.tensors.values())
   ]
   if rivals:
-    names = few(repr(place_name(found)) for found in (first, *rivals))
+    names = checks.few(repr(place_name(found)) for found in (first, *rivals))
     raise ValueError(
       f"{source} holds the network {len(rivals) + 1} times, as {names}: save"
       " the state dict of one of them alone"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from psg_jax import torch_files, torch_layouts, torch_pickles, types
+from psg_jax import checks, torch_files, torch_layouts, torch_pickles, types
 
 _SHORT = ("float16", "bfloat16")
 _FLOATS = (*_SHORT, "float32", "float64")
@@ -79,7 +79,7 @@ def describe(path: str | os.PathLike[str], *, model_name: str) -> str:
   if short:
     parts.append(f"{' and '.join(short)} read as float32")
   if found.left:
-    parts.append(f"left aside: {torch_layouts.few(found.left)}")
+    parts.append(f"left aside: {checks.few(found.left)}")
   return f"{path}: {'; '.join(parts)}"
 
 
@@ -144,9 +144,7 @@ def _like_variables(
   given = {name: np.asarray(leaf) for name, leaf in _flatten((), loaded)}
   faults = _shape_faults(given, leaves, entries)
   if faults:
-    raise ValueError(
-      f"{source} does not fit variables: {torch_layouts.few(faults)}"
-    )
+    raise ValueError(f"{source} does not fit variables: {checks.few(faults)}")
   result: dict[str, Any] = {}
   for name, leaf in leaves.items():
     if name in given:
@@ -178,7 +176,7 @@ def misfit(
   (num_classes,) = np.shape(given["params/head/bias"])
   return (
     f"others, of {num_classes} class{'es' * (num_classes != 1)} and"
-    f" {first[2]} channel{'s' * (first[2] != 1)}: {torch_layouts.few(faults)}"
+    f" {first[2]} channel{'s' * (first[2] != 1)}: {checks.few(faults)}"
   )
 
 
@@ -397,7 +395,7 @@ def _check_arrays(
     if fault:
       faults.append(f"{name} {fault}")
   if faults:
-    raise ValueError(f"{source}: {torch_layouts.few(faults)}")
+    raise ValueError(f"{source}: {checks.few(faults)}")
 
 
 def _is_finite(array: np.ndarray) -> np.ndarray:

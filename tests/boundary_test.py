@@ -20,6 +20,17 @@ def two_classes(num_pixels, margin, slope=1.0):
   return fakes.linear_variables(kernel, bias)
 
 
+def one_search(margin):
+  """Arguments of a search from one grey image between two classes."""
+  return (
+    fakes.linear_apply,
+    two_classes(16, margin=margin),
+    grey(1),
+    zeros(1),
+    KEY,
+  )
+
+
 def grey(batch_size, size=4, channels=1):
   return jnp.full((batch_size, size, size, channels), 0.5)
 
@@ -305,13 +316,7 @@ def test_options_that_are_numbers_share_one_program(nonlinear):
 
 def test_step_decay():
   options = {"num_steps": 4, "step_size": 0.01}
-  arguments = (
-    fakes.linear_apply,
-    two_classes(16, margin=1e3),
-    grey(1),
-    zeros(1),
-    KEY,
-  )
+  arguments = one_search(margin=1e3)
   constant = boundary.search(*arguments, **options)
   decayed = boundary.search(*arguments, **options, step_decay="sqrt")
   np.testing.assert_allclose(constant.distance, 0.04, atol=1e-6)
@@ -402,13 +407,7 @@ def test_noise_follows_the_key(nonlinear):
 
 
 def test_confidence_stops_before_the_boundary():
-  arguments = (
-    fakes.linear_apply,
-    two_classes(16, margin=2.0),
-    grey(1),
-    zeros(1),
-    KEY,
-  )
+  arguments = one_search(margin=2.0)
   options = {"num_steps": 1000, "step_size": 1e-3}
   output = boundary.search(*arguments, **options, confidence=0.6)
   # p_y = 0.6 at a margin of ln 1.5, after (2 - ln 1.5) / 16 of distance.
@@ -421,13 +420,7 @@ def test_confidence_stops_before_the_boundary():
 
 def test_rounded_points_are_grey_levels():
   options = {"num_steps": 200, "step_size": 0.0007}
-  arguments = (
-    fakes.linear_apply,
-    two_classes(16, margin=0.5),
-    grey(1),
-    zeros(1),
-    KEY,
-  )
+  arguments = one_search(margin=0.5)
   output = boundary.search(*arguments, **options, is_rounded=True)
   levels = np.asarray(output.images) * 255
   np.testing.assert_allclose(levels, np.round(levels), atol=1e-4)
@@ -851,13 +844,7 @@ def test_l2_steps_have_their_length_whatever_the_gradient(slope):
 
 @pytest.mark.parametrize("confidence", [0.3, 0.499, 0.7])
 def test_confidence_can_only_stop_earlier(confidence):
-  arguments = (
-    fakes.linear_apply,
-    two_classes(16, margin=2.0),
-    grey(1),
-    zeros(1),
-    KEY,
-  )
+  arguments = one_search(margin=2.0)
   options = {"num_steps": 1000, "step_size": 0.01}
   without = boundary.search(*arguments, **options)
   output = boundary.search(*arguments, **options, confidence=confidence)

@@ -1064,14 +1064,8 @@ def test_report_accounts_for_every_file():
     "left_out": [{"why": "hidden", "ending": "", "count": 3, "first": ".a"}],
     "further_pages": {"pages": 2, "files": 1},
   }
-  counts = {
-    "train_forget": 1,
-    "train_retain": 4,
-    "test_forget": 1,
-    "test_retain": 2,
-    "validation": 1,
-  }
-  record = {"source": {**source, "unused": 2}, "counts": counts}
+  counts = {"forget": 1, "retain": 4, "test": 4, "not used (num_train)": 2}
+  record = {"source": source, "images": {"read": 11, **counts}}
   assert request_page.source(record) == [
     ("Files of scans", "14"),
     ("forgotten", "1"),
@@ -1082,7 +1076,7 @@ def test_report_accounts_for_every_file():
     ("besides, further pages of files that were read", "2"),
   ]
   # Of a run of before.
-  assert request_page.source({"counts": record["counts"]}) == []
+  assert request_page.source({"counts": counts}) == []
 
 
 def test_home_in_options(monkeypatch):
