@@ -20,8 +20,8 @@ from experiments import (
   files,
   jobs,
 )
-from psg_jax import baselines, checkpoints, data, twins, types, unlearning
-from tests import programs_test
+from psg_jax import baselines, checkpoints, twins, types, unlearning
+from tests import fakes, programs_test
 
 SMALL = [
   "--num_train=250",
@@ -50,11 +50,8 @@ METRICS = (
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("data")
-  patch = pytest.MonkeyPatch()
-  patch.setenv("PSG_JAX_DATA", str(folder))
-  data.load("digits", "test")
-  yield folder
-  patch.undo()
+  with fakes.quick_programs(folder):
+    yield folder
 
 
 def go_on(runs, *arguments):

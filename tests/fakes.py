@@ -1,11 +1,14 @@
 """Networks with known answers, and small data sets."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psg_jax import models, networks, types
+from experiments import figures
+from psg_jax import data, models, networks, torch_layouts, types
 
 
 def linear_apply(variables, images):
@@ -58,6 +61,47 @@ def small_cnn(**options):
   with pytest.MonkeyPatch.context() as patch:
     patch.setitem(models._NETWORKS, "one_block", _OneBlock)
     return models.create("one_block", **options)
+
+
+class _QuickCNN(networks._Network):
+  """One block and a linear layer of all its values: learns in a few steps."""
+
+  def _backbone(self, hidden, mask, is_training):
+    filters = networks._scaled(96, self.width)
+    block = self._block(networks._ConvBlock)
+    hidden = block(filters, 3, 4, self.dtype, name="block_0")(
+      hidden, mask, is_training
+    )
+    return hidden.reshape(len(hidden), 1, 1, -1)
+
+
+def _quick_layout():
+  block = torch_layouts._conv_block(
+    ("block_0",), "features.0.0", "features.0.1", ("channels", "block_0"), 3
+  )
+  head = torch_layouts._head("classifier.0", "features")
+  return torch_layouts.Layout((*block, *head), "classifier.0")
+
+
+@contextlib.contextmanager
+def quick_programs(data_dir, dataset="digits"):
+  """Programs with a network that compiles quickly, and maps without t-SNE.
+
+  The same programs with all of the All-CNN are run by the slow tests.
+
+  Args:
+    data_dir: Where data sets are kept.
+    dataset: The set that the programs use, prepared here.
+  """
+  models._create.cache_clear()
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("PSG_JAX_DATA", str(data_dir))
+    patch.setitem(models._NETWORKS, "all_cnn", _QuickCNN)
+    patch.setitem(torch_layouts.NETWORKS, "all_cnn", _quick_layout)
+    patch.setattr(figures, "embed", lambda features: features[:, :2])
+    data.load(dataset, "test")
+    yield data_dir
+  models._create.cache_clear()
 
 
 def blobs(num_images, *, num_classes=3, size=4, channels=1, seed=0):

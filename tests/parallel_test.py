@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from psg_jax import boundary, inference, models, parallel, training, unlearning
+from psg_jax import boundary, inference, parallel, training, unlearning
 from tests import fakes
 
 KEY = jax.random.key(0)
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(
 def job():
   """A small network and data whose sizes eight devices do not divide."""
   dataset = fakes.blobs(37, size=8)
-  model = models.create(
-    "all_cnn", num_classes=3, num_channels=1, width=0.05, mean=0.5, std=0.25
+  model = fakes.small_cnn(
+    num_classes=3, num_channels=1, width=0.05, mean=0.5, std=0.25
   )
   variables = model.init(KEY, jnp.zeros((1, 8, 8, 1)))
   variables, _ = training.fit(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from experiments import demo, jobs, recipes, report, requests, sets, unlearn
 from psg_jax import data, forget, inference, models, torch_weights, types
-from tests import programs_test
+from tests import fakes, programs_test
 
 SMALL = [
   "--num_train=150",
@@ -32,11 +32,8 @@ WHERE = "device = 'Cirrus 800 FA' AND exam_date < DATE '2017-01-01'"
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp("data")
-  patch = pytest.MonkeyPatch()
-  patch.setenv("PSG_JAX_DATA", str(folder))
-  data.load("phantom_fundus@16", "test")
-  yield folder
-  patch.undo()
+  with fakes.quick_programs(folder, "phantom_fundus@16"):
+    yield folder
 
 
 @pytest.fixture(scope="module")

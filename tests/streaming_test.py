@@ -15,7 +15,6 @@ from psg_jax import (
   data,
   forget,
   inference,
-  models,
   streaming,
   training,
   types,
@@ -236,8 +235,8 @@ def test_accumulation_adds_up_to_the_same_step():
 
 @pytest.mark.slow
 def test_accumulation_needs_less_memory():
-  model = models.create(
-    "all_cnn", num_classes=3, num_channels=1, width=0.05, mean=0.5, std=0.25
+  model = fakes.small_cnn(
+    num_classes=3, num_channels=1, width=0.05, mean=0.5, std=0.25
   )
   dataset = fakes.blobs(32, size=16)
   optimizer = training.sgd(0.1)

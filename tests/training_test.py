@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from psg_jax import augment, models, training
+from psg_jax import augment, training
 from tests import fakes
 
 KEY = jax.random.key(0)
@@ -139,8 +139,8 @@ def test_augmentation_reaches_the_steps():
 
 def test_padding_leaves_batch_statistics_alone():
   dataset = fakes.blobs(3, size=8)
-  model = models.create(
-    "all_cnn", num_classes=3, num_channels=1, width=0.02, mean=0.5, std=0.5
+  model = fakes.small_cnn(
+    num_classes=3, num_channels=1, width=0.02, mean=0.5, std=0.5
   )
   variables = model.init(KEY, jnp.zeros((1, 8, 8, 1)))
   options = {"num_epochs": 1, "show_progress": False}
