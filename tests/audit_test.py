@@ -365,6 +365,7 @@ def no_work(*args, **kwargs):
   raise AssertionError("what was finished is done again")
 
 
+@pytest.mark.slow
 def test_another_method_takes_the_same_models(runs, monkeypatch):
   # Drawing takes longer than all else here.
   monkeypatch.setattr(audit_page, "build", lambda folder, *_: folder)

@@ -226,6 +226,7 @@ def test_each_image_draws_for_itself(augment_fn, num_channels):
   assert not np.array_equal(first, other)
 
 
+@pytest.mark.slow
 def test_compiled_once_and_the_same():
   augment_fn = augment.medical()
   images = jax.random.uniform(KEY, (4, 8, 8, 3))

@@ -162,6 +162,7 @@ def run(tmp_path_factory, data_dir):
   return folder / "one"
 
 
+@pytest.mark.slow
 def test_run_with_several_references(run, run_dir):
   assert set(checkpoints.run_checkpoints(run)) == {
     *jobs.MODELS,
@@ -204,6 +205,7 @@ def test_references_stay_with_their_request(run):
   assert not [name for name in history if name.startswith("retrained")]
 
 
+@pytest.mark.slow
 def test_one_reference_cannot_judge(tmp_path, run):
   """As the page of the run was before further references were trained."""
   programs_test.call(

@@ -59,6 +59,7 @@ def _run(**variables: str | None) -> tuple[int, int, str]:
   return int(hits), int(misses), result
 
 
+@pytest.mark.slow
 def test_second_run_compiles_nothing(tmp_path):
   (tmp_path / "file").touch()
   cache = {

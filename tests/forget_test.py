@@ -872,6 +872,7 @@ def test_preview_bad_input(dataset):
 # Speed.
 
 
+@pytest.mark.slow
 def test_a_million_rows():
   num = 1_000_000
   rng = np.random.default_rng(0)

@@ -61,6 +61,7 @@ def test_search_on_eight_devices_equals_one(job):
   np.testing.assert_allclose(one.images, eight.images, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_search_equals_pmap_of_the_vmapped_search(job):
   model, variables, dataset = job
   images = training.to_float(jnp.asarray(dataset.images[:32]))

@@ -544,6 +544,7 @@ def test_program(tmp_path, page_only, monkeypatch, capsys):
   assert (folder / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_program_ends_in_one_line(tmp_path):
   done = subprocess.run(
     [sys.executable, "-m", "experiments.report", str(tmp_path)],

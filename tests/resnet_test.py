@@ -204,7 +204,9 @@ def test_number_of_parameters_is_torchvisions(name, expected):
   assert sum(sizes) == expected
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize(
+  "name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("size", [32, 45])
 def test_any_input_size(name, size):
   model = models.create(name, **SMALL)
@@ -299,7 +301,9 @@ def test_rematerialised_step_is_equal(images, variables):
   )
 
 
-@pytest.mark.parametrize("name", ["all_cnn", "resnet18"])
+@pytest.mark.parametrize(
+  "name", ["all_cnn", pytest.param("resnet18", marks=pytest.mark.slow)]
+)
 def test_rematerialisation_stores_less(name):
   def count_residuals(is_rematerialised):
     model = models.create(name, **SMALL, is_rematerialised=is_rematerialised)
@@ -356,7 +360,9 @@ def test_bfloat16_is_close_and_keeps_float32(images, variables):
   )
 
 
-@pytest.mark.parametrize("name", ["all_cnn", "resnet50"])
+@pytest.mark.parametrize(
+  "name", ["all_cnn", pytest.param("resnet50", marks=pytest.mark.slow)]
+)
 def test_bfloat16_reaches_every_convolution(name):
   model = models.create(name, **SMALL, dtype="bfloat16")
   images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
