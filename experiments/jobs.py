@@ -27,7 +27,7 @@ import time
 import types as types_lib
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -457,7 +457,7 @@ def is_class_request(context: Context) -> bool:
   return requests.is_class_request(context.split)
 
 
-def stop_target(context: Context) -> str:
+def stop_target(context: Context) -> Literal["zero", "unseen"]:
   """Returns the unlearning's target with `auto` resolved: zero or unseen."""
   target = context.job.unlearning.target
   if target != "auto":
