@@ -221,7 +221,7 @@ UNLEARNING: dict[str, Unlearning] = {
 
 # Medical sets at a size that two cores train in minutes; from docs/tuning.
 _SMALL_MEDICAL = Training(
-  learning_rate=0.2, num_epochs=30, batch_size=32, augmentation="medical"
+  learning_rate=0.2, num_epochs=30, batch_size=32, augmentation="flip"
 )
 _PHANTOM = Training(num_epochs=12, batch_size=32, augmentation="flip")
 _PAPER_MEDICAL = Training(
@@ -289,8 +289,8 @@ JOBS: dict[str, Job] = {
     width=0.125,
     forget_classes=("glioma",),
     twins="move",
-    training=Training(
-      learning_rate=0.1, num_epochs=20, batch_size=32, augmentation="flip"
+    training=dataclasses.replace(
+      _SMALL_MEDICAL, learning_rate=0.1, num_epochs=20
     ),
     unlearning=Unlearning(num_epochs=2, batch_size=32),
   ),
