@@ -9,6 +9,7 @@ import functools
 import hashlib
 import pathlib
 import types
+import unicodedata
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -122,7 +123,7 @@ class ImageTreeBuilder(base.ImageBuilder):
         f" {plan.class_names[0]!r} in {plan.tree.name!r}"
       )
     _check_text(plan)
-    return plan
+    return plan._replace(notes=(*plan.notes, *_alike(plan.class_names)))
 
   def write(self, root: pathlib.Path) -> None:
     """Writes all splits, as any builder, without the decoders' warnings."""
@@ -357,6 +358,20 @@ def _fingerprint(
 ) -> dict[str, str | None]:
   digest = None if metadata is None else hashlib.sha256(metadata).hexdigest()
   return {"files": tree.fingerprint, "metadata": digest}
+
+
+def _alike(class_names: Sequence[str]) -> list[str]:
+  """Says which classes may be meant to be one."""
+  groups: dict[str, list[str]] = {}
+  for name in class_names:
+    text = unicodedata.normalize("NFKC", name).casefold()
+    groups.setdefault("".join(text.split()), []).append(name)
+  return [
+    f"the classes {' and '.join(map(ascii, names))} differ in case, blanks or"
+    " the form of letters alone: join their folders if they are one"
+    for names in groups.values()
+    if len(names) > 1
+  ]
 
 
 def _paths(plan: Plan) -> list[str]:

@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,7 +30,9 @@ MAX_PIXELS = 178_000_000
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 # Of these, further pages are no previews.
 _PAGED_FORMATS = ("GIF", "PNG", "TIFF", "WEBP")
-_ORIENTATION, _PHOTOMETRIC, _COLOR_MAP = 274, 262, 320
+_ORIENTATION, _PHOTOMETRIC, _COLOR_MAP, _SAMPLE_FORMAT = 274, 262, 320, 339
+_DEPTH_AND_KIND = slice(24, 26)
+"""Of a PNG: bits, and 4 for grey with transparency, 6 for colour with it."""
 # Loads the decoders now, and not in several threads at once.
 Image.init()
 # Higher levels take several times as long and save a tenth.
@@ -326,10 +329,22 @@ def _values(image: Any, content: bytes) -> tuple[Any, str | None]:
       raise _RefusedError("its pixels are not all finite numbers")
     return values, "floating-point grey"
   if image.mode.startswith("I"):
-    return np.asarray(image).astype(np.int64), "grey of more than 8 bits"
+    values = np.asarray(image).astype(np.int64)
+    # Pillow knows no unsigned integers of 32 bits.
+    is_unsigned = _sample_format(image) == 1 and values.min(initial=0) < 0
+    values = values & 0xFFFFFFFF if is_unsigned else values
+    return values, "grey of more than 8 bits"
+  if image.mode == "L" and _sample_format(image) == 2:
+    return np.asarray(image).view(np.int8).astype(np.int64), "signed 8-bit grey"
   if image.mode in ("RGB", "RGBA") and ";16" in str(image.tile):
     return _wide_colour(image, content), "16-bit colour"
   return None, None
+
+
+def _sample_format(image: Any) -> int:
+  """Of a TIFF: 1 for unsigned integers, 2 for signed, 3 for floats; else 0."""
+  tags: Any = getattr(image, "tag_v2", {})
+  return int(tags.get(_SAMPLE_FORMAT, (1 if tags else 0,))[0])
 
 
 def _wide_colour(image: Any, content: bytes) -> np.ndarray:
@@ -337,6 +352,8 @@ def _wide_colour(image: Any, content: bytes) -> np.ndarray:
 
   In the other order of bytes, it gives the lower ones.
   """
+  if content.startswith(b"\x89PNG") and content[_DEPTH_AND_KIND] == b"\x10\4":
+    return _wide_grey_with_alpha(content)
   native = "L" if sys.byteorder == "little" else "B"
   other = {"L": "B", "B": "L"}
 
@@ -350,12 +367,23 @@ def _wide_colour(image: Any, content: bytes) -> np.ndarray:
   with _open(content) as again:
     again.tile = [part._replace(args=swap(part.args)) for part in again.tile]
     high = np.asarray(image).astype(np.int64)
-    try:
-      low = np.asarray(again)
-    # There is no such reader for grey with transparency.
-    except ValueError:
-      low = high
+    low = np.asarray(again)
   return (high << 8) + low
+
+
+def _wide_grey_with_alpha(content: bytes) -> np.ndarray:
+  """Reads a PNG of grey and transparency of 16 bits as colours `[H, W, 4]`.
+
+  Pillow gives the upper 8 bits. With another header, the four bytes of a pixel
+  are four channels.
+  """
+  header = bytearray(content[12:29])
+  header[12:14] = b"\x08\6"
+  check = zlib.crc32(header).to_bytes(4, "big")
+  with _open(content[:12] + header + check + content[33:]) as image:
+    parts = np.asarray(image).astype(np.int64)
+  grey, alpha = ((parts[..., i] << 8) + parts[..., i + 1] for i in (0, 2))
+  return np.stack([grey, grey, grey, alpha], -1)
 
 
 def _range(kind: str, values: np.ndarray) -> Range:

@@ -174,6 +174,8 @@ def _what_it_is(source: pathlib.Path) -> str:
   found = [_ARCHIVES[start] for start in _ARCHIVES if head.startswith(start)]
   if head[257:262] == b"ustar":
     found = ["a tar archive"]
+  if head.startswith(b"PK\x03\x04"):
+    return ", which is a zip without its end: copy or download it again"
   if found:
     return f", which is {found[0]}: unpack it, and name the folder"
   if kind_of(head):
@@ -269,14 +271,14 @@ def images_by_class(
   if not images:
     raise ValueError(
       f"source must have one folder a class in {folder!r}, got none in"
-      f" {tree.name!r}"
+      f" {tree.name!r}, which {_state(tree, folder)}"
     )
   return images
 
 
 def _state(tree: Tree, folder: str) -> str:
   """Says what a folder without images holds instead."""
-  prefix = f"{folder}/"
+  prefix = f"{folder}/" if folder else ""
   there = {
     path: tree.reason(path) for path in tree.paths if path.startswith(prefix)
   }
@@ -469,7 +471,7 @@ def _walk(top: bytes) -> _Found:
       path = f"{folder}/{name}" if folder else name
       if _reason(name):
         found.left_out.update(_hidden(entry, path, _reason(name)))
-      elif not entry.is_dir():
+      elif not _is_folder(entry):
         _add_file(found, entry, path)
       elif not entry.is_symlink():
         found.folders.add(path)
@@ -480,6 +482,14 @@ def _walk(top: bytes) -> _Found:
         found.folders.add(path)
         links.append(path)
   return found
+
+
+def _is_folder(entry: os.DirEntry[bytes]) -> bool:
+  try:
+    return entry.is_dir()
+  # A link to itself.
+  except OSError:
+    return False
 
 
 def _is_around(folder: bytes, inner: bytes) -> bool:
@@ -593,14 +603,17 @@ def _zip_tree(source: pathlib.Path) -> Tree:
     if stat.S_ISLNK(info.external_attr >> 16)
   }
   kind = _kinds(read)
-  _check_sizes(
-    [
-      info
-      for path, info in files
-      if path not in left_out and (kind(path) or path.lower().endswith(".csv"))
-    ],
-    str(source),
-  )
+  wanted = [
+    info
+    for path, info in files
+    if path not in left_out and (kind(path) or path.lower().endswith(".csv"))
+  ]
+  if any(info.flag_bits & 1 for info in wanted):
+    raise ValueError(
+      f"source must be a zip without a password, got {str(source)!r}: unpack"
+      " it, and name the folder"
+    )
+  _check_sizes(wanted, str(source))
   return Tree(
     name=str(source),
     # One that is there twice is found later.

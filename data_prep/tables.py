@@ -31,7 +31,11 @@ _ORDERS = {
   "month/day/year": (2, 0, 1),
   "year/month/day": (0, 1, 2),
 }
-_DATE = re.compile(r"(\d{1,4})([-/.])(\d{1,2})\2(\d{1,4})")
+_DATE = re.compile(
+  r"(\d{1,4})([-/.])(\d{1,2})\2(\d{1,4})"
+  r"(?:[ T](\d{1,2}):(\d{2})(?::(\d{2}))?)?"
+)
+_SHORT_DATE = re.compile(r"\d{1,2}([-/.])\d{1,2}\1\d{2}([ T].*)?")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d+(,\d+)?")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})*")
 
@@ -118,7 +122,10 @@ def match(table: Table, paths: Iterable[str]) -> dict[str, int]:
   Raises:
     ValueError: If a row names a file that is not among them.
   """
+  paths = list(paths)
   known = {same_path(path): path for path in paths}
+  # One that is written just so goes before one that looks the same.
+  known |= {path: path for path in paths if same_path(path) == path}
   missing = [file for file in table.files if same_path(file) not in known]
   if missing:
     hint = _path_hint(missing[0], list(known.values()))
@@ -183,6 +190,15 @@ def _read_texts(
     return pa.string(), texts, []
   parts = [_DATE.fullmatch(text) for text in values]
   orders = {name for name in _ORDERS if all(_date(x, name) for x in parts)}
+  if all(map(_SHORT_DATE.fullmatch, values)):
+    return (
+      pa.string(),
+      texts,
+      [
+        f"{title} has years of two digits, such as {values[0]}: it stays text,"
+        " write its dates as year-month-day"
+      ],
+    )
   if len(orders) > 1:
     return (
       pa.string(),
@@ -194,11 +210,13 @@ def _read_texts(
     )
   if orders:
     (order,) = orders
+    has_times = any(x is not None and x.group(5) for x in parts)
+    end = 19 if has_times else 10
     dates = [
-      text and str(_date(_DATE.fullmatch(text), order)) for text in texts
+      text and str(_date(_DATE.fullmatch(text), order))[:end] for text in texts
     ]
     said = f"{title} is read as dates, {order}, such as {values[0]}"
-    return pa.date32(), dates, [said]
+    return pa.timestamp("s") if has_times else pa.date32(), dates, [said]
   is_decimal = (
     any("," in text for text in values)
     and all(map(_DECIMAL_COMMA.fullmatch, values))
@@ -211,8 +229,8 @@ def _read_texts(
   return pa.string(), texts, []
 
 
-def _date(parts: re.Match[str] | None, order: str) -> datetime.date | None:
-  """The date that a text is in an order; None if it is none."""
+def _date(parts: re.Match[str] | None, order: str) -> datetime.datetime | None:
+  """The date and time that a text is in an order; None if it is none."""
   if parts is None:
     return None
   numbers = parts.group(1, 3, 4)
@@ -220,7 +238,10 @@ def _date(parts: re.Match[str] | None, order: str) -> datetime.date | None:
   if len(year) != 4 or len(day) > 2:
     return None
   try:
-    return datetime.date(int(year), int(month), int(day))
+    hour, minute, second = (int(x or 0) for x in parts.group(5, 6, 7))
+    return datetime.datetime(
+      int(year), int(month), int(day), hour, minute, second
+    )
   except ValueError:
     return None
 
@@ -246,7 +267,7 @@ def _read_rows(text: str, name: str) -> list[list[str]]:
         f"metadata must be a CSV table, got {name!r}: {error}"
       ) from None
     rows = [row for row in rows if any(row)]
-    if rows and FILE_COLUMN in rows[0]:
+    if rows and FILE_COLUMN in map(str.casefold, rows[0]):
       return _named(rows)
     first = first or (rows[0] if rows else [])
   if not first:
@@ -263,7 +284,7 @@ def _read_rows(text: str, name: str) -> list[list[str]]:
 def _named(rows: list[list[str]]) -> list[list[str]]:
   """Leaves out columns without a name: empty ones, and a first that counts.
 
-  A column that is called `label`, but for case, is the label.
+  Columns that are called `file` and `label`, but for case, are these.
   """
   header, *rest = rows
   left_out = set()
@@ -274,6 +295,8 @@ def _named(rows: list[list[str]]) -> list[list[str]]:
     if not title and (is_index or not any(values)):
       left_out.add(column)
   header = [LABEL_COLUMN if x.casefold() == LABEL_COLUMN else x for x in header]
+  if FILE_COLUMN not in header:
+    header = [FILE_COLUMN if x.casefold() == FILE_COLUMN else x for x in header]
   return [
     [value for column, value in enumerate(row) if column not in left_out]
     for row in (header, *rest)

@@ -28,6 +28,20 @@ except ImportError:  # Not on Windows, where nothing is locked.
 # What a spreadsheet takes for a formula at the start of a cell, also behind the
 # apostrophe that says otherwise.
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
+_MODELS = ("original", "retrained", "unlearned")
+# What files of a run hold by name, as far as others rely on it; a name with a
+# dot stands after that before the dot.
+_KINDS: dict[str, dict[str, type]] = {
+  "config.json": {"job": dict, "job.training": dict, "job.unlearning": dict},
+  "history.json": dict.fromkeys(_MODELS, list),
+  "data.json": {
+    **{"class_names": list, "counts": dict, "request": dict},
+    **{"preview": dict, "source": dict, "images": dict},
+  },
+  "metrics.json": {
+    name: dict for model in _MODELS for name in (model, f"{model}.accuracy")
+  },
+}
 
 at_end = contextlib.ExitStack()
 """What is done when a program ends, such as letting go of its locks."""
@@ -180,8 +194,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON file that holds an object.
 
   Raises:
-    ValueError: If there is none, or it is damaged; also later, where a name is
-      looked up that it lacks. All lines name the file.
+    ValueError: If there is none, it is damaged, or a file of a run holds what
+      no run writes; also later, where a name is looked up that it lacks. All
+      lines name the file.
   """
 
   def convert(content: dict[str, Any]) -> _Object:
@@ -197,6 +212,19 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     raise ValueError(f"{path} must be JSON, got {error}") from error
   if not isinstance(content, dict):
     raise ValueError(f"{path} must be a JSON object, got {content!r:.40}")
+  for name, kind in _KINDS.get(path.name, {}).items():
+    outer, _, last = name.rpartition(".")
+    inner = content.get(outer, {}) if outer else content
+    if not isinstance(inner.get(last, kind()), kind):
+      raise ValueError(
+        f"{path} must have a {kind.__name__} as {name!r}, got"
+        f" {inner[last]!r:.40}"
+      )
+    is_table = path.name == "history.json"
+    if is_table and not all(isinstance(x, dict) for x in inner.get(last, ())):
+      raise ValueError(
+        f"{path} must have objects in {name!r}, got {inner[last]!r:.40}"
+      )
   return content
 
 

@@ -454,7 +454,7 @@ def unlearned(
 
 def is_class_request(context: Context) -> bool:
   """Whether whole classes are forgotten, whose ideal accuracy is 0."""
-  return requests.is_class_request(context.split)
+  return context.asked.is_class_request
 
 
 def stop_target(context: Context) -> Literal["zero", "unseen"]:
@@ -471,8 +471,9 @@ def validation(
   """Sets apart the unseen images that say when unlearning is to stop.
 
   The original has seen its training images, so that they must be test images:
-  a half, of each class, of those that match the request, or, where there are
-  not enough, of all. No figure is computed of them.
+  a half, of each class or of whole groups where the request has groups, of
+  those that match the request, or, where there are not enough, of the others.
+  No figure is computed of them.
 
   Args:
     context: What the steps share.
@@ -486,8 +487,11 @@ def validation(
     return shown, None
   for name in ("forget", "retain"):
     part = getattr(shown, name)
-    if len(part) and np.bincount(part.labels).max() > 1:
-      rest, held = data.hold_out(part, 0.5, _VALIDATION_SEED)
+    group = context.asked.request.group
+    units = None if group is None else forget.group_codes(part, group)
+    counted = part.labels if units is None else np.unique(units) * 0
+    if len(part) and np.bincount(counted).max() > 1:
+      rest, held = data.hold_out(part, 0.5, _VALIDATION_SEED, units)
       return shown._replace(**{name: rest}), held
   return shown, None
 

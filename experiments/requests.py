@@ -33,6 +33,8 @@ class Asked(NamedTuple):
     twins: Duplicates across the parts; None where they were not looked for.
     num_moved: Twins that were moved into the forget set.
     columns: Metadata columns by which results are shown.
+    is_class_request: Whether whole classes are asked for; what twins add to
+      them does not change that.
   """
 
   request: forget.Request
@@ -42,6 +44,7 @@ class Asked(NamedTuple):
   twins: twins.Twins | None
   num_moved: int
   columns: tuple[str, ...]
+  is_class_request: bool
 
 
 def build(job: recipes.Job) -> forget.Request:
@@ -109,7 +112,7 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
   columns = tuple(job.by) or group_columns(train)
   for column in columns:
     _check_column(train, column)
-  found, num_moved = None, 0
+  found, num_moved, is_class = None, 0, is_class_request(split)
   if job.twins != "ignore":
     found = twins.find(
       {"forget": split.forget, "retain": split.retain, "test": test}
@@ -128,6 +131,7 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
     twins=found,
     num_moved=num_moved,
     columns=columns,
+    is_class_request=is_class,
   )
 
 
@@ -171,7 +175,7 @@ def record(asked: Asked) -> dict[str, Any]:
   """Returns what a run folder keeps of the request, for JSON."""
   return {
     "request": request_fields(asked.request),
-    "is_class_request": is_class_request(asked.split),
+    "is_class_request": asked.is_class_request,
     "request_sha256": forget.request_hash(asked.request),
     "forget_ids_sha256": forget.ids_hash(np.asarray(asked.split.forget.ids)),
     "preview": asked.preview.as_dict(),

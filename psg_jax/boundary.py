@@ -263,8 +263,7 @@ def prepare(
     checks.number("max_distance", max_distance, above=0)
   if confidence is not None:
     checks.number("confidence", confidence, at_least=0, below=1)
-  if not (math.isfinite(bounds[1] - bounds[0]) and bounds[0] < bounds[1]):
-    raise ValueError(f"bounds must be finite and increasing, got {bounds}")
+  _check_bounds(bounds)
   images, labels = _checked(apply_fn, variables, images, labels, bounds)
   dtype = _working_type(images)
   return Prepared(
@@ -290,6 +289,18 @@ def prepare(
   )
 
 
+def _check_bounds(bounds: tuple[float, float]) -> None:
+  try:
+    low, high = map(float, bounds)
+    is_good = math.isfinite(high - low) and low < high
+  except (TypeError, ValueError):
+    is_good = False
+  if not is_good:
+    raise ValueError(
+      f"bounds must be two numbers, finite and increasing, got {bounds!r}"
+    )
+
+
 def _checked(
   apply_fn: types.ApplyFn,
   variables: types.Variables,
@@ -304,12 +315,14 @@ def _checked(
   else:
     images = jnp.asarray(images)
   checks.images(images, bounds=bounds)
-  images, labels = jnp.asarray(images), jnp.asarray(labels)
   num_classes = checks.logits(
     apply_fn, variables, images.shape[1:], images.dtype
   )
+  if not isinstance(labels, jax.Array):
+    # Before numbers of 64 bits lose half of them.
+    labels = np.asarray(labels)
   checks.labels(labels, len(images), num_classes)
-  return images, labels
+  return jnp.asarray(images), jnp.asarray(labels)
 
 
 def _working_type(images: jax.Array) -> jnp.dtype:
@@ -327,7 +340,8 @@ def _to_type(value: Any, dtype: Any) -> jax.typing.ArrayLike:
   number = np.asarray(value).reshape(())
   if jnp.issubdtype(dtype, jnp.integer):
     number = np.minimum(number, jnp.iinfo(dtype).max)
-  return number.astype(dtype)
+  # By name, for those who forbid transfers that nobody asked for.
+  return jax.device_put(number.astype(dtype))
 
 
 def sample_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
@@ -650,8 +664,10 @@ def _search_one(
     # Where another class leads, the best of the others is the one predicted.
     labels=jnp.argmax(others).astype(jnp.int32),
     logits=logits,
-    # Logits that are NaN say nothing of a class.
-    is_crossed=(jnp.argmax(logits) != label) & jnp.isfinite(logits).all(),
+    # Logits that are NaN say nothing of a class; a class may be ruled out.
+    is_crossed=(jnp.argmax(logits) != label)
+    & ~jnp.isnan(logits).any()
+    & jnp.isfinite(logits.max()),
     distance=_length(reached.astype(image.dtype) - image, norm),
     num_steps=step,
   )
@@ -681,7 +697,7 @@ def _distance_decay(
   if name == "exponential":
     return jnp.exp(-(step - 1) / _EXPONENTIAL_STEPS)
   if name == "linear":
-    return 1.0 - (step - 1) / num_steps
+    return 1.0 - (step - 1) / num_steps.astype(step.dtype)
   return jnp.ones_like(step)
 
 

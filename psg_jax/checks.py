@@ -172,8 +172,10 @@ def text(
 def images(value: Any, *, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
   """Raises ValueError unless images are `[B, H, W, C]` floats in `bounds`."""
   span = f"in [{bounds[0]:g}, {bounds[1]:g}]"
-  if value.ndim != 4 or not jax.numpy.issubdtype(
-    value.dtype, jax.numpy.floating
+  if (
+    value.ndim != 4
+    or not jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
+    or value.dtype.itemsize < 2
   ):
     raise ValueError(
       f"images must be floating point [B, H, W, C] {span}, got"
@@ -216,7 +218,16 @@ def logits(
     ValueError: If it does not return logits `[B, K]` of two classes or more.
   """
   image = jax.ShapeDtypeStruct((1, *image_shape), dtype)
-  found = jax.eval_shape(apply_fn, variables, image)
+  try:
+    hash(apply_fn)
+    found = jax.eval_shape(apply_fn, variables, image)
+  # Not what a network itself raises, but what JAX does.
+  except TypeError as error:
+    raise ValueError(
+      "apply_fn must be a hashable function that JAX can trace, of variables"
+      f" and one image {list(image.shape)}, got"
+      f" {type(error).__name__}: {str(error).splitlines()[0]:.200}"
+    ) from error
   shape: tuple[int, ...] = getattr(found, "shape", ())
   if (
     len(shape) != 2

@@ -427,7 +427,10 @@ def subset(
 
 
 def hold_out(
-  dataset: types.Dataset, fraction: float, seed: int
+  dataset: types.Dataset,
+  fraction: float,
+  seed: int,
+  groups: np.ndarray | None = None,
 ) -> tuple[types.Dataset, types.Dataset]:
   """Sets images apart for validation, of each class the same share.
 
@@ -435,6 +438,8 @@ def hold_out(
     dataset: The training set.
     fraction: Share to set apart, above 0 and below 1.
     seed: Of the choice, 0 or more.
+    groups: `[N]`, such as patients, that stay on one side; the shares are then
+      those of all images alone, and as near as whole groups come.
 
   Returns:
     What is left to train on, and the validation part, both in the order of the
@@ -445,14 +450,21 @@ def hold_out(
   """
   checks.number("fraction", fraction, above=0, at_most=1)
   checks.integer("seed", seed, at_least=0)
-  order = np.random.default_rng(seed).permutation(len(dataset))
-  by_class = [
-    order[dataset.labels[order] == label]
-    for label in range(dataset.num_classes)
-  ]
+  rng = np.random.default_rng(seed)
   is_held = np.zeros(len(dataset), bool)
-  for rows in by_class:
-    is_held[rows[: round(fraction * len(rows))]] = True
+  if groups is None:
+    order = rng.permutation(len(dataset))
+    for label in range(dataset.num_classes):
+      rows = order[dataset.labels[order] == label]
+      is_held[rows[: round(fraction * len(rows))]] = True
+  else:
+    _, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    order = rng.permutation(len(sizes))
+    middles = np.cumsum(sizes[order]) - sizes[order] / 2
+    number = int((middles <= fraction * len(dataset)).sum())
+    # One at least on either side, where there are two.
+    number = max(1, min(number, len(sizes) - 1))
+    is_held = np.isin(codes, order[:number])
   if is_held.all() or not is_held.any():
     raise ValueError(
       f"fraction must leave images on both sides of {len(dataset)}, got"

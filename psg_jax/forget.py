@@ -7,6 +7,7 @@ states what was asked for and what it meant.
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -20,6 +21,7 @@ import threading
 import time
 import unicodedata
 import uuid
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -74,6 +76,14 @@ _DATE_TEXT = re.compile(
   r"\d{1,4}([-/. ])(\d{1,2}|[^\W\d]{3,9})\1\d{1,4}([ T,].*)?|(19|20)\d{6}"
 )
 _NUMBER_TEXT = re.compile(r"[+-]?\d+([.,]\d+)*")
+_DATE_FORMS = tuple(
+  f"{day}{time}"
+  for day in (
+    *("%d/%m/%Y", "%m/%d/%Y", "%Y/%m/%d", "%d/%m/%y", "%m/%d/%y"),
+    *("%d %b %Y", "%d %B %Y", "%b %d %Y", "%B %d %Y"),
+  )
+  for time in ("", " %H:%M", " %H:%M:%S", " %I:%M %p", "T%H:%M:%S")
+)
 _UNKNOWN_COLUMN = re.compile(
   'Referenced column "([^"]+)" not found|column named "([^"]+)"'
 )
@@ -669,7 +679,7 @@ def _table(dataset: types.Dataset) -> pa.Table:
   if dataset.metadata is None:
     raise ValueError("where needs metadata, and dataset has none")
   columns = {
-    name: dataset.metadata.column(i)
+    _nfc(name): dataset.metadata.column(i)
     for i, name in enumerate(dataset.metadata.column_names)
     if name.casefold() not in _OWN_COLUMNS
   }
@@ -720,13 +730,14 @@ def _columns(dataset: types.Dataset, where: str) -> list[str]:
   known: dict[str, list[str]] = {}
   names = [] if dataset.metadata is None else dataset.metadata.column_names
   for name in (*names, *_OWN_COLUMNS):
-    if name not in known.setdefault(name.casefold(), []):
-      known[name.casefold()].append(name)
+    if name not in known.setdefault(_nfc(name).casefold(), []):
+      known[_nfc(name).casefold()].append(name)
   folded = {name.casefold() for name in named}
   for name in sorted(folded):
     if len(known.get(name, [])) > 1:
       raise ValueError(
         f"{start}: the columns {' and '.join(known[name])} differ only in case"
+        " or in the form of their accents"
       )
   _check_sources(condition, start)
   # Some have no parentheses, as columns have none.
@@ -815,7 +826,7 @@ def _check_texts(
       for node in compared
       for operands in [_operands(node)]
       for is_ordered in [any(word in str(node["type"]) for word in _ORDERED)]
-      if name.casefold() in map(_name, operands)
+      if _nfc(name).casefold() in map(_name, operands)
     ]
     column = dataset.metadata.column(name)
     if not nodes or _kind(column.type) != "text":
@@ -838,7 +849,8 @@ def _check_texts(
         if is_number and not is_date:
           hint = f"replace({name}, ',', '.')::DOUBLE > 3"
         elif is_date and not is_sorted:
-          hint = f"strptime({name}, '%d/%m/%Y') < TIMESTAMP '2016-01-31'"
+          form = _date_form(texts)
+          hint = f"strptime({name}, '{form}') < TIMESTAMP '2016-01-31'"
         raise ValueError(
           f"{start}: the column {name} is text, such as {_short(texts[0])!r},"
           " and would be compared by its letters: say how to read it, such as"
@@ -852,6 +864,18 @@ def _texts(column: pa.ChunkedArray) -> list[str]:
     column = column.cast(column.type.value_type)
   texts = pc.unique(pc.utf8_trim_whitespace(column)).drop_null().to_pylist()
   return [text for text in texts if text] or [""]
+
+
+def _date_form(texts: Sequence[str]) -> str:
+  """Returns how dates are written, as `strptime` takes it; a guess."""
+  separator = next((x for x in "/-. " if x in texts[0]), "/")
+  for form in _DATE_FORMS:
+    form = form.replace("/", separator)
+    with contextlib.suppress(ValueError):
+      for text in texts:
+        datetime.datetime.strptime(text, form)
+      return form
+  return "%d/%m/%Y"
 
 
 def _shape(text: str) -> str:
@@ -940,12 +964,32 @@ def _changing() -> frozenset[str]:
   return found
 
 
+_decided: weakref.WeakKeyDictionary[types.Dataset, dict[str, Any]] = (
+  weakref.WeakKeyDictionary()
+)
+
+
 def _decide(dataset: types.Dataset, where: str) -> tuple[np.ndarray, int]:
-  """Decides a checked condition for each image, within the time limit.
+  """Decides a checked condition for each image, once, in the time limit.
 
   Returns:
     Whether it is true, `[N]`, and for how many images it is undecided.
   """
+  known = _decided.setdefault(dataset, {})
+  if where not in known:
+    try:
+      known[where] = _decide_in_time(dataset, where)
+    except ValueError as error:
+      known[where] = error
+  if isinstance(known[where], ValueError):
+    raise known[where].with_traceback(None)
+  found: tuple[np.ndarray, int] = known[where]
+  return found
+
+
+def _decide_in_time(
+  dataset: types.Dataset, where: str
+) -> tuple[np.ndarray, int]:
   results: list[Any] = []
   connections: list[duckdb.DuckDBPyConnection] = []
   tables = _table(dataset)
@@ -965,8 +1009,10 @@ def _decide(dataset: types.Dataset, where: str) -> tuple[np.ndarray, int]:
   end = time.monotonic() + _GRACE
   is_late = thread.is_alive()
   while thread.is_alive() and time.monotonic() < end:
-    for connection in connections:
-      connection.interrupt()
+    # It may have ended meanwhile.
+    with contextlib.suppress(duckdb.Error):
+      for connection in connections:
+        connection.interrupt()
     thread.join(0.05)
   if is_late:
     raise ValueError(
@@ -1026,6 +1072,9 @@ def _column(argument: str, dataset: types.Dataset, name: str) -> Any:
       f"{argument} needs metadata, and dataset has none: got {name!r}"
     )
   names = dataset.metadata.column_names
+  if name not in names:
+    names = [_nfc(each) for each in names]
+    name = _nfc(name)
   if name not in names:
     raise ValueError(
       f"{argument} must be a metadata column, got {name!r}{_hint(name, names)}"

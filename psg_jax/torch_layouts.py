@@ -10,6 +10,8 @@ import os
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
+
 from psg_jax import checks, torch_files, torch_pickles
 
 _COUNT = ".num_batches_tracked"
@@ -285,11 +287,10 @@ def find(
   contents = torch_files.read(path, argument)
   source = f"{argument} {str(path)!r}"
   network = layout(model_name)
-  places = _places(contents, network)
-  found = [_found(contents, network, *place, has_head) for place in places]
+  found = _all_found(contents, network, has_head)
   whole = [one for one in found if _is_whole(one, network, has_head)]
   if len(whole) > 1:
-    _check_one(source, whole)
+    _check_one(path, source, whole)
   if not whole:
     others = [name for name in NETWORKS if _has(contents, name)]
     hint = f"; it is a state dict of {others[0]!r}" if others else ""
@@ -328,11 +329,28 @@ def _places(
   return whole or [numbers.most_common(1)[0][0]]
 
 
+def _all_found(
+  contents: torch_files.Contents, network: Layout, has_head: bool
+) -> list[Found]:
+  """Returns what is at each place, beside which are none of the others."""
+  places = _places(contents, network)
+  found = []
+  for where, prefix in places:
+    inner = tuple(
+      other
+      for name, other in places
+      if name == where and other != prefix and other.startswith(prefix)
+    )
+    found.append(_found(contents, network, where, prefix, inner, has_head))
+  return found
+
+
 def _found(
   contents: torch_files.Contents,
   network: Layout,
   where: str,
   prefix: str,
+  inner: tuple[str, ...],
   has_head: bool,
 ) -> Found:
   """Divides a dictionary into what is the network's and what is left."""
@@ -356,6 +374,9 @@ def _found(
     parts = key.removeprefix(prefix).split(".")
     if not has_head and parts[0] == root:
       return False
+    # Another copy of the network, such as an average.
+    if key.startswith(inner):
+      return key in wanted
     # A number that is no parameter of a layer, such as `n_averaged`.
     is_number = every[key].shape in ((), (1,)) and parts[-1] not in _PARTS
     return key in wanted or not (is_number or parts[0] in _LOSSES)
@@ -389,12 +410,14 @@ def _is_whole(found: Found, network: Layout, has_head: bool) -> bool:
 def _has(contents: torch_files.Contents, model_name: str) -> bool:
   network = layout(model_name)
   return any(
-    _is_whole(_found(contents, network, *place, True), network, True)
-    for place in _places(contents, network)
+    _is_whole(found, network, True)
+    for found in _all_found(contents, network, True)
   )
 
 
-def _check_one(source: str, whole: list[Found]) -> None:
+def _check_one(
+  path: str | os.PathLike[str], source: str, whole: list[Found]
+) -> None:
   """Raises ValueError where it is left open which network is meant."""
   first, *others = whole
   rivals = [
@@ -402,7 +425,7 @@ def _check_one(source: str, whole: list[Found]) -> None:
     for other in others
     if other.where == first.where or first.where not in _WRAPPERS
     # One module may be registered under two names.
-    if set(other.tensors.values()) != set(first.tensors.values())
+    if not _are_same(path, first, other)
   ]
   if rivals:
     names = checks.few(repr(place_name(found)) for found in (first, *rivals))
@@ -410,6 +433,26 @@ def _check_one(source: str, whole: list[Found]) -> None:
       f"{source} holds the network {len(rivals) + 1} times, as {names}: save"
       " the state dict of one of them alone"
     )
+
+
+def _are_same(path: str | os.PathLike[str], *found: Found) -> bool:
+  """Whether two places have the same tensors, or equal ones."""
+  tensors = [set(each.tensors.values()) for each in found]
+  if tensors[0] != tensors[1]:
+    return False
+  # Files of safetensors do not say which are one.
+  if all(tensor.storage is not None for tensor in tensors[0]):
+    return True
+  first, second = (
+    {
+      key.removeprefix(each.spelling.prefix): array
+      for key, array in torch_files.arrays(path, each.tensors).items()
+    }
+    for each in found
+  )
+  return first.keys() == second.keys() and all(
+    np.array_equal(first[key], second[key]) for key in first
+  )
 
 
 def place_name(found: Found) -> str:

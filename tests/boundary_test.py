@@ -543,6 +543,9 @@ def test_released_code_is_reproduced(reference_dir):
     ({"noise_scale": np.ones(2)}, "noise_scale must be one number"),
     ({"confidence": np.zeros(2)}, "confidence must be one number"),
     ({"bounds": (1.0, 0.0)}, r"bounds .* got \(1.0, 0.0\)"),
+    ({"bounds": (0, 0.5, 1)}, r"bounds must be two numbers.* got \(0, 0.5, 1"),
+    ({"bounds": None}, "bounds must be two numbers.* got None"),
+    ({"bounds": ("a", "b")}, "bounds must be two numbers"),
   ],
 )
 def test_bad_options(options, message):
@@ -571,6 +574,11 @@ def test_bad_options(options, message):
     (grey(1), zeros(1) + 2, KEY, r"labels must be in \[0, 2\), got .* 2 to 2"),
     (grey(1), zeros(1) - 1, KEY, r"labels must be in \[0, 2\)"),
     (grey(1), zeros(1) * 0.5, KEY, "labels must be integers"),
+    # 32 bits of it would be 1.
+    (grey(1), np.array([2**32 + 1]), KEY, "labels .* to 4294967297"),
+    (grey(1), ["a"], KEY, "labels must be integers"),
+    (grey(1), None, KEY, "labels must be integers"),
+    (grey(1).astype(jnp.float8_e4m3fn), zeros(1), KEY, "images .* got float8"),
     (grey(1), zeros(1), jax.random.PRNGKey(0), "key must be made by"),
     (grey(2), zeros(2), jax.random.split(KEY, 3), "got .3. keys for 2 images"),
   ],
@@ -606,6 +614,50 @@ def test_networks_without_logits_of_classes(apply_fn, found):
   ):
     with pytest.raises(ValueError, match=f"must return logits.* got {found}"):
       search(apply_fn, {}, grey(1), zeros(1), KEY, **options)
+
+
+@pytest.mark.parametrize(
+  ("apply_fn", "found"),
+  [
+    (lambda v, x: np.asarray(x).reshape(len(x), -1), "TracerArrayConversion"),
+    (lambda v, x: x.reshape(4, 16), "cannot reshape"),
+    (None, "got None"),
+    ([], "unhashable"),
+  ],
+)
+def test_networks_that_jax_cannot_trace(apply_fn, found):
+  with pytest.raises(ValueError, match=f"apply_fn must be a .*{found}"):
+    boundary.search(
+      apply_fn, {}, grey(4), zeros(4), KEY, num_steps=5, step_size=0.1
+    )
+
+
+def test_classes_that_are_ruled_out():
+  variables = two_classes(16, margin=0.5)
+
+  def apply(variables, images):
+    logits = fakes.linear_apply(variables, images)
+    return jnp.pad(logits, ((0, 0), (0, 1)), constant_values=-jnp.inf)
+
+  options = {"num_steps": 50, "step_size": 0.1}
+  found, expected = (
+    boundary.search(each, variables, grey(1), zeros(1), KEY, **options)
+    for each in (apply, fakes.linear_apply)
+  )
+  assert expected.is_crossed.all()
+  assert found.is_crossed.all()
+  np.testing.assert_array_equal(found.labels, expected.labels)
+  np.testing.assert_array_equal(found.distance, expected.distance)
+
+
+def test_no_transfer_and_no_promotion_that_nobody_asked_for():
+  arguments = two_classes(16, margin=0.5), grey(1), zeros(1), KEY[None]
+  options = {"distance_weight": 0.1, "distance_decay": "linear"}
+  with jax.transfer_guard("disallow"), jax.numpy_dtype_promotion("strict"):
+    found = boundary.search(
+      fakes.linear_apply, *arguments, num_steps=50, step_size=0.1, **options
+    )
+  assert found.is_crossed.all()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import io
+import json
 import os
 import pathlib
 
@@ -82,6 +83,25 @@ def test_what_json_lacks_is_named(tmp_path):
   fails(lambda: content["list"][0]["y"], f"{path} must have 'y'")
   fails(lambda: files.read_json(tmp_path / "no.json"), "no.json")
   assert jobs.read_json(tmp_path / "no.json") == {}
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "what"),
+  [
+    ("config.json", {"job": 3}, "a dict as 'job', got 3"),
+    ("config.json", {"job": {"training": []}}, "as 'job.training', got []"),
+    ("history.json", {"original": "x"}, "a list as 'original', got 'x'"),
+    ("history.json", {"unlearned": [3]}, "objects in 'unlearned', got [3]"),
+    ("data.json", {"class_names": None}, "a list as 'class_names', got None"),
+    ("data.json", {"counts": [1]}, "a dict as 'counts', got [1]"),
+    ("metrics.json", {"original": []}, "a dict as 'original', got []"),
+    ("metrics.json", {"original": {"accuracy": 1}}, "'original.accuracy'"),
+  ],
+)
+def test_values_of_other_types_are_named(tmp_path, name, content, what):
+  path = tmp_path / name
+  path.write_text(json.dumps(content))
+  fails(lambda: files.read_json(path), f"{path} must have", what)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text"])

@@ -513,6 +513,71 @@ def test_conditions_that_heed_no_interrupt_have_one(dataset, monkeypatch):
   assert time.perf_counter() - start < 10
 
 
+def test_a_condition_is_decided_once(dataset, monkeypatch):
+  calls = []
+  run = forget._run
+  monkeypatch.setattr(
+    forget, "_run", lambda *args: calls.append(args[-1]) or run(*args)
+  )
+  request = forget.Request(where="device = 'A'")
+  parts = forget.split_request(dataset, request)
+  forget.preview(dataset, parts, request=request)
+  assert forget.matching(dataset, request).sum() == 2
+  wrong = "device = 'A' AND 'x'::INT = 1"
+  for _ in range(2):
+    fails(lambda: forget.split(dataset, where=wrong), "where", "'x'")
+  assert calls == ["device = 'A'", wrong]
+  # Another set is asked anew.
+  forget.split(dataset.take(np.arange(5)), where="device = 'A'")
+  assert len(calls) == 3
+
+
+def test_an_interrupt_that_comes_too_late(dataset, monkeypatch):
+  monkeypatch.setattr(forget, "_TIME_LIMIT", 0.2)
+
+  def run(connection, *args):
+    # Ends between the two looks at whether it goes on.
+    time.sleep(0.3)
+    connection.close()
+    time.sleep(0.2)
+
+  monkeypatch.setattr(forget, "_run", run)
+  fails(lambda: forget.split(dataset, where="Age = 1"), "within 0.2 s")
+
+
+def test_columns_that_look_the_same_are_the_same():
+  dataset = make_dataset(**{"ge\u0301ne": list("xxyyzz")})
+  for name in ("g\u00e9ne", "ge\u0301ne", "G\u00e9NE"):
+    assert forgotten(dataset, where=f"{name} = 'y'") == "cd"
+    assert forgotten(dataset, where=f"\"{name}\" = 'y'") == "cd"
+  assert forgotten(dataset, ids="a", group="g\u00e9ne") == "ab"
+  request = forget.Request(where="g\u00e9ne = 'y'", group="g\u00e9ne")
+  parts = forget.split_request(dataset, request)
+  found = forget.preview(dataset, parts, by="g\u00e9ne", request=request)
+  assert found.group.num_forget_groups == 1
+  two = make_dataset(**{"e\u0301": list("xxyyzz"), "\u00e9": list("xxyyzz")})
+  fails(lambda: forget.split(two, where="\u00e9 = 'x'"), "where", "accents")
+
+
+@pytest.mark.parametrize(
+  ("dates", "form"),
+  [
+    (["14/02/18", "27/12/15"], "%d/%m/%y"),
+    (["2.14.18", "12.27.15"], "%m.%d.%y"),
+    (["14-02-2018 09:30", "27-12-2015 10:00"], "%d-%m-%Y %H:%M"),
+    (["14 Feb 2018", "27 Dec 2015"], "%d %b %Y"),
+  ],
+)
+def test_hint_says_how_dates_are_written(dates, form):
+  dataset = make_dataset(seen=[*dates] * 3)
+  fails(
+    lambda: forget.split(dataset, where="seen < '2016-01-01'"),
+    f"strptime(seen, '{form}') < TIMESTAMP",
+  )
+  where = f"strptime(seen, '{form}') < TIMESTAMP '2016-01-31'"
+  assert forgotten(dataset, where=where) == "bdf"
+
+
 # Bad input.
 
 

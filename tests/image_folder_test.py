@@ -404,6 +404,9 @@ def test_tables_as_people_write_them():
     (["14/02/2018", "2/14/2018"], None, None),
     (["14/02/2018", "unknown"], None, None),
     (["31/02/2018", "1/1/2018"], None, None),
+    (["14/02/18", "27/12/15"], None, "years of two digits, such as 14/02/18"),
+    (["1.2.18 10:00", "2.1.15 11:00"], None, "years of two digits"),
+    (["14/02/2018 25:00", "1/1/2018"], None, None),
   ],
 )
 def test_dates_of_one_other_order(values, expected, said):
@@ -413,6 +416,22 @@ def test_dates_of_one_other_order(values, expected, said):
   assert is_date == (expected is not None)
   assert table.texts["seen"][0] == (expected or values[0])
   assert [said in note for note in table.notes] == ([True] if said else [])
+
+
+def test_times_of_one_other_order():
+  rows = [
+    "a.png,14/02/2018 9:05",
+    "b.png,27/12/2015T23:59:01",
+    "c.png,1/1/2018",
+  ]
+  table = read_table("\n".join(["file,seen", *rows]))
+  assert table.types["seen"] == pa.timestamp("s")
+  assert table.texts["seen"] == [
+    "2018-02-14 09:05:00",
+    "2015-12-27 23:59:01",
+    "2018-01-01 00:00:00",
+  ]
+  assert "day/month/year, such as 14/02/2018 9:05" in table.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -433,6 +452,8 @@ def test_columns_called_like_ours_in_any_case():
   for name in ("ID", "row", "Row", "SHA256"):
     with pytest.raises(ValueError, match=f"the column '{name}'"):
       read_table(f"file,{name}\na/0.png,1\n")
+  assert read_table("FILE,x\na/0.png,1\n").files == ("a/0.png",)
+  assert read_table("File,file\nx,a/0.png\n").texts == {"File": ["x"]}
   table = read_table("file,Label\na/0.png,b\n")
   with pytest.raises(ValueError, match="the class folder's name"):
     tables.check_labels(table, {"a/0.png": "a"})
@@ -443,6 +464,8 @@ def test_paths_that_look_the_same_are_the_same():
   for written, named in ((composed, decomposed), (decomposed, composed)):
     table = read_table(f"file,x\n{written},1\n")
     assert tables.match(table, [named]) == {named: 0}
+    # Where both are there, the one that is written so.
+    assert tables.match(table, [composed, decomposed]) == {composed: 0}
   for written, path in (("a/0.PNG", "a/0.png"), ("0.png", "long/way/0.png")):
     with pytest.raises(ValueError, match=f"did you mean '{path}'"):
       tables.match(read_table(f"file,x\n{written},1\n"), ["b.png", path])
@@ -574,7 +597,7 @@ def _with_table(text: str):
     (_with_table("file\n../cat/0.png\n"), {}, r"inside the source, got '\.\./"),
     (_with_table("file\n/cat/0.png\n"), {}, "inside the source, got '/cat/0"),
     (_with_table("file\nC:\\cat\\0.png\n"), {}, "inside the source, got 'C:"),
-    (_with_table("File,a\ncat/0.png,1\n"), {}, "did you mean 'File'"),
+    (_with_table("Files,a\ncat/0.png,1\n"), {}, "did you mean 'Files'"),
     (
       _with_table("path,a\ncat/0.png,1\n"),
       {},
@@ -900,6 +923,7 @@ def test_every_file_is_accounted_for(tmp_path):
   (source / "dog" / "again").symlink_to(elsewhere / "far")
   (source / "dog" / "loop").symlink_to(tmp_path)
   (source / "dog" / "gone.png").symlink_to("nowhere")
+  (source / "dog" / "self.png").symlink_to("self.png")
   os.mkfifo(source / "cat" / "pipe.png")
   prepared = _from_folder(tmp_path, source)
   found = _account(tmp_path)
@@ -916,7 +940,7 @@ def test_every_file_is_accounted_for(tmp_path):
     ("outside class folders", ".png"): 1,
     ("link that leads back", ""): 1,
     ("link to a folder that is read already", ""): 1,
-    ("broken link", ".png"): 1,
+    ("broken link", ".png"): 2,
     ("pipe or other special file", ".png"): 1,
   }
   train, test = _load(tmp_path)
@@ -957,6 +981,16 @@ def test_names_in_zips(tmp_path, names):
   assert tree.read("dog/1.png", 4) == b"\x89PNG"
 
 
+def test_images_outside_class_folders_are_said_to_be_there(tmp_path):
+  with pytest.raises(ValueError, match=r"but 2 \.png \(outside class folders"):
+    _prepare(tmp_path, {"1.png": _png(), "2.png": _png()})
+
+
+def test_classes_that_look_alike_are_named(tmp_path):
+  prepared = _prepare(tmp_path, _files(classes=("Cat", "cat", "dog")))
+  assert "'Cat' and 'cat' differ in case" in prepared.notes[0]
+
+
 @pytest.mark.parametrize("prefix", ["", "scans/", "new/scans/"])
 def test_lone_folder_beside_files(tmp_path, prefix):
   files = _files(4, prefix="new/scans/") | {"README.md": b""}
@@ -975,11 +1009,21 @@ def test_other_archives_are_named(tmp_path):
     archive.add(__file__)
   pipe = tmp_path / "pipe"
   os.mkfifo(pipe)
+  whole = _zip(tmp_path / "raw.zip", _files(1)).read_bytes()
+  cut, locked = tmp_path / "cut.zip", tmp_path / "locked.zip"
+  cut.write_bytes(whole[:-30])
+  # The flag of encryption, in the list of entries.
+  flag = whole.index(b"PK\1\2") + 8
+  locked.write_bytes(
+    whole[:flag] + bytes([whole[flag] | 1]) + whole[flag + 1 :]
+  )
   for source, words in (
     (path, "a gzip file, such as a tar archive: unpack it"),
     (plain, "a tar archive: unpack it"),
     (_folder(tmp_path, {"a.png": _png()}) / "a.png", "which is an image"),
     (pipe, "which is neither"),
+    (cut, "which is a zip without its end"),
+    (locked, "source must be a zip without a password"),
   ):
     with pytest.raises(ValueError, match=words):
       sources.list_files(source)
@@ -1136,18 +1180,46 @@ def test_one_range_for_the_whole_set():
   assert got[2].max() == 77
 
 
-def test_sixteen_bit_colour_keeps_its_levels():
-  pixels = RNG.integers(0, 4096, (8, 8, 3)).astype(np.uint16)
+@pytest.mark.parametrize(("kind", "num_channels"), [(2, 3), (4, 2), (6, 4)])
+def test_sixteen_bit_colour_keeps_its_levels(kind, num_channels):
+  pixels = RNG.integers(0, 4096, (8, 8, num_channels)).astype(np.uint16)
+  if num_channels != 3:
+    pixels[..., -1] = 0xFFFF
   raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
   content = b"\x89PNG\r\n\x1a\n"
   for name, part in (
-    (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)),
+    (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0)),
     (b"IDAT", zlib.compress(raw)),
     (b"IEND", b""),
   ):
     checksum = struct.pack(">I", zlib.crc32(name + part))
     content += struct.pack(">I", len(part)) + name + part + checksum
   np.testing.assert_array_equal(_grey(content)[0], pixels[..., 0] >> 4)
+
+
+def _raw_tiff(pixels, sample_format) -> bytes:
+  """Grey, in types that Pillow does not write."""
+  height, width = pixels.shape
+  bits, size = 8 * pixels.itemsize, pixels.nbytes
+  values = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 134}
+  values |= {277: 1, 278: height, 279: size, 339: sample_format}
+  content = (
+    b"II*\0"
+    + struct.pack("<IH", 8, len(values))
+    + b"".join(
+      struct.pack("<HHII", tag, 4 if tag == 279 else 3, 1, value)
+      for tag, value in values.items()
+    )
+  )
+  return content.ljust(134, b"\0") + pixels.tobytes() + bytes(8)
+
+
+def test_integers_with_and_without_sign():
+  (got,) = _grey(_raw_tiff((_RAMP - 32).astype(np.int8), 2))
+  assert got[0, 0] == 0
+  assert (np.diff(got.ravel()) > 0).all()
+  (got,) = _grey(_raw_tiff((_RAMP * 2**26).astype("<u4"), 1))
+  np.testing.assert_array_equal(got, _RAMP * 4)
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.float32])

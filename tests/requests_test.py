@@ -169,8 +169,43 @@ def test_class_requests_are_those_that_leave_none(options, expected):
   clinics = ["x", "x", "y", "z", "x", "w"]
   train = small_set([0, 1, 2, 0, 1, 1], patient=patients, clinic=clinics)
   asked = ask(train, **options)
-  assert requests.is_class_request(asked.split) is expected
+  assert asked.is_class_request is expected
   assert requests.record(asked)["is_class_request"] is expected
+
+
+def test_twins_in_other_classes_leave_a_class_request_one():
+  train = small_set([0, 1, 2, 0, 1, 2])
+  train.images[1] = train.images[0]
+  asked = ask(train, forget_classes=("a",), twins="move")
+  assert set(asked.split.forget.ids) == {"i0", "i1", "i3"}
+  assert asked.is_class_request
+  job = recipes.Job(recipe="mri")
+  context = jobs.Context(*[None] * 7)._replace(job=job, asked=asked)
+  assert jobs.stop_target(context) == "zero"
+  asked = ask(train, where="row = 0", twins="move")
+  assert not asked.is_class_request
+
+
+def test_patients_are_not_halved():
+  labels, patients = [0, 1] * 12, [f"p{row // 4}" for row in range(24)]
+  train = small_set(labels, patient=patients)
+  job = recipes.Job(
+    forget_classes=(), where="row < 4", group="patient", twins="ignore"
+  )
+  for test, name in ((train, "retain"), (train.take(np.arange(4)), None)):
+    asked = requests.ask(job, train, test)
+    context = jobs.Context(*[None] * 7)._replace(job=job, asked=asked)
+    shown, held = jobs.validation(context)
+    if name is None:
+      # One patient alone, who stays among what is shown.
+      assert held is None
+      assert shown == asked.test_split
+      continue
+    sides = [set(requests.values(x, "patient")) for x in (shown.retain, held)]
+    assert not sides[0] & sides[1]
+    assert sides[0] | sides[1] == {f"p{i}" for i in range(1, 6)}
+    assert 8 <= len(held) <= 12
+    assert len(shown.forget) == 4
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -201,7 +236,7 @@ def test_one_request_in_all_its_forms(seed, tmp_path):
     for more in ({}, {}, {"group": "patient", "twins": "move"})
   ]
   assert len({forget.ids_hash(each.split.forget.ids) for each in asked}) == 1
-  assert all(requests.is_class_request(each.split) for each in asked)
+  assert all(each.is_class_request for each in asked)
 
 
 def test_images_of_the_test_part_are_said_to_be_there():

@@ -485,7 +485,7 @@ def test_any_dictionary_of_the_file(tmp_path, where):
 
 def test_which_of_several_is_meant(tmp_path):
   state = make_state()
-  other = {key: array + 1 for key, array in state.items()}
+  other = {key: np.asarray(array + 1) for key, array in state.items()}
   both = state | {f"other {key}": array for key, array in other.items()}
   every = torch_files_test.tensors(both)
   first = {key: every[key] for key in state}
@@ -509,6 +509,19 @@ def test_which_of_several_is_meant(tmp_path):
     | {f"ema.{key}": x for key, x in second.items()}
   )
   fails(lambda: load(path), "2 times", "'net', 'ema'")
+  # Of safetensors, the values say whether two are one.
+  for prefix in ("", "model."):
+    named = {f"{prefix}{key}": x for key, x in state.items()}
+    path = save_state(
+      tmp_path / "c.safetensors",
+      named | {f"ema.{key}": x for key, x in other.items()},
+    )
+    fails(lambda path=path: load(path), "2 times", "'ema'")
+    path = save_state(
+      tmp_path / "c.safetensors",
+      named | {f"ema.{key}": x for key, x in state.items()},
+    )
+    assert_same_bits(save(tmp_path / "b.safetensors", load(path)), state)
 
 
 def test_weights_of_another_network_are_named(tmp_path):
