@@ -40,7 +40,7 @@ RETAIN_LABELS = ("hard", "soft", "raw_logits")
 _MIN_STEPS = 60
 _MIN_EPOCHS = 3
 BATCH_STATS = ("update", "frozen")
-_SEARCH = {"num_steps": 50, "step_size": 0.01}
+SEARCH_DEFAULTS = {"num_steps": 50, "step_size": 0.01}
 
 
 class SearchFn(Protocol):
@@ -207,7 +207,7 @@ def unlearn(
   if target_accuracy is not None:
     checks.number("target_accuracy", target_accuracy, at_least=0, at_most=1)
   if search_fn is None:
-    search_fn = boundary.Search(**{**_SEARCH, **search_options})
+    search_fn = boundary.Search(**{**SEARCH_DEFAULTS, **search_options})
   can_change = True
   if isinstance(search_fn, boundary.Search):
     can_change = bool(search_fn.noise_scale > 0)
