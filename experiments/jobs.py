@@ -49,6 +49,7 @@ from psg_jax import (
   checkpoints,
   checks,
   data,
+  evaluation,
   forget,
   inference,
   metrics,
@@ -455,7 +456,7 @@ def unlearned(
 
 def is_class_request(context: Context) -> bool:
   """Whether whole classes are forgotten, whose ideal accuracy is 0."""
-  return requests.is_class_request(context.split)
+  return evaluation.is_class_request(context.split)
 
 
 def stop_target(context: Context) -> str:
@@ -511,7 +512,7 @@ def target_accuracy(
   shown, held = validation(context)
   if held is None:
     return None
-  whole = requests.whole_classes(context.split)
+  whole = evaluation.whole_classes(context.split)
   logits = _predict(context, original_variables, held.images)
   if len(shown.forget) < len(context.asked.test_split.forget):
     is_right = np.argmax(logits, -1) == held.labels

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from experiments import recipes
-from psg_jax import checks, forget, twins, types
+from psg_jax import checks, evaluation, forget, twins, types
 
 _MAX_VALUES = 12
 _MAX_COLUMNS = 4
@@ -131,23 +131,6 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
   )
 
 
-def whole_classes(split: types.Split) -> np.ndarray:
-  """Returns the numbers of the classes of which no image is retained."""
-  return np.setdiff1d(split.forget.labels, split.retain.labels)
-
-
-def is_class_request(split: types.Split) -> bool:
-  """Whether whole classes are forgotten and no more: the ideal accuracy is 0.
-
-  However the request was put: as classes, as a condition or as ids, with or
-  without groups.
-
-  Args:
-    split: Forget and retain set of the training images.
-  """
-  return bool(np.isin(split.forget.labels, whole_classes(split)).all())
-
-
 def request_fields(request: forget.Request) -> dict[str, Any]:
   """Returns a request for JSON, with the number of ids for the ids."""
   fields = dataclasses.asdict(request)
@@ -171,7 +154,7 @@ def record(asked: Asked) -> dict[str, Any]:
   """Returns what a run folder keeps of the request, for JSON."""
   return {
     "request": request_fields(asked.request),
-    "is_class_request": is_class_request(asked.split),
+    "is_class_request": evaluation.is_class_request(asked.split),
     "request_sha256": forget.request_hash(asked.request),
     "forget_ids_sha256": forget.ids_hash(np.asarray(asked.split.forget.ids)),
     "preview": asked.preview.as_dict(),

@@ -14,7 +14,15 @@ import pytest
 from PIL import Image
 
 from experiments import demo, jobs, recipes, report, requests, sets, unlearn
-from psg_jax import data, forget, inference, models, torch_weights, types
+from psg_jax import (
+  data,
+  evaluation,
+  forget,
+  inference,
+  models,
+  torch_weights,
+  types,
+)
 from tests import fakes, programs_test
 
 SMALL = [
@@ -169,7 +177,7 @@ def test_class_requests_are_those_that_leave_none(options, expected):
   clinics = ["x", "x", "y", "z", "x", "w"]
   train = small_set([0, 1, 2, 0, 1, 1], patient=patients, clinic=clinics)
   asked = ask(train, **options)
-  assert requests.is_class_request(asked.split) is expected
+  assert evaluation.is_class_request(asked.split) is expected
   assert requests.record(asked)["is_class_request"] is expected
 
 
@@ -201,7 +209,7 @@ def test_one_request_in_all_its_forms(seed, tmp_path):
     for more in ({}, {}, {"group": "patient", "twins": "move"})
   ]
   assert len({forget.ids_hash(each.split.forget.ids) for each in asked}) == 1
-  assert all(requests.is_class_request(each.split) for each in asked)
+  assert all(evaluation.is_class_request(each.split) for each in asked)
 
 
 def test_images_of_the_test_part_are_said_to_be_there():
