@@ -30,7 +30,7 @@ _SEARCHES: dict[str, dict[str, Any]] = {
   "uniform": {"noise_scale": 0.05, "noise": "uniform"},
   "cauchy": {"noise_scale": 0.05, "noise": "cauchy"},
   "penalty": {"distance_weight": 0.5},
-  "released_term": {"distance_weight": 0.5, "distance_term": "released"},
+  "reward": {"distance_weight": 0.5, "distance_term": "reward"},
   "sqrt": {"step_decay": "sqrt"},
   "ball": {"max_distance": 0.05},
   "l2": {"norm": "l2", "step_size": 0.3},
