@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import optax
 
 from experiments import jobs, recipes
-from psg_jax import baselines, checks, training, unlearning
+from psg_jax import baselines, boundary, checks, training, unlearning
 
 SETTINGS = ("default", "paper")
 # Methods with the options of the job.
@@ -36,7 +36,7 @@ _RESERVED = frozenset(
   {
     *("model", "variables", "split", "key", "callback", "mesh"),
     *("show_progress", "optimizer", "repair_optimizer", "search_fn"),
-    *("augment_fn", "validation", "options"),
+    *("augment_fn", "validation", "options", "search_options"),
   }
 )
 _BATCH_SIZE = 64
@@ -174,10 +174,10 @@ def names(method: str) -> tuple[str, ...]:
   fn: Any = baselines.find(method).fn
   # What these pass on is not in their own signatures.
   further: dict[str, Any] = {
-    **dict.fromkeys(OURS, unlearning.unlearn),
-    "scrub_r": baselines.find("scrub").fn,
+    **dict.fromkeys(OURS, (unlearning.unlearn, boundary.Search)),
+    "scrub_r": (baselines.find("scrub").fn,),
   }
-  functions = [fn, *([further[method]] if method in further else [])]
+  functions = [fn, *further.get(method, ())]
   parameters = {
     name: None
     for each in functions

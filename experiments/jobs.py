@@ -16,6 +16,7 @@ A step that is finished is not done again when the job is resumed.
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import os
 import pathlib
@@ -48,6 +49,7 @@ from psg_jax import (
   checkpoints,
   checks,
   data,
+  evaluation,
   forget,
   inference,
   metrics,
@@ -514,7 +516,7 @@ def target_accuracy(
   shown, held = validation(context)
   if held is None:
     return None
-  whole = requests.whole_classes(context.split)
+  whole = evaluation.whole_classes(context.split)
   logits = _predict(context, original_variables, held.images)
   if len(shown.forget) < len(context.asked.test_split.forget):
     is_right = np.argmax(logits, -1) == held.labels
@@ -1223,20 +1225,9 @@ def _save_examples(
   images = training.to_float(jnp.asarray(forget_set.images[rows]))
   search = search_fn(context)
   if search is None:
-    search = functools.partial(
-      boundary.search,
-      num_steps=options.num_steps,
-      step_size=options.step_size,
-      step_decay=options.step_decay,
-      max_distance=options.max_distance,
-      norm=options.norm,
-      distance_weight=options.distance_weight,
-      distance_decay=options.distance_decay,
-      distance_term=options.distance_term,
-      noise_scale=options.noise_scale,
-      noise=options.noise,
-      confidence=options.confidence,
-      is_rounded=options.is_rounded,
+    names = inspect.signature(boundary.Search).parameters
+    search = boundary.Search(
+      **{k: v for k, v in dataclasses.asdict(options).items() if k in names}
     )
   key, _ = jax.random.split(_key(context, "unlearned"))
   labels = jnp.asarray(forget_set.labels[rows])

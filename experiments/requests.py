@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from experiments import recipes
-from psg_jax import checks, forget, twins, types
+from psg_jax import checks, evaluation, forget, twins, types
 
 _MAX_VALUES = 12
 _MAX_COLUMNS = 4
@@ -112,7 +112,7 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
   columns = tuple(job.by) or group_columns(train)
   for column in columns:
     _check_column(train, column)
-  found, num_moved, is_class = None, 0, is_class_request(split)
+  found, num_moved, is_class = None, 0, evaluation.is_class_request(split)
   if job.twins != "ignore":
     found = twins.find(
       {"forget": split.forget, "retain": split.retain, "test": test}
@@ -133,23 +133,6 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
     columns=columns,
     is_class_request=is_class,
   )
-
-
-def whole_classes(split: types.Split) -> np.ndarray:
-  """Returns the numbers of the classes of which no image is retained."""
-  return np.setdiff1d(split.forget.labels, split.retain.labels)
-
-
-def is_class_request(split: types.Split) -> bool:
-  """Whether whole classes are forgotten and no more: the ideal accuracy is 0.
-
-  However the request was put: as classes, as a condition or as ids, with or
-  without groups.
-
-  Args:
-    split: Forget and retain set of the training images.
-  """
-  return bool(np.isin(split.forget.labels, whole_classes(split)).all())
 
 
 def request_fields(request: forget.Request) -> dict[str, Any]:

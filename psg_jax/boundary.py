@@ -4,9 +4,10 @@
 paper's released code, with its quirks, to reproduce its numbers.
 """
 
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -59,26 +60,195 @@ class SearchOutput:
   num_steps: jax.Array
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Search:
+  """The options of Algorithm 1: a value that checks itself, and searches.
+
+  `Search(...)(apply_fn, variables, images, labels, key)` is what `search` says.
+  Its numbers are the leaves of a tree, names and flags belong to a program:
+  `jit` takes a search as an argument and compiles once for all numbers, and
+  `vmap` maps over those of `stack`, a grid in one program.
+
+  Attributes:
+    num_steps: `T`, positive.
+    step_size: `ε`, the length of a step in pixel units of `norm`, positive: by
+      so much each pixel moves in `"linf"`; in `"l2"` it is the length of the
+      step, which moves a pixel by `ε / √(HWC)` on average, so that `"l2"` needs
+      a larger one.
+    max_distance: Radius of the ball around the image, in pixel units of
+      `norm`, positive; None for no ball.
+    distance_weight: `λ`, 0 or more.
+    noise_scale: `γ`, 0 or more, relative to the gradient of this image's own
+      loss.
+    confidence: `κ` in [0, 1), or None. It can only end a search earlier, short
+      of the boundary, since crossing always ends it: a small one changes
+      nothing, and any below `1 / K` is never met before the boundary.
+    step_decay: `"constant"`, or `"sqrt"`: `ε_t = ε / √t`.
+    norm: `"linf"` or `"l2"`, of the steps, the ball and the distance reported.
+    distance_decay: `λ_t`: `"constant"`, `"inverse"` (`λ / t`),
+      `"exponential"` (`λ exp(-(t - 1) / 10)`) or `"linear"`
+      (`λ (1 - (t - 1) / T)`).
+    distance_term: `"penalty"` (`- λ δ`) or `"reward"` (`+ λ δ`).
+    noise: Distribution of `z_t`: `"normal"`, `"cauchy"`, `"laplace"`, all
+      standard, or `"uniform"` in [-1, 1].
+    bounds: Lowest and highest pixel value.
+    is_rounded: Whether the points visited lie on the grid of 1/255 (they may
+      then leave the ball by half a grey level).
+    is_plain: Whether λ and γ are known to be 0, which saves their part of the
+      program; not to be given.
+
+  Raises:
+    ValueError: If an option is of the wrong type or range. Values that are
+      traced are not checked.
+  """
+
+  num_steps: int | jax.Array
+  step_size: float | jax.Array
+  max_distance: float | jax.Array | None = None
+  distance_weight: float | jax.Array = 0.0
+  noise_scale: float | jax.Array = 0.0
+  confidence: float | jax.Array | None = None
+  step_decay: str = "constant"
+  norm: str = "linf"
+  distance_decay: str = "constant"
+  distance_term: str = "penalty"
+  noise: str = "normal"
+  bounds: tuple[float, float] = (0.0, 1.0)
+  is_rounded: bool = False
+  is_plain: bool = dataclasses.field(init=False, repr=False)
+
+  def __post_init__(self) -> None:
+    checks.one_of("step_decay", self.step_decay, STEP_DECAYS)
+    checks.one_of("norm", self.norm, NORMS)
+    checks.one_of("distance_decay", self.distance_decay, DISTANCE_DECAYS)
+    checks.one_of("distance_term", self.distance_term, DISTANCE_TERMS)
+    checks.one_of("noise", self.noise, NOISES)
+    for name in _NUMBERS:
+      if getattr(self, name) is not None:
+        checks.one_value(name, getattr(self, name))
+    checks.integer("num_steps", self.num_steps, at_least=1)
+    checks.number("step_size", self.step_size, above=0)
+    checks.number("distance_weight", self.distance_weight, at_least=0)
+    checks.number("noise_scale", self.noise_scale, at_least=0)
+    if self.max_distance is not None:
+      checks.number("max_distance", self.max_distance, above=0)
+    if self.confidence is not None:
+      checks.number("confidence", self.confidence, at_least=0, below=1)
+    _check_bounds(self.bounds)
+    low, high = self.bounds
+    is_plain = _is_zero(self.distance_weight) and _is_zero(self.noise_scale)
+    object.__setattr__(self, "bounds", (float(low), float(high)))
+    object.__setattr__(self, "is_plain", is_plain)
+
+  def __call__(
+    self,
+    apply_fn: types.ApplyFn,
+    variables: types.Variables,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+  ) -> SearchOutput:
+    """Searches; arguments, result and errors are those of `search`."""
+    prepared = self.prepare(apply_fn, variables, images, labels, key)
+    return _jitted_search_batch(apply_fn, variables, *prepared)
+
+  def prepare(
+    self,
+    apply_fn: types.ApplyFn,
+    variables: types.Variables,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+  ) -> "Prepared":
+    """Checks the arguments of a search, for `search_batch` in a program.
+
+    Raises:
+      ValueError: If an argument is of the wrong shape, type or range.
+    """
+    images, labels = _checked(apply_fn, variables, images, labels, self.bounds)
+    dtype = _working_type(images)
+    typed = {
+      name: _to_type(value, jnp.int32 if name == "num_steps" else dtype)
+      for name in _NUMBERS
+      if (value := getattr(self, name)) is not None
+    }
+    return Prepared(images, labels, _keys(key, len(images)), _with(self, typed))
+
+
+_NUMBERS = (
+  *("num_steps", "step_size", "max_distance", "distance_weight"),
+  *("noise_scale", "confidence"),
+)
+_NAMES = tuple(
+  field.name
+  for field in dataclasses.fields(Search)
+  if field.name not in _NUMBERS
+)
+
+
+def _made(values: Mapping[str, Any]) -> Search:
+  """Makes a search unchecked: what JAX puts into a tree need be no number."""
+  search = object.__new__(Search)
+  for name, value in values.items():
+    object.__setattr__(search, name, value)
+  return search
+
+
+def _with(search: Search, values: dict[str, Any]) -> Search:
+  return _made(vars(search) | values)
+
+
+def _flatten(
+  search: Search,
+) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
+  leaves = tuple(
+    (jax.tree_util.GetAttrKey(name), getattr(search, name)) for name in _NUMBERS
+  )
+  return leaves, tuple(getattr(search, name) for name in _NAMES)
+
+
+def _unflatten(names: tuple[Any, ...], leaves: Iterable[Any]) -> Search:
+  return _made(dict(zip((*_NAMES, *_NUMBERS), (*names, *leaves), strict=True)))
+
+
+jax.tree_util.register_pytree_with_keys(Search, _flatten, _unflatten)
+
+
+def stack(searches: Sequence[Search]) -> Search:
+  """Returns searches as one whose numbers have an axis in front, for `vmap`.
+
+      grid = stack([Search(num_steps=50, step_size=s) for s in sizes])
+      jax.vmap(lambda s: s(apply_fn, variables, images, labels, key))(grid)
+
+  Args:
+    searches: One or more; they differ in their numbers alone.
+
+  Raises:
+    ValueError: If there is none, or they differ in anything else.
+  """
+  if not searches:
+    raise ValueError("searches must not be empty, got none")
+  is_plain = all(search.is_plain for search in searches)
+  alike = [_with(search, {"is_plain": is_plain}) for search in searches]
+  for name in _NAMES:
+    if len({getattr(search, name) for search in alike}) > 1:
+      raise ValueError(
+        f"searches must have one {name}, got"
+        f" {', '.join(repr(getattr(search, name)) for search in alike)}"
+      )
+  for name in ("max_distance", "confidence"):
+    if len({getattr(search, name) is None for search in alike}) > 1:
+      raise ValueError(f"searches must all have {name} or none, got both")
+  return jax.tree.map(lambda *values: jnp.stack(values), *alike)
+
+
 def search(
   apply_fn: types.ApplyFn,
   variables: types.Variables,
   images: jax.Array,
   labels: jax.Array,
   key: jax.Array,
-  *,
-  num_steps: int | jax.Array,
-  step_size: float | jax.Array,
-  step_decay: str = "constant",
-  max_distance: float | jax.Array | None = None,
-  norm: str = "linf",
-  distance_weight: float | jax.Array = 0.0,
-  distance_decay: str = "constant",
-  distance_term: str = "penalty",
-  noise_scale: float | jax.Array = 0.0,
-  noise: str = "normal",
-  confidence: float | jax.Array | None = None,
-  bounds: tuple[float, float] = (0.0, 1.0),
-  is_rounded: bool = False,
+  **options: Any,
 ) -> SearchOutput:
   """Finds for each image a near class across the decision boundary.
 
@@ -107,34 +277,10 @@ def search(
     labels: int `[B]`, the classes `y` to leave.
     key: One typed key, from which image `i` draws with `fold_in(key, i)`, or
       a typed key an image `[B]`.
-    num_steps: `T`, positive.
-    step_size: `ε`, the length of a step in pixel units of `norm`, positive: by
-      so much each pixel moves in `"linf"`; in `"l2"` it is the length of the
-      step, which moves a pixel by `ε / √(HWC)` on average, so that `"l2"` needs
-      a larger one.
-    step_decay: `"constant"`, or `"sqrt"`: `ε_t = ε / √t`.
-    max_distance: Radius of the ball around the image, in pixel units of
-      `norm`, positive; None for no ball.
-    norm: `"linf"` or `"l2"`, of the steps, the ball and the distance reported.
-    distance_weight: `λ`, 0 or more.
-    distance_decay: `λ_t`: `"constant"`, `"inverse"` (`λ / t`),
-      `"exponential"` (`λ exp(-(t - 1) / 10)`) or `"linear"`
-      (`λ (1 - (t - 1) / T)`).
-    distance_term: `"penalty"` (`- λ δ`) or `"reward"` (`+ λ δ`).
-    noise_scale: `γ`, 0 or more, relative to the gradient of this image's own
-      loss.
-    noise: Distribution of `z_t`: `"normal"`, `"cauchy"`, `"laplace"`, all
-      standard, or `"uniform"` in [-1, 1].
-    confidence: `κ` in [0, 1), or None. It can only end a search earlier, short
-      of the boundary, since crossing always ends it: a small one changes
-      nothing, and any below `1 / K` is never met before the boundary.
-    bounds: Lowest and highest pixel value.
-    is_rounded: Whether the points visited lie on the grid of 1/255 (they may
-      then leave the ball by half a grey level).
+    **options: Those of `Search`; `num_steps` and `step_size` must be given.
 
-  Options are single numbers. The search computes in the images' type, in
-  float32 for those of half precision, which the network alone is given as
-  they are.
+  The search computes in the images' type, in float32 for those of half
+  precision, which the network alone is given as they are.
 
   Returns:
     The points reached and their classes.
@@ -148,48 +294,7 @@ def search(
     Nahass et al., Targeted Unlearning Using Perturbed Sign Gradient Methods
     With Applications On Medical Images, 2025, Algorithm 1.
   """
-  prepared = prepare(
-    apply_fn,
-    variables,
-    images,
-    labels,
-    key,
-    num_steps=num_steps,
-    step_size=step_size,
-    step_decay=step_decay,
-    max_distance=max_distance,
-    norm=norm,
-    distance_weight=distance_weight,
-    distance_decay=distance_decay,
-    distance_term=distance_term,
-    noise_scale=noise_scale,
-    noise=noise,
-    confidence=confidence,
-    bounds=bounds,
-    is_rounded=is_rounded,
-  )
-  return _jitted_search_batch(
-    apply_fn,
-    variables,
-    prepared.images,
-    prepared.labels,
-    prepared.keys,
-    prepared.scalars,
-    static=prepared.static,
-  )
-
-
-class StaticOptions(NamedTuple):
-  """Options of the search that are part of its compiled program."""
-
-  step_decay: str
-  norm: str
-  distance_decay: str
-  distance_term: str
-  noise: str
-  bounds: tuple[float, float]
-  is_rounded: bool
-  is_plain: bool
+  return Search(**options)(apply_fn, variables, images, labels, key)
 
 
 class Prepared(NamedTuple):
@@ -199,94 +304,13 @@ class Prepared(NamedTuple):
     images: float `[B, H, W, C]`.
     labels: int `[B]`.
     keys: One typed key an image `[B]`.
-    scalars: Options that may be traced, by name.
-    static: Options that are part of the program.
+    search: Its numbers of the type that the search computes in.
   """
 
   images: jax.Array
   labels: jax.Array
   keys: jax.Array
-  scalars: dict[str, Any]
-  static: StaticOptions
-
-
-def prepare(
-  apply_fn: types.ApplyFn,
-  variables: types.Variables,
-  images: jax.Array,
-  labels: jax.Array,
-  key: jax.Array,
-  *,
-  num_steps: int | jax.Array,
-  step_size: float | jax.Array,
-  step_decay: str = "constant",
-  max_distance: float | jax.Array | None = None,
-  norm: str = "linf",
-  distance_weight: float | jax.Array = 0.0,
-  distance_decay: str = "constant",
-  distance_term: str = "penalty",
-  noise_scale: float | jax.Array = 0.0,
-  noise: str = "normal",
-  confidence: float | jax.Array | None = None,
-  bounds: tuple[float, float] = (0.0, 1.0),
-  is_rounded: bool = False,
-) -> Prepared:
-  """Checks the arguments of `search`, of which they have the meaning.
-
-  Returns:
-    The arguments, for `search_batch` inside another program.
-
-  Raises:
-    ValueError: If an argument is of the wrong shape, type or range.
-  """
-  checks.one_of("step_decay", step_decay, STEP_DECAYS)
-  checks.one_of("norm", norm, NORMS)
-  checks.one_of("distance_decay", distance_decay, DISTANCE_DECAYS)
-  checks.one_of("distance_term", distance_term, DISTANCE_TERMS)
-  checks.one_of("noise", noise, NOISES)
-  scalars = {
-    "num_steps": num_steps,
-    "step_size": step_size,
-    "max_distance": max_distance,
-    "distance_weight": distance_weight,
-    "noise_scale": noise_scale,
-    "confidence": confidence,
-  }
-  for name, value in scalars.items():
-    if value is not None:
-      checks.one_value(name, value)
-  checks.integer("num_steps", num_steps, at_least=1)
-  checks.number("step_size", step_size, above=0)
-  checks.number("distance_weight", distance_weight, at_least=0)
-  checks.number("noise_scale", noise_scale, at_least=0)
-  if max_distance is not None:
-    checks.number("max_distance", max_distance, above=0)
-  if confidence is not None:
-    checks.number("confidence", confidence, at_least=0, below=1)
-  _check_bounds(bounds)
-  images, labels = _checked(apply_fn, variables, images, labels, bounds)
-  dtype = _working_type(images)
-  return Prepared(
-    images=images,
-    labels=labels,
-    keys=_keys(key, len(images)),
-    scalars={
-      name: None if value is None else _to_type(value, dtype)
-      for name, value in scalars.items()
-      if name != "num_steps"
-    }
-    | {"num_steps": _to_type(num_steps, jnp.int32)},
-    static=StaticOptions(
-      step_decay=step_decay,
-      norm=norm,
-      distance_decay=distance_decay,
-      distance_term=distance_term,
-      noise=noise,
-      bounds=(float(bounds[0]), float(bounds[1])),
-      is_rounded=is_rounded,
-      is_plain=_is_zero(distance_weight) and _is_zero(noise_scale),
-    ),
-  )
+  search: Search
 
 
 def _check_bounds(bounds: tuple[float, float]) -> None:
@@ -516,9 +540,7 @@ def search_batch(
   images: jax.Array,
   labels: jax.Array,
   keys: jax.Array,
-  scalars: dict[str, Any],
-  *,
-  static: StaticOptions,
+  search: Search,
 ) -> SearchOutput:
   """Maps the search of one image over the batch; arguments of `Prepared`."""
 
@@ -527,20 +549,16 @@ def search_batch(
     images: jax.Array,
     labels: jax.Array,
     keys: jax.Array,
-    scalars: dict[str, Any],
+    search: Search,
   ) -> SearchOutput:
     def search_one(
       image: jax.Array, label: jax.Array, key: jax.Array
     ) -> SearchOutput:
-      return _search_one(
-        apply_fn, variables, image, label, key, **scalars, **static._asdict()
-      )
+      return _search_one(apply_fn, variables, image, label, key, search)
 
     return jax.vmap(search_one)(images, labels, keys)
 
-  return _on_automatic_axes(
-    search_all, variables, images, labels, keys, scalars
-  )
+  return _on_automatic_axes(search_all, variables, images, labels, keys, search)
 
 
 def _on_automatic_axes(
@@ -565,9 +583,7 @@ def _on_automatic_axes(
   return fn(variables, images, *others)
 
 
-_jitted_search_batch = jax.jit(
-  search_batch, static_argnums=0, static_argnames="static"
-)
+_jitted_search_batch = jax.jit(search_batch, static_argnums=0)
 
 
 def _search_one(
@@ -576,29 +592,15 @@ def _search_one(
   image: jax.Array,
   label: jax.Array,
   key: jax.Array,
-  *,
-  num_steps: jax.Array,
-  step_size: jax.Array,
-  max_distance: jax.Array | None,
-  distance_weight: jax.Array,
-  noise_scale: jax.Array,
-  confidence: jax.Array | None,
-  step_decay: str,
-  norm: str,
-  distance_decay: str,
-  distance_term: str,
-  noise: str,
-  bounds: tuple[float, float],
-  is_rounded: bool,
-  is_plain: bool,
+  search: Search,
 ) -> SearchOutput:
   """Searches from one image `[H, W, C]`."""
   given_type, image = image.dtype, image.astype(_working_type(image))
 
   def point(delta: jax.Array) -> jax.Array:
     moved = image + delta
-    if is_rounded:
-      moved = jnp.clip(_round_to_grey_levels(moved), *bounds)
+    if search.is_rounded:
+      moved = jnp.clip(_round_to_grey_levels(moved), *search.bounds)
     return moved
 
   def log_odds(at: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -618,16 +620,18 @@ def _search_one(
   def direction(
     delta: jax.Array, gradient: jax.Array, odds: jax.Array, step: jax.Array
   ) -> jax.Array:
-    if is_plain:
+    if search.is_plain:
       return gradient
-    weight = distance_weight * _distance_decay(
-      distance_decay, step.astype(delta.dtype), num_steps
+    weight = search.distance_weight * _distance_decay(
+      search.distance_decay,
+      step.astype(delta.dtype),
+      jnp.asarray(search.num_steps),
     )
-    sign = -1.0 if distance_term == "penalty" else 1.0
-    draw = NOISES[noise](
+    sign = -1.0 if search.distance_term == "penalty" else 1.0
+    draw = NOISES[search.noise](
       jax.random.fold_in(key, step), delta.shape, delta.dtype
     )
-    others = sign * weight * delta + noise_scale * draw
+    others = sign * weight * delta + search.noise_scale * draw
     # ∇CE = (1 - p_y) ∇(log-odds), and 1 - p_y is the sigmoid of the log-odds.
     # Dividing by it keeps the sign where it vanishes.
     share = jnp.maximum(jax.nn.sigmoid(odds), jnp.finfo(odds.dtype).tiny)
@@ -636,21 +640,23 @@ def _search_one(
   def is_running(carry: _Carry) -> jax.Array:
     _, logits, _, _, step = carry
     is_done = jnp.argmax(logits) != label
-    if confidence is not None:
-      is_done |= jax.nn.softmax(logits)[label] <= confidence
-    return ~is_done & (step < num_steps)
+    if search.confidence is not None:
+      is_done |= jax.nn.softmax(logits)[label] <= search.confidence
+    return ~is_done & (step < search.num_steps)
 
   def advance(carry: _Carry) -> _Carry:
     delta, _, gradient, odds, step = carry
     step = step + 1
-    size = step_size
-    if step_decay == "sqrt":
-      size = step_size / jnp.sqrt(step.astype(delta.dtype))
-    delta = delta + size * _unit(direction(delta, gradient, odds, step), norm)
-    if max_distance is not None:
-      delta = _project(delta, max_distance, norm)
+    size = search.step_size
+    if search.step_decay == "sqrt":
+      size = search.step_size / jnp.sqrt(step.astype(delta.dtype))
+    delta = delta + size * _unit(
+      direction(delta, gradient, odds, step), search.norm
+    )
+    if search.max_distance is not None:
+      delta = _project(delta, search.max_distance, search.norm)
     # Clipping moves each pixel towards the image: it stays in the ball.
-    delta = jnp.clip(image + delta, *bounds) - image
+    delta = jnp.clip(image + delta, *search.bounds) - image
     return delta, *evaluate(delta), step
 
   start = jnp.zeros_like(image)
@@ -668,7 +674,7 @@ def _search_one(
     is_crossed=(jnp.argmax(logits) != label)
     & ~jnp.isnan(logits).any()
     & jnp.isfinite(logits.max()),
-    distance=_length(reached.astype(image.dtype) - image, norm),
+    distance=_length(reached.astype(image.dtype) - image, search.norm),
     num_steps=step,
   )
 
@@ -719,7 +725,9 @@ def _length(delta: jax.Array, norm: str) -> jax.Array:
   return jnp.sqrt(jnp.square(delta).sum())
 
 
-def _project(delta: jax.Array, radius: jax.Array, norm: str) -> jax.Array:
+def _project(
+  delta: jax.Array, radius: float | jax.Array, norm: str
+) -> jax.Array:
   if norm == "linf":
     return jnp.clip(delta, -radius, radius)
   # The guard keeps 0 / 0 out; a zero vector is in every ball.

@@ -16,7 +16,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -156,13 +156,31 @@ def is_prepared(version_dir: pathlib.Path) -> bool:
   return all((version_dir / name).is_file() for name in files)
 
 
+@overload
+def load(
+  name: str,
+  split: None = None,
+  *,
+  data_dir: str | os.PathLike[str] | None = None,
+) -> tuple[types.Dataset, types.Dataset]: ...
+
+
+@overload
 def load(
   name: str,
   split: str,
   *,
   data_dir: str | os.PathLike[str] | None = None,
-) -> types.Dataset:
-  """Reads one split of a prepared data set into memory.
+) -> types.Dataset: ...
+
+
+def load(
+  name: str,
+  split: str | None = None,
+  *,
+  data_dir: str | os.PathLike[str] | None = None,
+) -> types.Dataset | tuple[types.Dataset, types.Dataset]:
+  """Reads a prepared data set into memory, or one split of it.
 
   Sets that need no file (`digits`, `phantom_fundus`) prepare themselves on
   first use, and so does `fashion_mnist` where its files are on this machine.
@@ -170,11 +188,12 @@ def load(
 
   Args:
     name: Of a builder, with or without a size, or of a set of the user's own.
-    split: `"train"` or `"test"`.
+    split: `"train"` or `"test"`; None for both.
     data_dir: Where the sets were prepared; see `root_dir`.
 
   Returns:
-    The images, uint8 `[N, H, W, C]`, with labels and metadata: the columns
+    The split, or training and test images where None is given:
+    the images, uint8 `[N, H, W, C]`, with labels and metadata: the columns
     `"id"`, `"label"` (the class's name) and what the set's builder knows. Text
     that was left empty is null.
 
@@ -182,6 +201,9 @@ def load(
     ValueError: If `name` or `split` is unknown, `data_dir` is no folder, or
       the set is not prepared there or damaged.
   """
+  if split is None:
+    train, test = (load(name, each, data_dir=data_dir) for each in SPLITS)
+    return train, test
   opened = open_set(name, split, data_dir=data_dir)
   num_images = opened.builder.info.splits[split].num_examples
   images = np.empty((num_images, *opened.image_shape), np.uint8)

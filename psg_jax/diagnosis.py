@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from psg_jax import checks, unlearning
+from psg_jax import boundary, checks, unlearning
 
 FINE = "fine"
 NOTHING = "nothing was forgotten"
@@ -615,11 +615,10 @@ def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
   """Fills the options up with the defaults of `unlearning.unlearn`."""
   defaults = {
     name: parameter.default
-    for name, parameter in inspect.signature(
-      unlearning.unlearn
-    ).parameters.items()
+    for each in (boundary.Search, unlearning.unlearn)
+    for name, parameter in inspect.signature(each).parameters.items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-  }
+  } | unlearning.SEARCH_DEFAULTS
   for name in options:
     checks.one_of("the name in options", name, defaults)
   return {**defaults, **options}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psg_jax import checks, networks, types
+from psg_jax import checks, data, networks, types
 
 _NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "all_cnn": networks.AllCNN,
@@ -31,11 +31,12 @@ def names() -> tuple[str, ...]:
 def create(
   name: str,
   *,
-  num_classes: int,
-  num_channels: int = 3,
+  like: types.Dataset | None = None,
+  num_classes: int | None = None,
+  num_channels: int | None = None,
   width: float = 1.0,
-  mean: float | Sequence[float],
-  std: float | Sequence[float],
+  mean: float | Sequence[float] | None = None,
+  std: float | Sequence[float] | None = None,
   dropout: float = 0.0,
   dtype: str = "float32",
   is_rematerialised: bool = False,
@@ -51,12 +52,14 @@ def create(
       torchvision's form (the bottleneck's 3x3 convolution takes the stride, He
       initialisation by fan-out). All end in global average pooling and a linear
       head, and take images of 32 pixels or more.
+    like: Images that the network is for, whose classes, channels, mean and
+      standard deviation hold where others are not given.
     num_classes: Number of classes `K`, 2 or more.
-    num_channels: Number of image channels `C`.
+    num_channels: Number of image channels `C`; 3 where nothing says otherwise.
     width: Multiplies the number of filters, positive.
     mean: Per channel or one for all, in [0, 1] pixel units: the network
       computes on `(images - mean) / std`.
-    std: As `mean`, positive.
+    std: As `mean`, positive. Both are given, or neither.
     dropout: Probability in [0, 1) that `apply_train` drops an activation, by
       its key: before the linear head of a ResNet, after the convolutions with
       a stride of the All-CNN.
@@ -79,6 +82,18 @@ def create(
     2015. He et al., Deep Residual Learning for Image Recognition, 2016.
   """
   checks.one_of("name", name, _NETWORKS)
+  if like is not None:
+    num_classes = like.num_classes if num_classes is None else num_classes
+    if num_channels is None:
+      num_channels = like.images.shape[-1]
+    if mean is None and std is None:
+      mean, std = data.mean_and_std(like)
+  num_channels = 3 if num_channels is None else num_channels
+  if num_classes is None or mean is None or std is None:
+    raise ValueError(
+      "num_classes, mean and std must be given, or like, got"
+      f" {num_classes}, {mean} and {std}"
+    )
   checks.integer("num_classes", num_classes, at_least=2)
   checks.integer("num_channels", num_channels, at_least=1)
   checks.number("width", width, above=0)

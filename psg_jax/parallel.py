@@ -102,6 +102,7 @@ def search(
   key: jax.Array,
   *,
   mesh: jax.sharding.Mesh | None = None,
+  search: boundary.Search | None = None,
   **options: Any,
 ) -> boundary.SearchOutput:
   """Runs `boundary.search` over the devices of a mesh.
@@ -117,7 +118,8 @@ def search(
     labels: int `[B]`.
     key: One typed key or one an image.
     mesh: The devices, of whatever axes; None for all there are.
-    **options: Keyword arguments of `boundary.search`.
+    search: The options as one value; None for those that follow.
+    **options: Those of `boundary.Search`.
 
   Returns:
     The points reached, `[B, ...]`, sharded where `B` divides evenly.
@@ -127,9 +129,8 @@ def search(
   """
   mesh = create_mesh() if mesh is None else _batch_mesh(mesh)
   # Inside the mapped program values are traced and escape these checks.
-  prepared = boundary.prepare(
-    apply_fn, variables, images, labels, key, **options
-  )
+  search = boundary.Search(**options) if search is None else search
+  prepared = search.prepare(apply_fn, variables, images, labels, key)
   num_rows = len(prepared.labels)
   batch = (prepared.images, prepared.labels, prepared.keys)
   rows = np.resize(np.arange(num_rows), padded_size(num_rows, mesh))
@@ -140,34 +141,30 @@ def search(
     apply_fn,
     replicate(variables, mesh),
     *shard(batch, mesh),
-    replicate(prepared.scalars, mesh),
+    replicate(prepared.search, mesh),
     mesh=mesh,
-    static=prepared.static,
   )
   if len(rows) == num_rows:
     return output
   return jax.tree.map(lambda x: x[:num_rows], output)
 
 
-@functools.partial(
-  jax.jit, static_argnums=0, static_argnames=("mesh", "static")
-)
+@functools.partial(jax.jit, static_argnums=0, static_argnames="mesh")
 def _sharded_search(
   apply_fn: types.ApplyFn,
   variables: types.Variables,
   images: jax.Array,
   labels: jax.Array,
   keys: jax.Array,
-  scalars: dict[str, jax.Array | None],
+  search: boundary.Search,
   *,
   mesh: jax.sharding.Mesh,
-  static: boundary.StaticOptions,
 ) -> boundary.SearchOutput:
   mapped = jax.shard_map(
-    functools.partial(boundary.search_batch, apply_fn, static=static),
+    functools.partial(boundary.search_batch, apply_fn),
     mesh=mesh,
     in_specs=(_P(), _P(BATCH_AXIS), _P(BATCH_AXIS), _P(BATCH_AXIS), _P()),
     out_specs=_P(BATCH_AXIS),
     check_vma=False,
   )
-  return mapped(variables, images, labels, keys, scalars)
+  return mapped(variables, images, labels, keys, search)

@@ -669,6 +669,33 @@ def check_finite(
     )
 
 
+def train(
+  model: types.Model,
+  dataset: types.Dataset,
+  key: jax.Array,
+  **options: Any,
+) -> tuple[types.Variables, History]:
+  """Trains from a fresh initialisation.
+
+  Args:
+    model: The network.
+    dataset: The training images.
+    key: One typed key, for initialisation, order and augmentation.
+    **options: Those of `fit`; `num_epochs` must be given.
+
+  Returns:
+    The trained variables, and a record for each pass; see `fit`.
+
+  Raises:
+    ValueError: As `fit`, and for images that the network does not take.
+  """
+  checks.key(key)
+  init_key, fit_key = jax.random.split(key)
+  images = jnp.zeros((1, *dataset.images.shape[1:]), jnp.float32)
+  variables = model.init(init_key, images)
+  return fit(model, variables, dataset, fit_key, **options)
+
+
 def fit(
   model: types.Model,
   variables: types.Variables,

@@ -5,6 +5,7 @@ set, and the targets that follow) and `update` (the outer loop), for those who
 bring labels of their own.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -39,8 +40,7 @@ RETAIN_LABELS = ("hard", "soft", "raw_logits")
 _MIN_STEPS = 60
 _MIN_EPOCHS = 3
 BATCH_STATS = ("update", "frozen")
-# Most images are across the boundary by then.
-_FIRST_STEPS = 8
+SEARCH_DEFAULTS = {"num_steps": 50, "step_size": 0.01}
 
 
 class SearchFn(Protocol):
@@ -102,19 +102,6 @@ def unlearn(
   split: types.Split,
   key: jax.Array,
   *,
-  num_steps: int = 50,
-  step_size: float = 0.01,
-  step_decay: str = "constant",
-  max_distance: float | None = None,
-  norm: str = "linf",
-  distance_weight: float = 0.0,
-  distance_decay: str = "constant",
-  distance_term: str = "penalty",
-  noise_scale: float = 0.0,
-  noise: str = "normal",
-  confidence: float | None = None,
-  bounds: tuple[float, float] = (0.0, 1.0),
-  is_rounded: bool = False,
   search_fn: SearchFn | None = None,
   search_batch_size: int = 128,
   eval_batch_size: int = 256,
@@ -133,6 +120,7 @@ def unlearn(
   callback: Callable[[training.TrainState, dict[str, Any]], None] | None = None,
   mesh: jax.sharding.Mesh | None = None,
   show_progress: bool = True,
+  **search_options: Any,
 ) -> UnlearnOutput:
   """Takes the forget set out of a trained model.
 
@@ -146,21 +134,8 @@ def unlearn(
     variables: The original model's, frozen and left as they are.
     split: The forget and the retain set.
     key: One typed key.
-    num_steps: `T` of `boundary.search`, whose options these are up to
-      `is_rounded`.
-    step_size: `ε`, in pixel units of `norm`: with `"l2"` it must be larger.
-    step_decay: `"constant"` or `"sqrt"`.
-    max_distance: Radius of the ball, in pixel units of `norm`, or None.
-    norm: `"linf"` or `"l2"`, of steps, ball and distance.
-    distance_weight: `λ`.
-    distance_decay: Schedule of `λ`.
-    distance_term: `"penalty"` or `"reward"`.
-    noise_scale: `γ`.
-    noise: Distribution of the noise.
-    confidence: `κ`, which can only end a search earlier, or None.
-    bounds: Lowest and highest pixel value.
-    is_rounded: Whether points lie on the grid of 1/255.
-    search_fn: Another search, which replaces the options above.
+    search_fn: A `boundary.Search` or another search, in place of
+      `search_options`; None for those.
     search_batch_size: Images searched at a time, and likewise
       `eval_batch_size`, images predicted at a time: what fits the memory; the
       result is the same, but that of a `search_fn` that looks at its batch.
@@ -197,6 +172,8 @@ def unlearn(
     callback: Called after each pass with the state and the pass's record.
     mesh: Devices to work on; None for one.
     show_progress: Whether to show progress bars.
+    **search_options: Those of `boundary.Search`, by default `num_steps=50` and
+      `step_size=0.01`.
 
   Returns:
     The unlearned variables, the targets, and the history.
@@ -229,44 +206,16 @@ def unlearn(
   checks.integer("eval_batch_size", eval_batch_size, at_least=1)
   if target_accuracy is not None:
     checks.number("target_accuracy", target_accuracy, at_least=0, at_most=1)
-  can_change = search_fn is not None or noise_scale > 0
-  # The linear schedule knows the number of steps.
-  is_staged = (
-    search_fn is None
-    and num_steps >= 2 * _FIRST_STEPS
-    and distance_decay != "linear"
-  )
   if search_fn is None:
-    search_options: dict[str, Any] = dict(  # noqa: C408
-      num_steps=num_steps,
-      step_size=step_size,
-      step_decay=step_decay,
-      max_distance=max_distance,
-      norm=norm,
-      distance_weight=distance_weight,
-      distance_decay=distance_decay,
-      distance_term=distance_term,
-      noise_scale=noise_scale,
-      noise=noise,
-      confidence=confidence,
-      bounds=bounds,
-      is_rounded=is_rounded,
-    )
-    search_fn = functools.partial(
-      boundary.search
-      if mesh is None
-      else functools.partial(parallel.search, mesh=mesh),
-      **search_options,
-    )
-    # One image is enough to check the options before any work.
+    search_fn = boundary.Search(**{**SEARCH_DEFAULTS, **search_options})
+  can_change = True
+  if isinstance(search_fn, boundary.Search):
+    can_change = bool(search_fn.noise_scale > 0)
+    # One image is enough to check before any work.
     one = split.forget.take([0])
-    boundary.prepare(
-      model.apply,
-      variables,
-      training.to_float(jnp.asarray(one.images)),
-      jnp.asarray(one.labels),
-      key,
-      **search_options,
+    images = training.to_float(jnp.asarray(one.images))
+    search_fn.prepare(
+      model.apply, variables, images, jnp.asarray(one.labels), key
     )
   search_key, update_key = jax.random.split(key)
   predict = functools.partial(
@@ -302,7 +251,7 @@ def unlearn(
       jax.random.fold_in(search_key, first_epoch),
       search_fn=search_fn,
       batch_size=search_batch_size,
-      first_steps=_FIRST_STEPS if is_staged else None,
+      mesh=mesh,
       show_progress=show_progress,
     )
     search_seconds = time.perf_counter() - start
@@ -362,7 +311,8 @@ def relabel(
   *,
   search_fn: SearchFn,
   batch_size: int = 128,
-  first_steps: int | None = None,
+  first_steps: int = 8,
+  mesh: jax.sharding.Mesh | None = None,
   show_progress: bool = True,
 ) -> Relabelling:
   """Searches a near class across the boundary for a whole data set.
@@ -373,13 +323,13 @@ def relabel(
     dataset: The forget set.
     key: One typed key; image `i` draws with `fold_in(key, i)`, whatever the
       batch size.
-    search_fn: A search with its options bound.
+    search_fn: A `boundary.Search`, or another search with its options bound.
     batch_size: Images at a time, positive; the last batch is filled up.
-    first_steps: Saves time with a search that takes `num_steps`: all images are
-      given so many steps first, and only those that need more are searched
+    first_steps: Of a `boundary.Search` with twice as many or more. Most images
+      are across the boundary by then: only those that are not are searched
       again, from the start, so that a batch does not wait for its slowest
-      image. The result is the same where no option depends on `num_steps`.
-      None to search once.
+      image. The result is the same.
+    mesh: Devices that a `boundary.Search` works on; None for one.
     show_progress: Whether to show a progress bar.
 
   Returns:
@@ -389,6 +339,7 @@ def relabel(
     ValueError: If an argument is out of its range.
   """
   checks.integer("batch_size", batch_size, at_least=1)
+  checks.integer("first_steps", first_steps, at_least=1)
   checks.key(key)
   if not len(dataset):
     raise ValueError("dataset must not be empty, got 0 images")
@@ -396,8 +347,13 @@ def relabel(
   batch_size = min(batch_size, num_images)
   found: dict[str, np.ndarray] = {}
 
-  def run(rows: np.ndarray, fn: SearchFn) -> None:
+  def run(
+    rows: np.ndarray, search: SearchFn, last_step: int | None = None
+  ) -> None:
     """Searches these rows, and keeps what was found."""
+    fn = search
+    if mesh is not None and isinstance(search, boundary.Search):
+      fn = functools.partial(parallel.search, mesh=mesh, search=search)
     # The last batch is filled up from the first image on: one program.
     plan = [
       rows[np.arange(start, start + batch_size) % len(rows)]
@@ -422,17 +378,22 @@ def relabel(
           found[name] = np.zeros(shape, values.dtype)
         found[name][real] = values
       num_done = len(real)
-      if fn is not search_fn:
-        num_done = int((found["num_steps"][real] < first_steps).sum())
+      if last_step is not None:
+        num_done = int((found["num_steps"][real] < last_step).sum())
       bar.advance(num_done, crossed=float(found["is_crossed"][real].mean()))
 
   with progress.bar(
     "boundary search", num_images, unit="image", is_shown=show_progress
   ) as bar:
     rows = np.arange(num_images)
-    if first_steps is not None:
-      search: Callable[..., boundary.SearchOutput] = search_fn
-      run(rows, functools.partial(search, num_steps=first_steps))
+    if (
+      isinstance(search_fn, boundary.Search)
+      and search_fn.num_steps >= 2 * first_steps
+      # This schedule knows the number of steps.
+      and search_fn.distance_decay != "linear"
+    ):
+      short = dataclasses.replace(search_fn, num_steps=first_steps)
+      run(rows, short, first_steps)
       rows = np.flatnonzero(found["num_steps"] >= first_steps)
     if rows.size:
       run(rows, search_fn)

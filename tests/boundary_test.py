@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import chex
@@ -292,6 +293,65 @@ def test_works_under_jit_and_vmap(nonlinear):
   chex.assert_trees_all_close(
     sweep(jnp.array([0.01, 0.05])), stacked, atol=1e-5
   )
+
+
+def test_a_grid_of_searches_is_one_program(nonlinear):
+  searches = [
+    boundary.Search(
+      num_steps=num_steps,
+      step_size=size,
+      distance_weight=weight,
+      noise_scale=noise,
+    )
+    for num_steps in (3, 9)
+    for size in (0.01, 0.05)
+    for weight, noise in ((0.0, 0.0), (0.5, 0.1))
+  ]
+  apply_fn, *arguments = nonlinear
+
+  @jax.jit
+  @chex.assert_max_traces(n=1)
+  def sweep(grid):
+    return jax.vmap(lambda search: search(apply_fn, *arguments, KEY))(grid)
+
+  expected = [search(apply_fn, *arguments, KEY) for search in searches]
+  assert len({float(output.distance.sum()) for output in expected}) > 4
+  chex.assert_trees_all_close(
+    sweep(boundary.stack(searches)),
+    jax.tree.map(lambda *x: jnp.stack(x), *expected),
+    atol=1e-5,
+  )
+
+
+def test_a_search_is_a_value():
+  search = boundary.Search(num_steps=5, step_size=0.1)
+  assert search == boundary.Search(num_steps=5, step_size=0.1)
+  leaves, structure = jax.tree.flatten(search)
+  assert jax.tree.unflatten(structure, leaves) == search
+  # A part of a tree with no numbers in it, as transformations make them.
+  empty = jax.tree.unflatten(structure, [None] * len(leaves))
+  assert empty.num_steps is None
+  # What follows from the numbers follows from new ones.
+  assert search.is_plain
+  assert not dataclasses.replace(search, noise_scale=0.1).is_plain
+  with pytest.raises(ValueError, match=r"step_size .* got -1"):
+    dataclasses.replace(search, step_size=-1)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ([], "searches must not be empty"),
+    ([{}, {"norm": "l2"}], "searches must have one norm, got 'linf', 'l2'"),
+    ([{}, {"confidence": 0.1}], "all have confidence or none"),
+  ],
+)
+def test_searches_that_are_no_grid(options, message):
+  searches = [
+    boundary.Search(num_steps=5, step_size=0.1, **more) for more in options
+  ]
+  with pytest.raises(ValueError, match=message):
+    boundary.stack(searches)
 
 
 def test_options_that_are_numbers_share_one_program(nonlinear):

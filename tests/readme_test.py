@@ -127,10 +127,10 @@ def test_an_option_that_does_not_exist_is_found_out(parse):
 
 
 _CHECK = """
-split = forget.split(train, classes=0)
-for held, low, high in ((variables, 0.9, 1.0), (output.variables, 0.0, 0.1)):
-  logits = model.apply(held, split.forget.images / 255)
-  accuracy = float((logits.argmax(-1) == split.forget.labels).mean())
+models = {"original": original, "unlearned": output.variables}
+table = psg.evaluate(model, parts, **models)
+for name, low, high in (("original", 0.9, 1.0), ("unlearned", 0.0, 0.1)):
+  accuracy = table.value(name, "accuracy", "train_forget")
   assert low <= accuracy <= high, accuracy
 """
 

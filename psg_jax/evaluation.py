@@ -1,0 +1,210 @@
+"""Evaluation of models on the four parts of the data, as one tidy table."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from psg_jax import checks, forget, inference, metrics, types
+
+HEADLINE = (
+  *(f"accuracy_{part}" for part in metrics.SPLITS),
+  *("agreement_test_forget", "agreement_test_retain"),
+  *("kl_divergence_test_forget", "kl_divergence_test_retain"),
+  "mia_loss_auc",
+)
+"""The metrics that `evaluate` computes where none are named."""
+
+
+class Parts(NamedTuple):
+  """The data of a request.
+
+  Attributes:
+    split: The training images to forget, and those to retain.
+    test_split: The test images of the same kind, which may be none, and the
+      others.
+  """
+
+  split: types.Split
+  test_split: types.Split
+
+  def datasets(self) -> dict[str, types.Dataset]:
+    """Returns the parts by their names in `metrics.SPLITS`."""
+    parts = (*self.split, *self.test_split)
+    return dict(zip(metrics.SPLITS, parts, strict=True))
+
+
+def parts(train: types.Dataset, test: types.Dataset, **request: Any) -> Parts:
+  """Cuts training and test images by one request.
+
+  Args:
+    train: What the model was trained on.
+    test: What it has not seen.
+    **request: Arguments of `forget.Request`: `classes`, `where`, `ids`, `group`
+      and others.
+
+  Raises:
+    ValueError: As `forget.split`, for the training images.
+  """
+  asked = forget.Request(**request)
+  is_asked = forget.matching(test, asked)
+  return Parts(
+    forget.split_request(train, asked),
+    types.Split(test.take(is_asked), test.take(~is_asked)),
+  )
+
+
+def whole_classes(split: types.Split) -> np.ndarray:
+  """Returns the numbers of the classes of which no image is retained."""
+  return np.setdiff1d(split.forget.labels, split.retain.labels)
+
+
+def is_class_request(split: types.Split) -> bool:
+  """Whether whole classes are forgotten and no more: the ideal accuracy is 0.
+
+  However the request was put: as classes, as a condition or as ids, with or
+  without groups.
+
+  Args:
+    split: Forget and retain set of the training images.
+  """
+  return bool(np.isin(split.forget.labels, whole_classes(split)).all())
+
+
+class Row(NamedTuple):
+  """One figure.
+
+  Attributes:
+    model: Name of the model.
+    part: Of `metrics.SPLITS`; empty for a metric of several parts.
+    metric: Its name, without the part.
+    value: None where there is none.
+    reason: Why there is none; else empty.
+  """
+
+  model: str
+  part: str
+  metric: str
+  value: float | None
+  reason: str
+
+
+class Table(tuple[Row, ...]):
+  """All figures, a row each; printed with a column for each model."""
+
+  __slots__ = ()
+
+  def value(self, model: str, metric: str, part: str = "") -> float | None:
+    """Returns one figure.
+
+    Raises:
+      ValueError: If it is not in the table.
+    """
+    rows = {row[:3]: row.value for row in self}
+    if (model, part, metric) not in rows:
+      raise ValueError(
+        f"model, metric and part must be of the table, got {model!r},"
+        f" {metric!r} and {part!r}"
+      )
+    return rows[model, part, metric]
+
+  def __str__(self) -> str:
+    models = dict.fromkeys(row.model for row in self)
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in self:
+      text = "–" if row.value is None else f"{row.value:.3f}"
+      lines.setdefault((row.metric, row.part), {})[row.model] = text
+    head = f"{'':16}{'':14}" + "".join(f"{model:>12}" for model in models)
+    return "\n".join(
+      [head]
+      + [
+        f"{metric:16}{part:14}"
+        + "".join(f"{cells.get(model, ''):>12}" for model in models)
+        for (metric, part), cells in lines.items()
+      ]
+    )
+
+
+def evaluate(
+  model: types.Model,
+  parts: Parts,
+  *,
+  names: Iterable[str] = HEADLINE,
+  batch_size: int = 256,
+  mesh: jax.sharding.Mesh | None = None,
+  **variables: types.Variables | None,
+) -> Table:
+  """Computes the figures of models, each in one pass over the data.
+
+  Args:
+    model: The network.
+    parts: The data of the request.
+    names: Metrics, of `metrics.METRICS`.
+    batch_size: Images at a time, positive.
+    mesh: Devices to work on; None for one.
+    **variables: The variables of each model, by any name; `original` and
+      `retrained` are what the others are compared with. None for a model that
+      there is not.
+
+  Returns:
+    A row for each model and metric. Print it, or give it to
+    `pandas.DataFrame`.
+
+  Raises:
+    ValueError: If a metric is unknown, or no model is given.
+  """
+  names = tuple(names)
+  needs = {need for name in names for need in metrics.find(name).needs}
+  given = {name: held for name, held in variables.items() if held is not None}
+  checks.integer("batch_size", batch_size, at_least=1)
+  if not given:
+    raise ValueError("variables must be of one model or more, got none")
+  datasets = parts.datasets()
+  has_features = any(".features." in need for need in needs)
+  outputs = {
+    name: _outputs(model, held, datasets, has_features, batch_size, mesh)
+    for name, held in given.items()
+  }
+  rows = []
+  for name, output in outputs.items():
+    inputs = metrics.Inputs(
+      labels={part: dataset.labels for part, dataset in datasets.items()},
+      model=output,
+      retrained=outputs.get("retrained") if name != "retrained" else None,
+      original=outputs.get("original") if name != "original" else None,
+    )
+    for metric, result in metrics.compute(names, inputs).items():
+      part = next((x for x in metrics.SPLITS if metric.endswith(f"_{x}")), "")
+      short = metric.removesuffix(f"_{part}")
+      reason = result.get("reason", "")
+      rows.append(Row(name, part, short, result["value"], reason))
+  return Table(rows)
+
+
+def _outputs(
+  model: types.Model,
+  variables: types.Variables,
+  datasets: Mapping[str, types.Dataset],
+  has_features: bool,
+  batch_size: int,
+  mesh: jax.sharding.Mesh | None,
+) -> metrics.Outputs:
+  """Predicts all parts, with features where they are needed."""
+  logits, features = {}, {}
+  for part, dataset in datasets.items():
+    if has_features:
+      logits[part], features[part] = inference.predict_both(
+        model, variables, dataset.images, batch_size=batch_size, mesh=mesh
+      )
+    else:
+      logits[part] = inference.predict(
+        model.apply,
+        variables,
+        dataset.images,
+        batch_size=batch_size,
+        mesh=mesh,
+      )
+  return metrics.Outputs(
+    logits, features if has_features else None, params=variables["params"]
+  )
