@@ -353,8 +353,10 @@ def _is_kept_as_text(kind: pa.DataType, values: pa.Array) -> bool:
   if kind == pa.int64():
     return any(re.match(r"[+-]?0[0-9]", text.strip()) for text in texts)
   if kind == pa.float64():
-    # All whole, yet no 64-bit integers: names of many digits.
-    return all(re.fullmatch(r"[+-]?[0-9]+", text.strip()) for text in texts)
+    # All whole, yet no 64-bit integers: names of many digits, or with an E
+    # between their digits.
+    name = re.compile(r"[+-]?[0-9]+|[0-9]+[eE][0-9]+")
+    return all(name.fullmatch(text.strip()) for text in texts)
   return False
 
 

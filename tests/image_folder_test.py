@@ -448,6 +448,23 @@ def test_decimal_commas(values, expected):
   assert read_table("\n".join(["file;x", *rows])).texts["x"] == expected
 
 
+@pytest.mark.parametrize(
+  ("values", "kind"),
+  [
+    (["1E5", "10E4"], pa.string()),
+    (["12", "7E2"], pa.string()),
+    (["1.5e3", "7E2"], pa.float64()),
+    (["1e-05", "2e-07"], pa.float64()),
+  ],
+)
+def test_names_with_an_e_between_digits_are_no_numbers(values, kind):
+  rows = [f"{i}.png,{value}" for i, value in enumerate(values)]
+  table = read_table("\n".join(["file,patient", *rows]))
+  assert table.types["patient"] == kind
+  if kind == pa.string():
+    assert table.texts["patient"] == values
+
+
 def test_columns_called_like_ours_in_any_case():
   for name in ("ID", "row", "Row", "SHA256"):
     with pytest.raises(ValueError, match=f"the column '{name}'"):
