@@ -59,6 +59,8 @@ def load(job: recipes.Job) -> Loaded:
   train, test = (
     read(name, split, data_dir=job.data_dir) for split in data.SPLITS
   )
+  if not is_own and naming.parse(name).is_own:
+    _say_stale(job)
   source = _account(job, name, len(train) + len(test))
   if job.weights is not None and naming.parse(name).is_own:
     train, test = _seen_and_unseen(job, train, test)
@@ -198,6 +200,30 @@ def _prepare(job: recipes.Job) -> str:
   for note in prepared.notes:
     say(f"{source}: {note}")
   return prefix + digest
+
+
+def _say_stale(job: recipes.Job) -> None:
+  """Says so where what a named set was prepared from is not as it was."""
+  builder = data.open_builder(job.dataset, "train", data_dir=job.data_dir)
+  stored = builder.info.metadata or {}
+  settings = stored.get("settings") or {}
+  source, before = settings.get("source"), stored.get("fingerprint")
+  if source is None or before is None:
+    return
+  try:
+    now = image_tree.fingerprint(pathlib.Path(source), settings.get("metadata"))
+  except (OSError, ValueError):
+    # It need not be kept.
+    return
+  if now != before:
+    command = naming.command(job.dataset, settings)
+    if job.data_dir is not None:
+      command += f" --data_dir {job.data_dir}"
+    say(
+      f"{source} or its metadata has changed since the set {job.dataset!r} was"
+      f" prepared, which is used as it is: {command} --overwrite prepares it"
+      " anew"
+    )
 
 
 def _say_changed(

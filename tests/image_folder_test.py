@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import pathlib
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -1097,6 +1098,23 @@ def test_job_uses_what_is_there_now(tmp_path, capsys):
     sets.load(job)
   assert who(dataclasses.replace(job, skip_corrupt=True)) == (10, "b")
   assert "cannot be decoded" in capsys.readouterr().err
+
+
+def test_a_named_set_says_that_its_source_has_changed(tmp_path, capsys):
+  source = _folder(tmp_path / "raw", _files(5))
+  _from_folder(tmp_path, source, set_name="scans")
+  job = recipes.Job(dataset="scans", data_dir=str(tmp_path / "out"))
+  capsys.readouterr()
+  assert sets.load(job).source["read"] == 10
+  assert not capsys.readouterr().err
+  (source / "dog" / "new.png").write_bytes(_png())
+  assert sets.load(job).source["read"] == 10
+  (line,) = capsys.readouterr().err.splitlines()
+  assert "has changed since the set 'scans' was prepared" in line
+  assert f"--data_dir {tmp_path / 'out'} --overwrite prepares" in line
+  shutil.rmtree(source)
+  assert sets.load(job).source["read"] == 10
+  assert not capsys.readouterr().err
 
 
 def test_names_and_paths_of_jobs(tmp_path, monkeypatch, capsys):
