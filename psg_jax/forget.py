@@ -186,28 +186,37 @@ class Request:
       ValueError: If there is no such file, or it is not a request.
     """
     path = pathlib.Path(path)
+
+    def fields_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+      names = [name for name, _ in pairs]
+      twice = [name for name in names if names.count(name) > 1]
+      if twice:
+        raise ValueError(f"{twice[0]!r} stands in it twice")
+      return dict(pairs)
+
     try:
-      fields = json.loads(checks.text("path", path.read_bytes(), str(path)))
+      text = checks.text("request", path.read_bytes(), str(path))
+      fields = json.loads(text, object_pairs_hook=fields_of)
     except OSError as error:
       raise ValueError(
-        f"path must be a readable file, got {str(path)!r}: {error.strerror}"
+        f"request must be a readable file, got {str(path)!r}: {error.strerror}"
       ) from None
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
       raise ValueError(
-        f"path must be a JSON file, got {str(path)!r}: {error}"
+        f"request must be a JSON file, got {str(path)!r}: {error}"
       ) from None
     if not isinstance(fields, dict):
-      raise ValueError(f"path must hold a JSON object, got {str(path)!r}")
+      raise ValueError(f"request must hold a JSON object, got {str(path)!r}")
     for name in fields:
       checks.one_of(
-        f"path {str(path)!r}: each field",
+        f"request {str(path)!r}: each field",
         name,
         [field.name for field in dataclasses.fields(cls)],
       )
     try:
       return cls(**fields)
     except ValueError as error:
-      raise ValueError(f"path {str(path)!r}: {error}") from None
+      raise ValueError(f"request {str(path)!r}: {error}") from None
 
 
 def split(

@@ -762,16 +762,18 @@ def test_request_file(tmp_path, classes, ids, fraction, seed):
     ('{"classes": 1, "seed": "3"}', ["seed", "3"]),
     ('{"classes": 1, "fraction": NaN}', ["fraction", "nan"]),
     ("{}", ["none"]),
+    ('{"classes": [1], "classes": [2]}', ["'classes' stands in it twice"]),
+    ("[" * 100_000, ["JSON"]),
   ],
 )
 def test_bad_request_files(tmp_path, content, parts):
   path = tmp_path / "request.json"
   path.write_text(content)
-  fails(lambda: forget.Request.from_json(path), "path", *parts)
+  fails(lambda: forget.Request.from_json(path), "request", *parts)
 
 
 def test_bad_request_paths(tmp_path):
-  fails(lambda: forget.Request.from_json(tmp_path / "no"), "path", "No such")
+  fails(lambda: forget.Request.from_json(tmp_path / "no"), "request", "No such")
   request = forget.Request(classes=1)
   fails(lambda: request.to_json(tmp_path / "no" / "a.json"), "path", "folder")
 
