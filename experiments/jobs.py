@@ -353,8 +353,8 @@ def announce(context: Context) -> str:
     lines.append(
       f"{num_test} test images match as well: unseen, they are not forgotten"
     )
-  if asked.num_moved:
-    lines.append(f"{asked.num_moved} twins were moved into the forget set")
+  if len(asked.moved):
+    lines.append(f"{len(asked.moved)} twins were moved into the forget set")
   return "\n".join(lines)
 
 

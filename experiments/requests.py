@@ -31,10 +31,8 @@ class Asked(NamedTuple):
     test_split: The test images of the same kind, and the others.
     preview: Counts of the split.
     twins: Duplicates across the parts; None where they were not looked for.
-    num_moved: Twins that were moved into the forget set.
+    moved: Ids of twins that were moved into the forget set.
     columns: Metadata columns by which results are shown.
-    is_class_request: Whether whole classes are asked for; what twins add to
-      them does not change that.
   """
 
   request: forget.Request
@@ -42,9 +40,16 @@ class Asked(NamedTuple):
   test_split: types.Split
   preview: forget.Preview
   twins: twins.Twins | None
-  num_moved: int
+  moved: np.ndarray
   columns: tuple[str, ...]
-  is_class_request: bool
+
+  @property
+  def is_class_request(self) -> bool:
+    """Whether whole classes are asked for; what twins add changes nothing."""
+    is_moved = np.isin(np.asarray(self.split.forget.ids), self.moved)
+    labels = self.split.forget.labels
+    kept = np.concatenate([self.split.retain.labels, labels[is_moved]])
+    return evaluation.are_whole_classes(labels[~is_moved], kept)
 
 
 def build(job: recipes.Job) -> forget.Request:
@@ -112,26 +117,25 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
   columns = tuple(job.by) or group_columns(train)
   for column in columns:
     _check_column(train, column)
-  found, num_moved, is_class = None, 0, evaluation.is_class_request(split)
+  found, moved = None, np.zeros(0, str)
   if job.twins != "ignore":
     found = twins.find(
       {"forget": split.forget, "retain": split.retain, "test": test}
     )
     if job.twins == "move":
-      before = len(split.forget)
+      before = np.asarray(split.forget.ids)
       codes = forget.group_codes(train, request.group)
       groups = dict(zip(np.asarray(train.ids), codes, strict=True))
       split = twins.move(split, found, groups=groups)
-      num_moved = len(split.forget) - before
+      moved = np.setdiff1d(np.asarray(split.forget.ids), before)
   return Asked(
     request=request,
     split=split,
     test_split=types.Split(test.take(is_asked), test.take(~is_asked)),
     preview=forget.preview(train, split, by=columns, request=request),
     twins=found,
-    num_moved=num_moved,
+    moved=moved,
     columns=columns,
-    is_class_request=is_class,
   )
 
 
@@ -164,7 +168,7 @@ def record(asked: Asked) -> dict[str, Any]:
     "preview": asked.preview.as_dict(),
     "preview_text": str(asked.preview),
     "twins": None if asked.twins is None else _twins_record(asked.twins),
-    "num_twins_moved": asked.num_moved,
+    "num_twins_moved": len(asked.moved),
     "columns": list(asked.columns),
   }
 

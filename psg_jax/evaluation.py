@@ -60,6 +60,11 @@ def whole_classes(split: types.Split) -> np.ndarray:
   return np.setdiff1d(split.forget.labels, split.retain.labels)
 
 
+def are_whole_classes(forget: np.ndarray, retain: np.ndarray) -> bool:
+  """Whether no label `[N]` to forget is one `[M]` of what is retained."""
+  return not np.isin(forget, retain).any()
+
+
 def is_class_request(split: types.Split) -> bool:
   """Whether whole classes are forgotten and no more: the ideal accuracy is 0.
 
@@ -69,7 +74,7 @@ def is_class_request(split: types.Split) -> bool:
   Args:
     split: Forget and retain set of the training images.
   """
-  return bool(np.isin(split.forget.labels, whole_classes(split)).all())
+  return are_whole_classes(split.forget.labels, split.retain.labels)
 
 
 class Row(NamedTuple):

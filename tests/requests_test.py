@@ -267,7 +267,7 @@ def test_twins_and_groups_are_closed_together():
   train.images[2] = train.images[1]
   asked = ask(train, where="row = 0", group="patient", twins="move")
   assert set(asked.split.forget.ids) == {"i0", "i1", "i2", "i3"}
-  assert asked.num_moved == 2
+  assert len(asked.moved) == 2
   assert asked.preview.group.num_shared_groups == 0
   # Without groups, twins alone move.
   asked = ask(train, where="row = 1", twins="move")
