@@ -13,7 +13,16 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from experiments import demo, jobs, recipes, report, requests, sets, unlearn
+from experiments import (
+  cli,
+  demo,
+  jobs,
+  recipes,
+  report,
+  requests,
+  sets,
+  unlearn,
+)
 from psg_jax import (
   data,
   forget,
@@ -242,6 +251,16 @@ def test_one_request_in_all_its_forms(seed, tmp_path):
     for form in forms
     for more in ({}, {}, {"group": "patient", "twins": "move"})
   ]
+  for form in forms:
+    # As a run that is gone on with reads it, and as the run writes it down.
+    job = recipes.Job(**{"forget_classes": (), "twins": "ignore", **form})
+    content = json.dumps({"job": dataclasses.asdict(job)})
+    (tmp_path / "config.json").write_text(content)
+    resumed = cli.read_job(tmp_path)
+    asked.append(requests.ask(resumed, train, train.take([0])))
+    path = tmp_path / "request.json"
+    asked[-1].request.to_json(path)
+    asked.append(ask(train, request=str(path)))
   assert len({forget.ids_hash(each.split.forget.ids) for each in asked}) == 1
   assert all(each.is_class_request for each in asked)
 
