@@ -9,7 +9,6 @@ import functools
 import hashlib
 import pathlib
 import types
-import unicodedata
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -364,8 +363,7 @@ def _alike(class_names: Sequence[str]) -> list[str]:
   """Says which classes may be meant to be one."""
   groups: dict[str, list[str]] = {}
   for name in class_names:
-    text = unicodedata.normalize("NFKC", name).casefold()
-    groups.setdefault("".join(text.split()), []).append(name)
+    groups.setdefault(checks.folded(name), []).append(name)
   return [
     f"the classes {' and '.join(map(ascii, names))} differ in case, blanks or"
     " the form of letters alone: join their folders if they are one"

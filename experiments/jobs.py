@@ -487,12 +487,15 @@ def validation(
   shown = context.asked.test_split
   if stop_target(context) == "zero":
     return shown, None
+  group = context.asked.request.group
   for name in ("forget", "retain"):
     part = getattr(shown, name)
-    group = context.asked.request.group
-    units = None if group is None else forget.group_codes(part, group)
-    counted = part.labels if units is None else np.unique(units) * 0
-    if len(part) and np.bincount(counted).max() > 1:
+    if group is None:
+      units, can_part = None, np.bincount(part.labels, minlength=1).max() > 1
+    else:
+      units = forget.group_codes(part, group)
+      can_part = len(np.unique(units)) > 1
+    if can_part:
       rest, held = data.hold_out(part, 0.5, _VALIDATION_SEED, units)
       return shown._replace(**{name: rest}), held
   return shown, None

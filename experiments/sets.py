@@ -59,20 +59,17 @@ def load(job: recipes.Job) -> Loaded:
   train, test = (
     read(name, split, data_dir=job.data_dir) for split in data.SPLITS
   )
+  builder = data.open_builder(name, data.SPLITS[0], data_dir=job.data_dir)
+  stored = builder.info.metadata or {}
   if not is_own and naming.parse(name).is_own:
-    _say_stale(job)
-  source = _account(job, name, len(train) + len(test))
+    _say_stale(job, stored)
+  source = {
+    "name": str(stored.get("source") or job.dataset),
+    **(stored.get("account") or {"read": len(train) + len(test)}),
+  }
   if job.weights is not None and naming.parse(name).is_own:
     train, test = _seen_and_unseen(job, train, test)
   return Loaded(train, test, source)
-
-
-def _account(job: recipes.Job, name: str, num_images: int) -> dict[str, Any]:
-  builder = data.open_builder(name, data.SPLITS[0], data_dir=job.data_dir)
-  stored = builder.info.metadata or {}
-  source = stored.get("source") or job.dataset
-  account = stored.get("account") or {"read": num_images}
-  return {"name": str(source), **account}
 
 
 def _seen_and_unseen(
@@ -202,10 +199,8 @@ def _prepare(job: recipes.Job) -> str:
   return prefix + digest
 
 
-def _say_stale(job: recipes.Job) -> None:
+def _say_stale(job: recipes.Job, stored: Mapping[str, Any]) -> None:
   """Says so where what a named set was prepared from is not as it was."""
-  builder = data.open_builder(job.dataset, "train", data_dir=job.data_dir)
-  stored = builder.info.metadata or {}
   settings = stored.get("settings") or {}
   source, before = settings.get("source"), stored.get("fingerprint")
   if source is None or before is None:
@@ -216,9 +211,7 @@ def _say_stale(job: recipes.Job) -> None:
     # It need not be kept.
     return
   if now != before:
-    command = naming.command(job.dataset, settings)
-    if job.data_dir is not None:
-      command += f" --data_dir {job.data_dir}"
+    command = data.command(job.dataset, job.data_dir, stored)
     say(
       f"{source} or its metadata has changed since the set {job.dataset!r} was"
       f" prepared, which is used as it is: {command} --overwrite prepares it"

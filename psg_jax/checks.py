@@ -6,6 +6,7 @@ input shows as masks and NaN in the result.
 
 import codecs
 import difflib
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -118,6 +119,11 @@ def few(values: Iterable[Any], num_shown: int = 3) -> str:
   names = [str(value) for value in values]
   rest = len(names) - num_shown
   return ", ".join(names[:num_shown]) + (f" and {rest} more" * (rest > 0))
+
+
+def folded(text: str) -> str:
+  """Returns a text without case, blanks and forms of letters."""
+  return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def text(

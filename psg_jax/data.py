@@ -283,7 +283,7 @@ def open_builder(
     raise ValueError(
       f"data_dir holds a damaged {name!r}: {missing[0]} is missing in"
       f" {version_dir}; run:"
-      f" {_command(name, data_dir, builder.info.metadata)} --overwrite"
+      f" {command(name, data_dir, builder.info.metadata)} --overwrite"
     )
   return builder
 
@@ -517,28 +517,28 @@ def _find_version(
     from data_prep import base
 
     return base.prepare(name, data_dir=data_dir).folder
-  command = _command(name, data_dir)
+  line = command(name, data_dir)
   if parsed.is_own:
     known = [each for each in names(root) if each != naming.OWN_BUILDER]
     try:
       checks.one_of("name", name, known)
     except ValueError as error:
       raise ValueError(
-        f"{error}; for images of your own, run: {command}"
+        f"{error}; for images of your own, run: {line}"
       ) from None
   if not root.is_dir():
     raise ValueError(
       f"data_dir must be a folder of prepared sets, got {str(root)!r}, which"
       f" {'is a file' if root.exists() else 'does not exist'}; to make it,"
-      f" run: {command}"
+      f" run: {line}"
     )
   raise ValueError(
     f"name must be a set prepared in data_dir {str(root)!r}, got {name!r};"
-    f" run: {command}"
+    f" run: {line}"
   )
 
 
-def _command(
+def command(
   name: str,
   data_dir: str | os.PathLike[str] | None,
   metadata: Mapping[str, Any] | None = None,
@@ -546,9 +546,9 @@ def _command(
   """Returns the line that prepares a set, as it once was where `metadata`."""
   from data_prep import naming
 
-  command = naming.command(name, (metadata or {}).get("settings"))
+  line = naming.command(name, (metadata or {}).get("settings"))
   place = "" if data_dir is None else f" --data_dir {os.fspath(data_dir)}"
-  return f"{command}{place}"
+  return f"{line}{place}"
 
 
 def _records(builder: tfds.core.DatasetBuilder, split: str) -> Any:

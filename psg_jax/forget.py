@@ -1156,10 +1156,7 @@ def _alike(
     if pa.types.is_dictionary(column.type):
       column = column.cast(column.type.value_type)
     values = pc.unique(column).drop_null()
-    folded = [
-      "".join(unicodedata.normalize("NFKC", value).casefold().split())
-      for value in values.to_pylist()
-    ]
+    folded = [checks.folded(value) for value in values.to_pylist()]
     _, codes, counts = np.unique(
       folded, return_inverse=True, return_counts=True
     )

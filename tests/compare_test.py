@@ -21,8 +21,10 @@ from experiments import (
   jobs,
 )
 from psg_jax import baselines, checkpoints, twins, types, unlearning
-from tests import fakes, programs_test
+from tests import programs_test
+from tests.programs_test import data_dir
 
+__all__ = ["data_dir"]
 SMALL = [
   "--num_train=250",
   "--width=0.05",
@@ -45,13 +47,6 @@ METRICS = (
   *("agreement_test_forget", "kl_divergence_test_forget", "mia_loss_auc"),
   *("tug_of_war", "run_time_efficiency", "relearn_steps"),
 )
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-  folder = tmp_path_factory.mktemp("data")
-  with fakes.quick_programs(folder):
-    yield folder
 
 
 def go_on(runs, *arguments):

@@ -45,10 +45,12 @@ def linear_model(num_features, num_classes):
 class _OneBlock(networks._Network):
   """One of the All-CNN's blocks in place of eight."""
 
+  stride = 1
+
   def _backbone(self, hidden, mask, is_training):
     filters = networks._scaled(96, self.width)
     block = self._block(networks._ConvBlock)
-    return block(filters, 3, 1, self.dtype, name="block_0")(
+    return block(filters, 3, self.stride, self.dtype, name="block_0")(
       hidden, mask, is_training
     )
 
@@ -63,15 +65,13 @@ def small_cnn(**options):
     return models.create("one_block", **options)
 
 
-class _QuickCNN(networks._Network):
+class _QuickCNN(_OneBlock):
   """One block and a linear layer of all its values: learns in a few steps."""
 
+  stride = 4
+
   def _backbone(self, hidden, mask, is_training):
-    filters = networks._scaled(96, self.width)
-    block = self._block(networks._ConvBlock)
-    hidden = block(filters, 3, 4, self.dtype, name="block_0")(
-      hidden, mask, is_training
-    )
+    hidden = super()._backbone(hidden, mask, is_training)
     return hidden.reshape(len(hidden), 1, 1, -1)
 
 
@@ -87,7 +87,7 @@ def _quick_layout():
 def quick_programs(data_dir, dataset="digits"):
   """Programs with a network that compiles quickly, and maps without t-SNE.
 
-  The same programs with all of the All-CNN are run by the slow tests.
+  `whole_network_test` runs a job with all of the All-CNN.
 
   Args:
     data_dir: Where data sets are kept.
