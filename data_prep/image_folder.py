@@ -14,7 +14,15 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data_prep import image_tree, sources, splits, tables
+from data_prep import (
+  image_tree,
+  listing,
+  metadata,
+  sources,
+  splits,
+  tables,
+  trees,
+)
 from psg_jax import checks
 
 SPLIT_NAMES = {
@@ -50,45 +58,41 @@ class PsgImageFolder(image_tree.ImageTreeBuilder):
 
   def make_plan(self, source: pathlib.Path) -> image_tree.Plan:
     """Lists the classes, reads the table, and splits where folders do not."""
-    tree, headers = image_tree.read_headers(
-      sources.strip_wrappers(sources.list_files(source), SPLIT_NAMES)
+    tree, headers = metadata.read_headers(
+      sources.strip_wrappers(listing.list_files(source), SPLIT_NAMES)
     )
-    class_names, found, notes = _find_images(tree)
+    class_names, pairs, notes = _find_images(tree)
     classes = {
       path: class_names[label]
-      for pairs in found.values()
-      for path, label in pairs
+      for part in pairs.values()
+      for path, label in part
     }
-    metadata = self.options.metadata
-    table, more = image_tree.read_table(
+    path = self.options.metadata
+    content = None if path is None else sources.read_table(str(path))
+    table, more = metadata.read(
       tree,
       classes,
-      path=None if metadata is None else str(metadata),
+      content=content,
+      name=str(path),
       encoding=self.options.encoding,
     )
-    table, said = image_tree.add_columns(table, headers, classes)
+    table, said = metadata.add_headers(table, headers, classes)
     groups = self._groups(table, tree)
-    if "all" in found:
-      found = _split(found["all"], groups, self.seed)
-      for split, pairs in found.items():
-        if not pairs:
+    if "all" in pairs:
+      pairs = _split(pairs["all"], groups, self.seed)
+      for split, part in pairs.items():
+        if not part:
           raise ValueError(
             f"source must have images enough for train and test, got"
             f" {len(classes)} in {tree.name!r}, of which none fell to {split}"
           )
     else:
-      notes += _across(found, groups, self.group())
-    return image_tree.Plan(
-      tree,
-      class_names,
-      found,
-      table,
-      (*notes, *more, *said),
-      None if metadata is None else image_tree.read_file(str(metadata)),
-    )
+      notes += _across(pairs, groups, self.group())
+    notes = (*notes, *more, *said)
+    return image_tree.Plan(tree, class_names, pairs, table, notes, content)
 
   def _groups(
-    self, table: tables.Table | None, tree: sources.Tree
+    self, table: tables.Table | None, tree: trees.Tree
   ) -> Mapping[str, str | None]:
     """Returns the group of each file that has one."""
     needed = self.NEEDED_COLUMNS
@@ -96,7 +100,7 @@ class PsgImageFolder(image_tree.ImageTreeBuilder):
       raise ValueError(
         f"metadata must be given for {self.public_name!r}: a table with the"
         f" columns file, {', '.join(needed)}, got no"
-        f" {image_tree.METADATA_FILE} in {tree.name!r}"
+        f" {trees.METADATA_FILE} in {tree.name!r}"
       )
     for column in needed:
       if table is not None and column not in table.texts:
@@ -116,26 +120,22 @@ class PsgImageFolder(image_tree.ImageTreeBuilder):
 
 
 def _find_images(
-  tree: sources.Tree,
-) -> tuple[tuple[str, ...], dict[str, list[tuple[str, int]]], tuple[str, ...]]:
+  tree: trees.Tree,
+) -> tuple[tuple[str, ...], dict[str, sources.Pairs], tuple[str, ...]]:
   """Returns classes, images by split ("all" for one to be made), and notes."""
   folders, notes = _split_folders(tree)
-  found: dict[str, list[tuple[str, int]]] = {}
+  pairs: dict[str, sources.Pairs] = {}
   class_names: tuple[str, ...] | None = None
   for split, folder in folders.items():
-    images = sources.images_by_class(tree, folder, class_names)
-    class_names = tuple(images)
-    found[split] = [
-      (path, label)
-      for label, paths in enumerate(images.values())
-      for path in paths
-    ]
+    class_names, pairs[split] = sources.labelled_images(
+      tree, folder, class_names
+    )
   assert class_names is not None
-  return class_names, found, notes
+  return class_names, pairs, notes
 
 
 def _split_folders(
-  tree: sources.Tree,
+  tree: trees.Tree,
 ) -> tuple[dict[str, str], tuple[str, ...]]:
   """Returns split -> folder, and notes."""
   top = sorted(name for name in tree.folders if "/" not in name)
@@ -172,10 +172,8 @@ def _split_folders(
 
 
 def _split(
-  pairs: list[tuple[str, int]],
-  groups: Mapping[str, str | None],
-  seed: int,
-) -> dict[str, list[tuple[str, int]]]:
+  pairs: sources.Pairs, groups: Mapping[str, str | None], seed: int
+) -> dict[str, sources.Pairs]:
   labels = np.asarray([label for _, label in pairs])
   is_test = splits.choose_test(
     labels, [groups.get(path) for path, _ in pairs], seed=seed
@@ -187,13 +185,13 @@ def _split(
 
 
 def _across(
-  found: Mapping[str, list[tuple[str, int]]],
+  parts: Mapping[str, sources.Pairs],
   groups: Mapping[str, str | None],
   group: str | None,
 ) -> tuple[str, ...]:
   """Says how many groups the user's own folders have on both sides."""
   members = [
-    {groups.get(path) for path, _ in pairs} - {None} for pairs in found.values()
+    {groups.get(path) for path, _ in pairs} - {None} for pairs in parts.values()
   ]
   both = set.intersection(*members)
   if not both:

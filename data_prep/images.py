@@ -6,7 +6,6 @@ Pillow lets go of Python's lock while it decodes, resizes and encodes.
 
 import collections
 import concurrent.futures
-import hashlib
 import io
 import itertools
 import math
@@ -19,7 +18,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, ImagePalette
 
-from data_prep import dicom, sources
+from data_prep import dicom, trees
+from psg_jax import files
 
 FITS = ("letterbox", "stretch", "crop")
 """Ways to make an image square: black bars, another aspect ratio, a cut."""
@@ -185,7 +185,7 @@ def encode(
     raise ValueError(str(error) or type(error).__name__) from error
   return Encoded(
     png=buffer.getvalue(),
-    sha256=hashlib.sha256(content).hexdigest(),
+    sha256=files.digest(content),
     width=raw_size[0],
     height=raw_size[1],
     num_pages=num_pages,
@@ -440,8 +440,8 @@ def _mend_palette(image: Image.Image) -> None:
 
 
 def _is_dicom(content: bytes) -> bool:
-  head = content[: sources.HEAD_BYTES]
-  kind = sources.kind_of(head)
+  head = content[: trees.HEAD_BYTES]
+  kind = trees.kind_of(head)
   # Older files begin with their first element, of group 2 or 8.
   is_bare = head[1:2] == b"\0" and head[:1] in (b"\2", b"\x08")
   return kind == "DICOM" or (not kind and is_bare)

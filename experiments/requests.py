@@ -1,7 +1,6 @@
 """From a job's options to the images to forget, with a preview and twins."""
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from experiments import recipes
-from psg_jax import checks, evaluation, forget, twins, types
+from psg_jax import evaluation, files, forget, twins, types
 
 _MAX_VALUES = 12
 _MAX_COLUMNS = 4
@@ -148,14 +147,14 @@ def request_fields(request: forget.Request) -> dict[str, Any]:
 
 def images_hash(parts: Sequence[types.Dataset]) -> str:
   """Returns the SHA-256 of ids, labels and, where known, files of images."""
-  digest = hashlib.sha256()
+  texts = []
   for part in parts:
     columns: list[Any] = [np.asarray(part.ids).tolist(), part.labels.tolist()]
     table = part.metadata
     if table is not None and "sha256" in table.column_names:
       columns.append(table.column("sha256").to_pylist())
-    digest.update(json.dumps(columns).encode())
-  return digest.hexdigest()
+    texts.append(json.dumps(columns))
+  return files.digest("".join(texts).encode())
 
 
 def record(asked: Asked) -> dict[str, Any]:
@@ -228,16 +227,10 @@ def _check_column(dataset: types.Dataset, column: str) -> None:
 
 
 def _read_ids(path: pathlib.Path) -> tuple[str, ...]:
-  try:
-    content = path.read_bytes()
-  except OSError as error:
-    raise ValueError(
-      f"ids must be a text file with an id a line, got {path}: {error}"
-    ) from None
-  lines = checks.text("ids", content, str(path)).splitlines()
-  found = tuple(line.strip() for line in lines if line.strip())
-  if not found:
+  lines = map(str.strip, files.read_text("ids", path).splitlines())
+  ids = tuple(line for line in lines if line)
+  if not ids:
     raise ValueError(
       f"ids must be a file with an id a line, got none in {path}"
     )
-  return found
+  return ids

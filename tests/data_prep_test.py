@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import base, cifar10, digits, fashion_mnist, registry, sources
+from data_prep import base, builder, cifar10, digits, fashion_mnist, sources
 from data_prep import prepare as prepare_program
-from psg_jax import data
+from psg_jax import catalog, data
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CIFAR_ZIP = ROOT.parent / "shared" / "data" / "cifar10-jpeg.zip"
@@ -636,8 +636,8 @@ def test_data_dir_is_a_file(tmp_path):
 def test_names_do_not_clash_with_tfds():
   import tensorflow_datasets as tfds
 
-  for name in registry.MODULES:
-    builder_class = registry.builder_class(name)
+  for name in catalog.BUILDERS:
+    builder_class = base.builder_class(name)
     assert builder_class.name == f"psg_{name}"
     assert tfds.builder_cls(builder_class.name) is builder_class
 
@@ -746,7 +746,7 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
   def fail(*unused, **options):
     raise RuntimeError("write() failed: No space left on device;\nwriting x")
 
-  monkeypatch.setattr(base.tfds.core, "SequentialWriter", fail)
+  monkeypatch.setattr(builder.tfds.core, "SequentialWriter", fail)
   monkeypatch.setattr(
     "sys.argv", ["prepare", "digits", "--data_dir", str(tmp_path / "new")]
   )
@@ -777,7 +777,7 @@ def test_no_home(monkeypatch):
   def fail(path):
     raise RuntimeError("Could not determine home directory.")
 
-  monkeypatch.delenv(data.DATA_DIR_VARIABLE, raising=False)
+  monkeypatch.delenv(catalog.DATA_DIR_VARIABLE, raising=False)
   monkeypatch.setattr(pathlib.Path, "expanduser", fail)
   with pytest.raises(ValueError, match=r"data_dir \(or PSG_JAX_DATA\) must be"):
     data.root_dir()

@@ -170,6 +170,24 @@ def test_import_needs_no_builders():
   subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_data_prep_of_somebody_else_is_named(tmp_path):
+  theirs = tmp_path / "here" / "data_prep"
+  theirs.mkdir(parents=True)
+  (theirs / "__init__.py").touch()
+  code = (
+    f"import sys; sys.path.insert(0, {str(theirs.parent)!r});"
+    " from psg_jax import data\n"
+    f"try: data.load('digits', 'test', data_dir={str(tmp_path)!r})\n"
+    "except ValueError as error: print(error)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], check=True, capture_output=True, text=True
+  )
+  assert done.stdout.startswith("name 'digits' needs psg_jax's package")
+  assert f"got the one in {theirs}" in done.stdout
+  assert done.stdout.count("\n") == 1
+
+
 @pytest.mark.parametrize("num_channels", [1, 3])
 def test_mean_and_std(num_channels):
   generator = np.random.default_rng(0)

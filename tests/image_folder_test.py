@@ -17,15 +17,16 @@ from PIL import Image
 
 from data_prep import (
   base,
+  builder,
   images,
-  naming,
+  listing,
+  metadata,
   prepare,
-  sources,
   splits,
   tables,
 )
 from experiments import cli, recipes, request_page, sets
-from psg_jax import data
+from psg_jax import catalog, data
 
 RNG = np.random.default_rng(0)
 
@@ -309,8 +310,8 @@ def test_same_rows_from_any_order(tmp_path):
 
 
 def test_more_than_one_shard(tmp_path, monkeypatch):
-  monkeypatch.setattr(base, "_EXAMPLES_PER_SHARD", 7)
-  monkeypatch.setattr(base, "_EXAMPLES_PER_WRITE", 3)
+  monkeypatch.setattr(builder, "EXAMPLES_PER_SHARD", 7)
+  monkeypatch.setattr(builder, "EXAMPLES_PER_WRITE", 3)
   files = _files(20)
   folder = _prepare(tmp_path, files).folder
   assert len(list(folder.glob("*train.array_record*"))) > 3
@@ -474,19 +475,19 @@ def test_columns_called_like_ours_in_any_case():
   assert read_table("File,file\nx,a/0.png\n").texts == {"File": ["x"]}
   table = read_table("file,Label\na/0.png,b\n")
   with pytest.raises(ValueError, match="the class folder's name"):
-    tables.check_labels(table, {"a/0.png": "a"})
+    metadata.check_labels(table, {"a/0.png": "a"})
 
 
 def test_paths_that_look_the_same_are_the_same():
   composed, decomposed = "caf\u00e9/0.png", "cafe\u0301/0.png"
   for written, named in ((composed, decomposed), (decomposed, composed)):
     table = read_table(f"file,x\n{written},1\n")
-    assert tables.match(table, [named]) == {named: 0}
+    assert metadata.match(table, [named]) == {named: 0}
     # Where both are there, the one that is written so.
-    assert tables.match(table, [composed, decomposed]) == {composed: 0}
+    assert metadata.match(table, [composed, decomposed]) == {composed: 0}
   for written, path in (("a/0.PNG", "a/0.png"), ("0.png", "long/way/0.png")):
     with pytest.raises(ValueError, match=f"did you mean '{path}'"):
-      tables.match(read_table(f"file,x\n{written},1\n"), ["b.png", path])
+      metadata.match(read_table(f"file,x\n{written},1\n"), ["b.png", path])
 
 
 def test_table_elsewhere_and_latin1(tmp_path):
@@ -701,16 +702,16 @@ def test_bad_input(tmp_path, change, options, words):
 
 def test_zip_bombs(tmp_path, monkeypatch):
   files = _files() | {"cat/9.bmp": _png(300, 300, 0, form="BMP")}
-  monkeypatch.setattr(sources, "MIN_RATIO_BYTES", 1000)
-  monkeypatch.setattr(sources, "MAX_RATIO", 5)
+  monkeypatch.setattr(listing, "MIN_RATIO_BYTES", 1000)
+  monkeypatch.setattr(listing, "MAX_RATIO", 5)
   with pytest.raises(ValueError, match=r"source .* 5 times its size.*raw\.zip"):
     _prepare(tmp_path, files)
   monkeypatch.undo()
-  monkeypatch.setattr(sources, "MAX_FILE_BYTES", 100_000)
+  monkeypatch.setattr(listing, "MAX_FILE_BYTES", 100_000)
   with pytest.raises(ValueError, match=r"at most 100,000 bytes.*cat/9\.bmp"):
     _prepare(tmp_path, files)
   monkeypatch.undo()
-  monkeypatch.setattr(sources, "MAX_TOTAL_BYTES", 100_000)
+  monkeypatch.setattr(listing, "MAX_TOTAL_BYTES", 100_000)
   with pytest.raises(ValueError, match="unpack to at most 100,000 bytes"):
     _prepare(tmp_path, files)
   assert _is_empty(tmp_path / "out")
@@ -719,7 +720,7 @@ def test_zip_bombs(tmp_path, monkeypatch):
 
 
 def test_large_file_in_a_folder_is_corrupt(tmp_path, monkeypatch):
-  monkeypatch.setattr(sources, "MAX_FILE_BYTES", 5000)
+  monkeypatch.setattr(listing, "MAX_FILE_BYTES", 5000)
   files = _files() | {"cat/9.bmp": _png(64, 64, form="BMP")}
   source = _folder(tmp_path / "raw", files)
   with pytest.raises(ValueError, match=r"1 of 11.*cat/9\.bmp.*5,000 bytes"):
@@ -743,7 +744,7 @@ def test_large_file_in_a_folder_is_corrupt(tmp_path, monkeypatch):
   ],
 )
 def test_names(name, expected):
-  assert naming.parse(name) == expected
+  assert catalog.parse(name) == expected
 
 
 @pytest.mark.parametrize(
@@ -761,7 +762,7 @@ def test_names(name, expected):
 )
 def test_names_bad(tmp_path, name, words):
   for function in (
-    naming.parse,
+    catalog.parse,
     lambda name: data.load(name, "train", data_dir=tmp_path),
   ):
     with pytest.raises(ValueError, match=words):
@@ -992,8 +993,9 @@ def test_names_in_zips(tmp_path, names):
       entry = zipfile.ZipInfo("x")
       entry.filename = name
       archive.writestr(entry, b"" if name.endswith("\\") else _png())
-  tree = sources.list_files(path)
-  assert tree.paths == ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")
+  tree = listing.list_files(path)
+  paths = ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
+  assert list(tree.entries) == paths
   assert tree.folders == {"cat", "dog"}
   assert tree.read("dog/1.png").startswith(b"\x89PNG")
   assert tree.read("dog/1.png", 4) == b"\x89PNG"
@@ -1044,7 +1046,7 @@ def test_other_archives_are_named(tmp_path):
     (locked, "source must be a zip without a password"),
   ):
     with pytest.raises(ValueError, match=words):
-      sources.list_files(source)
+      listing.list_files(source)
 
 
 # Prepared again
