@@ -27,6 +27,8 @@ DATA_DIR_VARIABLE = "PSG_JAX_DATA"
 OWN_BUILDER = "image_folder"
 MIN_SIZE = 8
 MAX_SIZE = 4096
+INFO = "dataset_info.json"
+"""The file of the description of a set."""
 # Without it, `cifar10` here and TFDS's own would share a folder.
 _PREFIX = "psg_"
 _OWN_NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -274,7 +276,7 @@ def set_dirs(root: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def is_prepared(version_dir: pathlib.Path) -> bool:
   """Whether this folder of one version holds a prepared set."""
-  names = ("dataset_info.json", "features.json")
+  names = (INFO, "features.json")
   return all((version_dir / name).is_file() for name in names)
 
 

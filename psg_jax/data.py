@@ -5,13 +5,15 @@
 folders are those of `catalog`.
 """
 
+import dataclasses
+import functools
 import io
 import math
 import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -28,40 +30,78 @@ _READ_SIZE = 2048
 _STATISTICS_SIZE = 64
 
 
-class Table(NamedTuple):
-  """All that is known of a split's images but their pixels.
+@dataclasses.dataclass(frozen=True)
+class OpenSet:
+  """A split of a prepared set; what is not asked for is not read.
+
+  It may be sent to another process, which opens the files for itself.
 
   Attributes:
-    labels: int32 `[N]`.
-    class_names: One name a class.
-    ids: str `[N]`.
-    metadata: `N` rows, as `load` says.
-  """
-
-  labels: np.ndarray
-  class_names: tuple[str, ...]
-  ids: np.ndarray
-  metadata: pa.Table
-
-
-class OpenSet(NamedTuple):
-  """A split of a prepared set of which no image has been read.
-
-  Attributes:
-    builder: TFDS's.
     folder: Of the set's version.
     split: `"train"` or `"test"`.
+    num_images: How many there are, `N`.
     image_shape: `(H, W, C)`.
+    time: Of its preparation, in nanoseconds.
   """
 
-  builder: tfds.core.DatasetBuilder
   folder: pathlib.Path
   split: str
+  num_images: int
   image_shape: tuple[int, int, int]
+  time: int
 
-  def read_table(self) -> Table:
-    """Reads labels, ids and metadata."""
-    return _read(self, None)
+  def __len__(self) -> int:
+    return self.num_images
+
+  def read(self, rows: np.ndarray) -> np.ndarray:
+    """Reads images, uint8 `[len(rows), H, W, C]`, in any order."""
+    images = np.empty((len(rows), *self.image_shape), np.uint8)
+    for i, record in enumerate(self._records(rows)):
+      images[i] = decode_image(record["image"])
+    return images
+
+  def dataset(self, images: Any) -> types.Dataset:
+    """Joins images with the labels, ids and metadata, which are read.
+
+    Args:
+      images: An array `[N, H, W, C]`, which the pixels are read into, or what
+        reads them when they are asked for.
+
+    Raises:
+      ValueError: If the set is damaged.
+    """
+    with catalog.whole(self.folder):
+      builder, _ = _open(self)
+      features = builder.info.features
+      columns: dict[str, list[Any]] = {x: [] for x in features if x != "image"}
+      for start in range(0, self.num_images, _READ_SIZE):
+        rows = np.arange(start, min(start + _READ_SIZE, self.num_images))
+        for row, record in zip(rows, self._records(rows), strict=True):
+          if isinstance(images, np.ndarray):
+            images[row] = decode_image(record["image"])
+          for name, values in columns.items():
+            values.append(record[name])
+      metadata = to_table(builder, columns)
+    return types.Dataset(
+      images=images,
+      labels=np.asarray(columns["label"], np.int32),
+      class_names=tuple(features["label"].names),
+      ids=np.asarray(metadata["id"].to_pylist()),
+      metadata=metadata,
+    )
+
+  def _records(self, rows: np.ndarray) -> Sequence[Mapping[str, Any]]:
+    _, source = _open(self)
+    records: Sequence[Mapping[str, Any]] = source.__getitems__(rows.tolist())
+    return records
+
+
+@functools.lru_cache(maxsize=8)
+def _open(opened: OpenSet) -> Any:
+  """Opens a split's files once a process; anew if it is prepared anew."""
+  builder = tfds.builder_from_directory(opened.folder)
+  decoders = {"image": tfds.decode.SkipDecoding()}
+  return builder, builder.as_data_source(opened.split, decoders=decoders)
 
 
 @overload
@@ -110,12 +150,11 @@ def load(
       the set is not prepared there or damaged.
   """
   if split is None:
-    train, test = (load(name, each, data_dir=data_dir) for each in SPLITS)
+    train, test = (load(name, part, data_dir=data_dir) for part in SPLITS)
     return train, test
   opened = open_set(name, split, data_dir=data_dir)
-  num_images = opened.builder.info.splits[split].num_examples
-  images = np.empty((num_images, *opened.image_shape), np.uint8)
-  return types.Dataset(images, *_read(opened, images))
+  images = np.empty((len(opened), *opened.image_shape), np.uint8)
+  return opened.dataset(images)
 
 
 def open_set(
@@ -140,24 +179,12 @@ def open_set(
   builder = open_builder(name, split, data_dir=data_dir)
   height, width, num_channels = builder.info.features["image"].shape
   return OpenSet(
-    builder=builder,
     folder=pathlib.Path(builder.data_dir),
     split=split,
+    num_images=builder.info.splits[split].num_examples,
     image_shape=(height, width, num_channels),
+    time=(pathlib.Path(builder.data_dir) / catalog.INFO).stat().st_mtime_ns,
   )
-
-
-def open_source(folder: pathlib.Path, split: str) -> Any:
-  """Opens a split's records for reading in any order.
-
-  Args:
-    folder: Of the set's version, as in `OpenSet`.
-    split: `"train"` or `"test"`.
-
-  Returns:
-    TFDS's data source; the image in a record is what `decode_image` takes.
-  """
-  return _records(tfds.builder_from_directory(folder), split)
 
 
 def open_builder(
@@ -420,41 +447,6 @@ def _prepare(
       f" one in {place}: {files.reason(error)}"
     ) from error
   return prepare(name, data_dir=data_dir)
-
-
-def _records(builder: tfds.core.DatasetBuilder, split: str) -> Any:
-  return builder.as_data_source(
-    split, decoders={"image": tfds.decode.SkipDecoding()}
-  )
-
-
-def _read(opened: OpenSet, images: np.ndarray | None) -> Table:
-  """Reads a split, a part at a time, and its pixels into `images` if given."""
-  with catalog.whole(opened.folder):
-    return _read_records(opened, images)
-
-
-def _read_records(opened: OpenSet, images: np.ndarray | None) -> Table:
-  features = opened.builder.info.features
-  source = _records(opened.builder, opened.split)
-  columns: dict[str, list[Any]] = {
-    key: [] for key in features if key != "image"
-  }
-  for start in range(0, len(source), _READ_SIZE):
-    rows = range(start, min(start + _READ_SIZE, len(source)))
-    records = source.__getitems__(list(rows))
-    for row, record in zip(rows, records, strict=True):
-      if images is not None:
-        images[row] = decode_image(record["image"])
-      for key, values in columns.items():
-        values.append(record[key])
-  metadata = to_table(opened.builder, columns)
-  return Table(
-    labels=np.asarray(columns["label"], np.int32),
-    class_names=tuple(features["label"].names),
-    ids=np.asarray(metadata["id"].to_pylist()),
-    metadata=metadata,
-  )
 
 
 def _column(values: Sequence[Any], stated: str | None) -> pa.Array:
