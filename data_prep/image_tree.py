@@ -15,7 +15,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_prep import builder, dicom, images, sources, tables, trees
+from data_prep import (
+  builder,
+  depths,
+  dicom,
+  images,
+  sources,
+  tables,
+  threads,
+  trees,
+)
 from psg_jax import checks
 
 _DEFAULT_SEED = 0
@@ -74,7 +83,7 @@ class ImageTreeBuilder(builder.ImageBuilder):
     self._corrupt: dict[str, str] = {}
     # Path -> what is known of the image, without its pixels.
     self._kept: dict[str, images.Encoded] = {}
-    self._ranges: dict[str, images.Range] = {}
+    self._ranges: dict[str, depths.Range] = {}
     self._range_notes: list[str] = []
     super().__init__(**kwargs)
 
@@ -161,18 +170,18 @@ class ImageTreeBuilder(builder.ImageBuilder):
 
   def _find_ranges(self) -> None:
     """Looks for the values of all images of more than 8 bits."""
-    groups: dict[str, list[images.Range]] = {}
-    for _, values in images.ordered_map(self._value_range, self.plan.paths):
+    groups: dict[str, list[depths.Range]] = {}
+    for _, values in threads.ordered_map(self._value_range, self.plan.paths):
       if values is not None:
         groups.setdefault(values.kind, []).append(values)
-    self._ranges = images.set_ranges(
+    self._ranges = depths.set_ranges(
       values for group in groups.values() for values in group
     )
     self._range_notes = [
       _say_range(self._ranges[kind], group) for kind, group in groups.items()
     ]
 
-  def _value_range(self, path: str) -> images.Range | None:
+  def _value_range(self, path: str) -> depths.Range | None:
     read = self.plan.tree.read
     try:
       if not images.may_be_deep(read(path, trees.HEAD_BYTES)):
@@ -195,7 +204,7 @@ class ImageTreeBuilder(builder.ImageBuilder):
     table = self.plan.table
     rows = {} if table is None else table.rows()
     empty = dict.fromkeys(next(iter(rows.values()), {}))
-    for (path, label), encoded in images.ordered_map(
+    for (path, label), encoded in threads.ordered_map(
       self._encode, [pairs[index] for index in order]
     ):
       if isinstance(encoded, str):
@@ -325,7 +334,7 @@ def _alike(class_names: Sequence[str]) -> list[str]:
   ]
 
 
-def _say_range(known: images.Range, group: Sequence[images.Range]) -> str:
+def _say_range(known: depths.Range, group: Sequence[depths.Range]) -> str:
   bits = "" if known.num_bits is None else f" ({known.num_bits} bits)"
   said = (
     f"{len(group):,} images in {known.kind}: {known.low:g} becomes black and"

@@ -5,7 +5,7 @@ import difflib
 import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from data_prep import dicom, images, tables, trees
+from data_prep import dicom, tables, threads, trees
 from psg_jax import checks, files
 
 
@@ -161,7 +161,7 @@ def read_headers(
   with warnings.catch_warnings():
     warnings.filterwarnings("ignore", module=r"pydicom\.")
     headers = dict(
-      images.ordered_map(
+      threads.ordered_map(
         lambda path: dicom.read_columns(tree.read(path)), paths
       )
     )

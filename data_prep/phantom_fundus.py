@@ -19,7 +19,7 @@ import pyarrow as pa
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFilter
 
-from data_prep import builder, images
+from data_prep import builder, threads
 
 CLASS_NAMES = ("diabetic_retinopathy", "glaucoma", "healthy")
 NUM_PATIENTS = {"train": 375, "test": 100}
@@ -110,7 +110,7 @@ class PsgPhantomFundus(builder.ImageBuilder):
   def _examples(
     self, split: str, exams: list[Exam]
   ) -> Iterator[builder.Example]:
-    drawn = images.ordered_map(lambda exam: draw(exam, self.size), exams)
+    drawn = threads.ordered_map(lambda exam: draw(exam, self.size), exams)
     for row, (exam, image) in enumerate(drawn):
       yield builder.Example(
         image=image,

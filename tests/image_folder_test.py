@@ -18,12 +18,14 @@ from PIL import Image
 from data_prep import (
   base,
   builder,
+  depths,
   images,
   listing,
   metadata,
   prepare,
   splits,
   tables,
+  threads,
 )
 from experiments import cli, recipes, request_page, sets
 from psg_jax import catalog, data
@@ -219,12 +221,12 @@ def test_ordered_map_is_ordered_and_looks_ahead_a_little(monkeypatch):
     started.append(item)
     return item * 2
 
-  results = images.ordered_map(function, range(1000))
+  results = threads.ordered_map(function, range(1000))
   assert [next(results) for _ in range(3)] == [(0, 0), (1, 2), (2, 4)]
   results.close()
-  limit = images._MAX_WORKERS * images._LOOK_AHEAD + 4
+  limit = threads.MAX_WORKERS * threads.LOOK_AHEAD + 4
   assert len(started) <= limit
-  assert [result for _, result in images.ordered_map(function, range(50))] == (
+  assert [result for _, result in threads.ordered_map(function, range(50))] == (
     list(range(0, 100, 2))
   )
 
@@ -1180,7 +1182,7 @@ def _tiff(pixels, **options) -> bytes:
 
 def _grey(*contents):
   """The first channel of each, scaled by the range of all."""
-  ranges = images.set_ranges(filter(None, map(images.value_range, contents)))
+  ranges = depths.set_ranges(filter(None, map(images.value_range, contents)))
   return [
     data.decode_image(
       images.encode(each, size=8, fit="crop", ranges=ranges).png

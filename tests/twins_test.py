@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from sklearn import datasets
 
-from psg_jax import twins, types
+from psg_jax import fingerprints, twins, types
 
 FASHION = pathlib.Path(
   "/usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz"
@@ -234,7 +234,7 @@ def test_blocks_do_not_matter(garments, monkeypatch):
   lighter = (garments // 2).astype(np.uint8)
   expected = kinds(garments[:60], lighter[:90])
   assert len(expected) >= 60
-  monkeypatch.setattr(twins, "_READ_SIZE", 7)
+  monkeypatch.setattr(fingerprints, "READ_SIZE", 7)
   monkeypatch.setattr(twins, "_MATCH_SIZE", (11, 13))
   monkeypatch.setattr(twins, "_CONFIRM_SIZE", 5)
   assert kinds(garments[:60], lighter[:90]) == expected
