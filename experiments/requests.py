@@ -12,11 +12,11 @@ import pyarrow.compute as pc
 
 from experiments import recipes
 from psg_jax import evaluation, files, forget, twins, types
+from psg_jax.forget import columns
 
 _MAX_VALUES = 12
 _MAX_COLUMNS = 4
 _NUM_KEPT = 200
-_NO_VALUE = "(none)"
 # Unique to an image, or said elsewhere.
 _NOT_GROUPS = frozenset({"id", "label", "file", "sha256"})
 
@@ -113,9 +113,9 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
       f"{error}; {num_test} test images match, which the model is not trained"
       " on: there is nothing to forget of them"
     ) from None
-  columns = tuple(job.by) or group_columns(train)
-  for column in columns:
-    _check_column(train, column)
+  names = tuple(job.by) or group_columns(train)
+  for name in names:
+    columns.read("by", train, name)
   found, moved = None, np.zeros(0, str)
   if job.twins != "ignore":
     found = twins.find(
@@ -131,10 +131,10 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
     request=request,
     split=split,
     test_split=types.Split(test.take(is_asked), test.take(~is_asked)),
-    preview=forget.preview(train, split, by=columns, request=request),
+    preview=forget.preview(train, split, by=names, request=request),
     twins=found,
     moved=moved,
-    columns=columns,
+    columns=names,
   )
 
 
@@ -188,19 +188,15 @@ def group_columns(dataset: types.Dataset) -> tuple[str, ...]:
   """Finds columns whose few values make groups to show results by."""
   if dataset.metadata is None:
     return ()
-  found = []
+  names = []
   for name in dataset.metadata.column_names:
     column = dataset.metadata.column(name)
-    is_text = (
-      pa.types.is_string(column.type)
-      or pa.types.is_large_string(column.type)
-      or pa.types.is_boolean(column.type)
-    )
-    if name in _NOT_GROUPS or not is_text:
+    is_named = columns.is_text(column.type) or pa.types.is_boolean(column.type)
+    if name in _NOT_GROUPS or not is_named:
       continue
     if 2 <= pc.count_distinct(column).as_py() <= _MAX_VALUES:
-      found.append(name)
-  return tuple(found[:_MAX_COLUMNS])
+      names.append(name)
+  return tuple(names[:_MAX_COLUMNS])
 
 
 def values(dataset: types.Dataset, column: str) -> np.ndarray:
@@ -209,21 +205,7 @@ def values(dataset: types.Dataset, column: str) -> np.ndarray:
   Raises:
     ValueError: If there is no such column.
   """
-  _check_column(dataset, column)
-  return np.array(
-    [
-      _NO_VALUE if value is None or value == "" else str(value)
-      for value in dataset.metadata.column(column).to_pylist()
-    ]
-  )
-
-
-def _check_column(dataset: types.Dataset, column: str) -> None:
-  names = [] if dataset.metadata is None else dataset.metadata.column_names
-  if column not in names:
-    raise ValueError(
-      f"by must be one of {', '.join(names) or 'no column'}, got {column!r}"
-    )
+  return np.array(columns.texts("by", dataset, column).to_pylist(), str)
 
 
 def _read_ids(path: pathlib.Path) -> tuple[str, ...]:

@@ -104,16 +104,13 @@ def is_missing(column: pa.ChunkedArray) -> np.ndarray:
 
 def encode(
   argument: str, dataset: types.Dataset, name: str
-) -> tuple[np.ndarray, list[str]]:
-  """Numbers the values of a column; the last number stands for none.
+) -> pa.DictionaryArray:
+  """Returns the values of a column as text, null where they are missing.
 
   Args:
     argument: What names the column, for the message.
     dataset: Images with metadata.
     name: The column.
-
-  Returns:
-    The number of each image's value, `[N]`, and the values as text.
 
   Raises:
     ValueError: If there is no such column, or it has no single values.
@@ -127,10 +124,18 @@ def encode(
       f" {column.type}"
     ) from None
   encoded = encoded.combine_chunks()
-  values = [str(value) for value in encoded.dictionary.to_pylist()]
-  codes = encoded.indices.fill_null(len(values)).to_numpy()
-  codes = np.where(is_missing(column), len(values), codes).astype(np.int64)
-  return codes, [*values, NO_VALUE]
+  texts = [str(value) for value in encoded.dictionary.to_pylist()]
+  return pa.DictionaryArray.from_arrays(
+    encoded.indices.fill_null(0).to_numpy(),
+    pa.array(texts, pa.string()),
+    mask=is_missing(column),
+  )
+
+
+def texts(argument: str, dataset: types.Dataset, name: str) -> pa.Array:
+  """Returns the values of a column as `encode`, `NO_VALUE` where missing."""
+  values = encode(argument, dataset, name).cast(pa.string())
+  return values.fill_null(NO_VALUE)
 
 
 def group_codes(dataset: types.Dataset, group: str | None) -> np.ndarray:
@@ -148,9 +153,10 @@ def group_codes(dataset: types.Dataset, group: str | None) -> np.ndarray:
   """
   if group is None:
     return np.arange(len(dataset))
-  codes, values = encode("group", dataset, group)
-  alone = np.flatnonzero(codes == len(values) - 1)
-  codes[alone] += np.arange(len(alone))
+  values = encode("group", dataset, group)
+  codes = values.indices.fill_null(0).to_numpy().astype(np.int64)
+  alone = np.flatnonzero(values.is_null())
+  codes[alone] = len(values.dictionary) + np.arange(len(alone))
   return codes
 
 

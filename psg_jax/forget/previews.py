@@ -5,11 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from psg_jax import types
 from psg_jax.forget import columns, requests
 
 _NUM_ROWS_SHOWN = 12
+_GROUPED = ("value", "forget_sum", "forget_count")
 
 
 class Counts(NamedTuple):
@@ -172,9 +175,9 @@ def preview(
   return Preview(
     num_forget=len(split.forget),
     num_retain=len(split.retain),
-    classes=_count(dataset.labels, dataset.class_names, forget),
+    classes=_count_classes(dataset, forget),
     columns={
-      name: _count_column(dataset, name, forget)
+      name: _count(columns.texts("by", dataset, name), forget)
       for name in ([by] if isinstance(by, str) else by)
     },
     group=None if group is None else _group(dataset, group, forget, match),
@@ -189,27 +192,30 @@ def preview(
   )
 
 
-def _count(
-  codes: np.ndarray, names: Sequence[str], forget: np.ndarray
-) -> dict[str, Counts]:
-  """Counts images on either side by name; names may occur twice."""
-  sides = [
-    np.bincount(codes[side], minlength=len(names)).tolist()
-    for side in (forget, ~forget)
-  ]
-  counts: dict[str, Counts] = {}
-  for name, *pair in zip(names, *sides, strict=True):
-    before = counts.get(name, (0, 0))
-    counts[name] = Counts(before[0] + pair[0], before[1] + pair[1])
-  return counts
+def _count(values: pa.Array, forget: np.ndarray) -> dict[str, Counts]:
+  """Counts images on either side by value, in order; those without one last."""
+  table = pa.table({"value": values, "forget": forget})
+  groups = table.group_by("value").aggregate(
+    [("forget", "sum"), ("forget", "count")]
+  )
+  rows = (groups[name].to_pylist() for name in _GROUPED)
+  counts = {
+    value: Counts(num_forget, num_images - num_forget)
+    for value, num_forget, num_images in zip(*rows, strict=True)
+  }
+  # Arrow gives groups in any order.
+  order = pc.unique(values).to_pylist()
+  order.sort(key=columns.NO_VALUE.__eq__)
+  return {value: counts[value] for value in order}
 
 
-def _count_column(
-  dataset: types.Dataset, name: str, forget: np.ndarray
+def _count_classes(
+  dataset: types.Dataset, forget: np.ndarray
 ) -> dict[str, Counts]:
-  """Counts by the values that occur."""
-  counts = _count(*columns.encode("by", dataset, name), forget)
-  return {value: count for value, count in counts.items() if any(count)}
+  """Counts by class, also of those without an image."""
+  names = np.asarray(dataset.class_names)
+  counts = _count(pa.array(names[dataset.labels]), forget)
+  return {name: counts.get(name, Counts(0, 0)) for name in dataset.class_names}
 
 
 def _group(
@@ -218,17 +224,16 @@ def _group(
   forget: np.ndarray,
   match: requests.Match | None,
 ) -> GroupPreview:
-  codes, values = columns.encode("group", dataset, group)
-  # The last number is of images without a group; others may have no image.
-  *num_images, num_alone = np.bincount(codes, minlength=len(values))
-  num_forget = np.bincount(codes[forget], minlength=len(values))[:-1]
-  is_shared = (num_forget > 0) & (num_forget < num_images)
+  values = columns.encode("group", dataset, group)
+  is_grouped = np.asarray(values.is_valid())
+  texts = values.drop_null().cast(pa.string())
+  counts = _count(texts, forget[is_grouped]).values()
   return GroupPreview(
     column=group,
-    num_groups=int(np.count_nonzero(num_images)),
-    num_forget_groups=int(np.count_nonzero(num_forget)),
-    num_shared_groups=int(np.count_nonzero(is_shared)),
-    num_without_group=int(num_alone),
+    num_groups=len(counts),
+    num_forget_groups=sum(count.forget > 0 for count in counts),
+    num_shared_groups=sum(min(count) > 0 for count in counts),
+    num_without_group=values.null_count,
     num_added=None if match is None else int((forget & ~match.rows).sum()),
   )
 
