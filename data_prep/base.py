@@ -44,7 +44,7 @@ def prepare(
   is_overwriting: bool = False,
   is_shown: bool = False,
   set_name: str | None = None,
-  **options: Any,
+  **choices: Any,
 ) -> Prepared:
   """Prepares a data set, whole or not at all.
 
@@ -58,7 +58,7 @@ def prepare(
     is_overwriting: Whether to redo a set that is already there.
     is_shown: Whether to show progress.
     set_name: What to call the user's own set; for `image_folder` alone.
-    **options: The attributes of `builder.Options`.
+    **choices: The attributes of `builder.Options`.
 
   Returns:
     Where the set is, and whether it is new.
@@ -68,12 +68,12 @@ def prepare(
       is missing or not of the right form, an option does not fit the builder
       or its value is wrong, or the set is already there with other options.
   """
-  builder_name, full_name, chosen = _resolve(
-    name, set_name, builder.Options(**options)
+  builder_name, full_name, options = _resolve(
+    name, set_name, builder.Options(**choices)
   )
-  if chosen.metadata is not None:
-    metadata = files.expanded(chosen.metadata, "metadata")
-    chosen = chosen._replace(metadata=metadata)
+  if options.metadata is not None:
+    metadata = files.expanded(options.metadata, "metadata")
+    options = options._replace(metadata=metadata)
   if source is not None:
     source = files.expanded(source, "source")
     if not source.exists():
@@ -81,11 +81,11 @@ def prepare(
         f"source must be an existing file or folder, got {os.fspath(source)!r}"
       )
   made_by = builder_class(builder_name)
-  _check_options(builder_name, made_by, chosen)
+  _check_options(builder_name, made_by, options)
   root = catalog.root_dir(data_dir)
   folder = catalog.set_dir(full_name, data_dir) / str(made_by.VERSION)
   if catalog.is_prepared(folder) and not is_overwriting:
-    _check_same(full_name, folder, chosen, source)
+    _check_same(full_name, folder, options, source)
     return _describe(full_name, folder, is_new=False)
   with files.faults(
     f"data_dir must be a folder that can be written, got {str(root)!r}:"
@@ -99,7 +99,7 @@ def prepare(
       source=source,
       download_dir=_download_dir(builder_name, root),
       is_shown=is_shown,
-      options=chosen,
+      options=options,
     )
     made.write(root)
     if not is_overwriting and catalog.is_prepared(folder):

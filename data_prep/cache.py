@@ -70,15 +70,15 @@ def remove(root: pathlib.Path, names: Sequence[str]) -> None:
   Raises:
     ValueError: If there is no such set; nothing is removed then.
   """
-  found = find(root)
+  folders = find(root)
   for name in names:
-    checks.one_of("remove", name, found)
+    checks.one_of("remove", name, folders)
   for name in dict.fromkeys(names):
     # Half of a set must not be taken for one.
-    moved = root / f".removed-{found[name].name.lstrip('.')}"
-    if found[name] != moved:
+    moved = root / f".removed-{folders[name].name.lstrip('.')}"
+    if folders[name] != moved:
       shutil.rmtree(moved, ignore_errors=True)
-      found[name].rename(moved)
+      folders[name].rename(moved)
     shutil.rmtree(moved)
 
 

@@ -83,9 +83,9 @@ class Frame(NamedTuple):
     limits = self.range()
     if limits is None:
       return np.ascontiguousarray(self.values)
-    chosen = self.window_for(window)
-    if chosen is not None:
-      share = apply_window(self.values, chosen)
+    voi = self.window_for(window)
+    if voi is not None:
+      share = apply_window(self.values, voi)
       pixels = np.rint(255 * share).astype(np.uint8)
     else:
       known = (ranges or depths.set_ranges([limits]))[limits.kind]

@@ -44,14 +44,15 @@ class PsgDigits(builder.ImageBuilder):
       random_state=_SEED,
     )
     return {
-      split: (_examples(split, digits, np.sort(rows)), len(rows))
+      split: (examples(split, digits, np.sort(rows)), len(rows))
       for split, rows in (("train", train), ("test", test))
     }
 
 
-def _examples(
+def examples(
   split: str, digits: Any, rows: np.ndarray
 ) -> Iterator[builder.Example]:
+  """Makes an example of each of these rows of scikit-learn's set."""
   for position, row in enumerate(rows):
     pixels = np.round(digits.images[row] * (255 / _MAX_PIXEL))
     yield builder.Example(

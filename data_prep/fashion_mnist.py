@@ -72,7 +72,7 @@ class PsgFashionMnist(builder.ImageBuilder):
 
   def splits(self) -> builder.Splits:
     """Reads the four files."""
-    paths = self._find_files()
+    paths = self.find_files()
     return {split: _read_split(split, paths) for split in _PREFIXES}
 
   @classmethod
@@ -80,7 +80,8 @@ class PsgFashionMnist(builder.ImageBuilder):
     """Whether all four are in Debian's or in the download folder."""
     return _local_files(download_dir) is not None
 
-  def _find_files(self) -> dict[str, pathlib.Path]:
+  def find_files(self) -> dict[str, pathlib.Path]:
+    """Returns the four files, which are downloaded where they are nowhere."""
     if self.source is not None:
       missing = [name for name in SHA256 if not (self.source / name).is_file()]
       if missing:
@@ -150,11 +151,11 @@ def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
   start = f"source must hold whole gzip files, got {path}:"
   with files.faults(start, OSError, EOFError, zlib.error):
     content = gzip.decompress(path.read_bytes())
-  found = int.from_bytes(content[:4], "big")
-  if len(content) < 4 or found != magic:
+  number = int.from_bytes(content[:4], "big")
+  if len(content) < 4 or number != magic:
     raise ValueError(
       f"source must hold idx files: {path} must start with the magic number"
-      f" 0x{magic:08x}, got 0x{found:08x}"
+      f" 0x{magic:08x}, got 0x{number:08x}"
     )
   offset = 4 + 4 * (magic & 0xFF)
   shape = [

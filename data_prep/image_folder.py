@@ -139,36 +139,36 @@ def _split_folders(
 ) -> tuple[dict[str, str], tuple[str, ...]]:
   """Returns split -> folder, and notes."""
   top = sorted(name for name in tree.folders if "/" not in name)
-  found: dict[str, str] = {}
+  named: dict[str, str] = {}
   for name in top:
     split = SPLIT_NAMES.get(name.lower())
-    if split in found:
+    if split in named:
       raise ValueError(
-        f"source must have one folder for {split}, got {found[split]} and"
+        f"source must have one folder for {split}, got {named[split]} and"
         f" {name} in {tree.name!r}"
       )
     if split is not None:
-      found[split] = name
-  if not found:
+      named[split] = name
+  if not named:
     return {"all": ""}, ()
-  if "train" in found and "test" in found and "val" in found:
+  if "train" in named and "test" in named and "val" in named:
     raise ValueError(
-      f"source must have the folders {found['train']} and {found['test']}"
-      f" alone, got also {found['val']} in {tree.name!r}: join it with one of"
+      f"source must have the folders {named['train']} and {named['test']}"
+      f" alone, got also {named['val']} in {tree.name!r}: join it with one of"
       " them"
     )
   notes: tuple[str, ...] = ()
-  if "test" not in found and "val" in found:
-    found["test"] = found.pop("val")
-    notes = (f"{found['test']} is taken as test",)
-  others = [name for name in top if name not in found.values()]
-  if set(found) != {"train", "test"} or others:
+  if "test" not in named and "val" in named:
+    named["test"] = named.pop("val")
+    notes = (f"{named['test']} is taken as test",)
+  others = [name for name in top if name not in named.values()]
+  if set(named) != {"train", "test"} or others:
     got = ", ".join(top)
     raise ValueError(
       "source must have the folders train and test, or class folders, alone,"
       f" got {got} in {tree.name!r}"
     )
-  return {split: found[split] for split in ("train", "test")}, notes
+  return {split: named[split] for split in ("train", "test")}, notes
 
 
 def _split(

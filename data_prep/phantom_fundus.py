@@ -211,14 +211,14 @@ def draw(exam: Exam, size: int) -> Image.Image:
     The RGB picture.
   """
   device = DEVICES[exam.device]
-  own = np.random.default_rng(exam.seed)
+  shot = np.random.default_rng(exam.seed)
   factor = max(1, min(_OVERSAMPLING, _MAX_DRAWN // size))
   canvas = _Canvas(size * factor, device.zoom, is_mirrored=exam.eye == "OS")
   _draw_eye(canvas, np.random.default_rng(exam.patient_seed), exam.cup_to_disc)
   if CLASS_NAMES[exam.label] == "diabetic_retinopathy":
     _draw_lesions(canvas, np.random.default_rng([exam.patient_seed, 1]))
   drawn = canvas.image.reduce(factor) if factor > 1 else canvas.image
-  return _photograph(drawn, device, own)
+  return _photograph(drawn, device, shot)
 
 
 class _Canvas:

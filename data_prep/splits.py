@@ -37,13 +37,13 @@ def choose_test(
   order = np.random.default_rng(seed).permutation(len(units))
   sizes = np.asarray([len(units[index]) for index in order])
   num_classes = int(labels.max()) + 1
-  seen, chosen = np.zeros(num_classes), np.zeros(num_classes)
+  seen, taken = np.zeros(num_classes), np.zeros(num_classes)
   is_test = np.zeros(len(labels), bool)
   for index in order[np.argsort(-sizes, kind="stable")]:
     counts = np.bincount(labels[units[index]], minlength=num_classes)
     seen += counts
-    missing = test_fraction * seen - chosen
+    missing = test_fraction * seen - taken
     if np.sum((missing - counts) ** 2) < np.sum(missing**2):
-      chosen += counts
+      taken += counts
       is_test[units[index]] = True
   return is_test

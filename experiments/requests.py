@@ -116,23 +116,23 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
   names = tuple(job.by) or group_columns(train)
   for name in names:
     columns.read("by", train, name)
-  found, moved = None, np.zeros(0, str)
+  duplicates, moved = None, np.zeros(0, str)
   if job.twins != "ignore":
-    found = twins.find(
+    duplicates = twins.find(
       {"forget": split.forget, "retain": split.retain, "test": test}
     )
     if job.twins == "move":
       before = np.asarray(split.forget.ids)
       codes = forget.group_codes(train, request.group)
       groups = dict(zip(np.asarray(train.ids), codes, strict=True))
-      split = twins.move(split, found, groups=groups)
+      split = twins.move(split, duplicates, groups=groups)
       moved = np.setdiff1d(np.asarray(split.forget.ids), before)
   return Asked(
     request=request,
     split=split,
     test_split=types.Split(test.take(is_asked), test.take(~is_asked)),
     preview=forget.preview(train, split, by=names, request=request),
-    twins=found,
+    twins=duplicates,
     moved=moved,
     columns=names,
   )
@@ -149,11 +149,11 @@ def images_hash(parts: Sequence[types.Dataset]) -> str:
   """Returns the SHA-256 of ids, labels and, where known, files of images."""
   texts = []
   for part in parts:
-    columns: list[Any] = [np.asarray(part.ids).tolist(), part.labels.tolist()]
+    fields: list[Any] = [np.asarray(part.ids).tolist(), part.labels.tolist()]
     table = part.metadata
     if table is not None and "sha256" in table.column_names:
-      columns.append(table.column("sha256").to_pylist())
-    texts.append(json.dumps(columns))
+      fields.append(table.column("sha256").to_pylist())
+    texts.append(json.dumps(fields))
   return files.digest("".join(texts).encode())
 
 
@@ -172,9 +172,9 @@ def record(asked: Asked) -> dict[str, Any]:
   }
 
 
-def _twins_record(found: twins.Twins) -> dict[str, Any]:
+def _twins_record(duplicates: twins.Twins) -> dict[str, Any]:
   """Returns the counts and the first pairs and groups."""
-  content = found.as_dict()
+  content = duplicates.as_dict()
   return {
     **content,
     "num_groups": len(content["groups"]),

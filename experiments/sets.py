@@ -91,9 +91,7 @@ def _seen_and_unseen(
   Raises:
     ValueError: As `forget.matching`, or if there is no image that was seen.
   """
-  folders = {
-    str(each).partition("/")[0].lower() for each in np.asarray(test.ids)
-  }
+  folders = {str(id_).partition("/")[0].lower() for id_ in np.asarray(test.ids)}
   has_folders = folders <= image_folder.SPLIT_NAMES.keys()
   if job.unseen is None and has_folders:
     return train, test
@@ -188,8 +186,8 @@ def _prepare(job: recipes.Job) -> str:
   }
   # What was made of other content or with other options has another name.
   content = sources.fingerprint(source, metadata)
-  stated = [_VERSION, str(source), options, content, dicom.is_available()]
-  digest = files.digest(stated)[:10]
+  identity = [_VERSION, str(source), options, content, dicom.is_available()]
+  digest = files.digest(identity)[:10]
   stem = re.sub(r"[^a-z0-9]+", "_", source.stem.lower()).strip("_")
   prefix = f"own_{stem}_"
   if not catalog.set_dir(prefix + digest, job.data_dir).exists():

@@ -103,7 +103,7 @@ def _rotate(max_degrees: float) -> AugmentFn:
     degrees = jax.random.uniform(
       key, (len(images),), minval=-max_degrees, maxval=max_degrees
     )
-    return _map(rotate_image, images, degrees)
+    return map_images(rotate_image, images, degrees)
 
   return augment
 
@@ -143,11 +143,11 @@ def _color_jitter(
   )
 
   def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    for each, (spread, adjust_fn) in zip(
+    for part_key, (spread, adjust_fn) in zip(
       jax.random.split(key, len(parts)), parts, strict=True
     ):
       factors = jax.random.uniform(
-        each, (len(images),), minval=max(0.0, 1 - spread), maxval=1 + spread
+        part_key, (len(images),), minval=max(0.0, 1 - spread), maxval=1 + spread
       )
       images = jax.vmap(adjust_fn)(images, factors)
     return images
@@ -182,8 +182,8 @@ def _random_resized_crop(
   scale: tuple[float, float], ratio: tuple[float, float]
 ) -> AugmentFn:
   def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    boxes = _draw_boxes(key, images.shape, scale, ratio)
-    return _map(_crop_and_resize, images, boxes)
+    boxes = draw_boxes(key, images.shape, scale, ratio)
+    return map_images(_crop_and_resize, images, boxes)
 
   return augment
 
@@ -193,10 +193,10 @@ def chain(*augment_fns: AugmentFn) -> AugmentFn:
   """Applies one after the other, each with a key of its own."""
 
   def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    for each, augment_fn in zip(
+    for part_key, augment_fn in zip(
       jax.random.split(key, len(augment_fns)), augment_fns, strict=True
     ):
-      images = augment_fn(each, images)
+      images = augment_fn(part_key, images)
     return images
 
   return augment
@@ -358,7 +358,7 @@ def _stretch(start: jax.Array, length: jax.Array, size: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _map(
+def map_images(
   image_fn: Callable[..., jax.Array], images: jax.Array, values: jax.Array
 ) -> jax.Array:
   """Applies a function to each image with its value.
@@ -400,7 +400,7 @@ def _grey(image: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "scale", "ratio"))
-def _draw_boxes(
+def draw_boxes(
   key: jax.Array,
   shape: tuple[int, ...],
   scale: tuple[float, float],

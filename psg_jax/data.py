@@ -251,7 +251,7 @@ def to_table(
     types that the builder states and empty text as null.
   """
   class_names = builder.info.features["label"].names
-  stated = (builder.info.metadata or {}).get("columns", {})
+  kinds = (builder.info.metadata or {}).get("columns", {})
   table = {
     "id": _column(columns["id"], None),
     "label": pa.array(
@@ -260,7 +260,7 @@ def to_table(
   }
   for key, values in columns.items():
     if key not in table:
-      table[key] = _column(values, stated.get(key))
+      table[key] = _column(values, kinds.get(key))
   return pa.table(table)
 
 
@@ -449,9 +449,9 @@ def _prepare(
   return prepare(name, data_dir=data_dir)
 
 
-def _column(values: Sequence[Any], stated: str | None) -> pa.Array:
-  """Makes a column of text (empty as null), of its stated type, or numbers."""
+def _column(values: Sequence[Any], kind: str | None) -> pa.Array:
+  """Makes a column of text (empty as null), of its kind type, or numbers."""
   if len(values) and isinstance(values[0], bytes):
     text = pa.array([value.decode() or None for value in values], pa.string())
-    return text if stated is None else text.cast(catalog.COLUMN_TYPES[stated])
+    return text if kind is None else text.cast(catalog.COLUMN_TYPES[kind])
   return pa.array(np.asarray(values))

@@ -23,8 +23,8 @@ from absl import flags
 
 from psg_jax import checks, data, types
 
-# Below this, threads are done before worker processes have started.
-_MIN_IMAGES_FOR_WORKERS = 2000
+MIN_IMAGES_FOR_WORKERS = 2000
+"""Below this, threads are done before worker processes have started."""
 _NUM_THREADS = 4
 _MAX_WORKERS = 8
 
@@ -88,14 +88,14 @@ class Images:
 
   def __getitem__(self, rows: Any) -> np.ndarray:
     """Reads these rows: a slice, integers, a bool mask, or one integer."""
-    chosen = self._rows[rows]
-    images = self._read(np.atleast_1d(chosen))
-    return images if np.ndim(chosen) else images[0]
+    places = self._rows[rows]
+    images = self._read(np.atleast_1d(places))
+    return images if np.ndim(places) else images[0]
 
   def take(self, rows: np.ndarray) -> "Images":
     """Chooses rows without reading them."""
-    chosen = self._rows[rows]
-    return Images(self._sources, chosen, self.shape[1:], self._num_workers)
+    places = self._rows[rows]
+    return Images(self._sources, places, self.shape[1:], self._num_workers)
 
   def batches(self, schedule: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     """Reads batches ahead of their use.
@@ -112,7 +112,7 @@ class Images:
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
     num_images = sum(map(len, schedule))
-    is_worth_it = num_images >= _MIN_IMAGES_FOR_WORKERS
+    is_worth_it = num_images >= MIN_IMAGES_FOR_WORKERS
     if self._num_workers and is_worth_it and _can_have_workers():
       if getattr(multiprocessing.current_process(), "_inheriting", False):
         # Each worker would start the script, and with it workers, again.

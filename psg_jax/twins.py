@@ -34,10 +34,11 @@ Kind: TypeAlias = Literal["exact", "near"]
 MAX_DISTANCE = 6
 MIN_CORRELATION = 0.995
 
-# 256 x 16,384 distances fit in the cache.
-_MATCH_SIZE = (256, 16_384)
-_CONFIRM_SIZE = 8192
-_MAX_PAIRS = 1_000_000
+MATCH_SIZE = (256, 16_384)
+"""Images of two sets that are compared at once, as many as fit in the cache."""
+CONFIRM_SIZE = 8192
+"""Pairs whose images are correlated at once."""
+MAX_PAIRS = 1_000_000
 # Of two groups of equal images, above which not each is paired with each.
 _MAX_GRID = 100
 _NUM_SHOWN = 5
@@ -433,7 +434,7 @@ def _candidates(
 
   Counting bits takes 1 ns a pair, a sixth of what products of ±1 take.
   """
-  height, width = _MATCH_SIZE
+  height, width = MATCH_SIZE
   for top in range(0, len(a), height):
     for left in range(0, len(b), width):
       part = a[top : top + height, None] ^ b[None, left : left + width]
@@ -447,8 +448,8 @@ def _correlate(
 ) -> np.ndarray:
   """Correlates reduced images pair by pair; 0 where one is plain."""
   correlations = [np.zeros(0, np.float32)]
-  for start in range(0, rows.shape[1], _CONFIRM_SIZE):
-    part = rows[:, start : start + _CONFIRM_SIZE]
+  for start in range(0, rows.shape[1], CONFIRM_SIZE):
+    part = rows[:, start : start + CONFIRM_SIZE]
     x, y = _centre(a.greys[part[0]]), _centre(b.greys[part[1]])
     products = np.einsum("pd,pd->p", x, y)
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
@@ -500,8 +501,8 @@ def concatenate(a: types.Dataset, b: types.Dataset) -> types.Dataset:
 
 
 def _check_number(number: int) -> None:
-  if number > _MAX_PAIRS:
+  if number > MAX_PAIRS:
     raise ValueError(
-      f"parts must have at most {_MAX_PAIRS} pairs of twins, got {number}: are"
+      f"parts must have at most {MAX_PAIRS} pairs of twins, got {number}: are"
       " there plain images?"
     )

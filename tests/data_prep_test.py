@@ -216,7 +216,7 @@ def test_fashion_mnist_from_debian():
   # The top of the first image, an ankle boot, as printed in many tutorials.
   assert images[0, 4, 12:22].tolist() == [3, 0, 36, 136, 127, 62, 54, 0, 0, 0]
   builder = fashion_mnist.PsgFashionMnist(data_dir="/nowhere")
-  assert builder._find_files()["train-images-idx3-ubyte.gz"].is_file()
+  assert builder.find_files()["train-images-idx3-ubyte.gz"].is_file()
 
 
 def test_fashion_mnist_downloads(tmp_path, monkeypatch):
@@ -559,7 +559,7 @@ def test_interrupted(tmp_path, monkeypatch, error, is_overwriting):
   if is_overwriting:
     base.prepare("digits", data_dir=tmp_path)
   before = _tree_of(tmp_path)
-  original = digits._examples
+  original = digits.examples
 
   def examples(split, raw, rows):
     for number, example in enumerate(original(split, raw, rows)):
@@ -567,7 +567,7 @@ def test_interrupted(tmp_path, monkeypatch, error, is_overwriting):
         raise error("in the middle")
       yield example
 
-  monkeypatch.setattr(digits, "_examples", examples)
+  monkeypatch.setattr(digits, "examples", examples)
   with pytest.raises(error, match="in the middle"):
     base.prepare("digits", data_dir=tmp_path, is_overwriting=is_overwriting)
   assert _tree_of(tmp_path) == before
@@ -596,7 +596,7 @@ def test_interrupted_while_swapping(tmp_path, monkeypatch):
 
 def test_another_process_was_faster(tmp_path, monkeypatch):
   ready = base.prepare("digits", data_dir=tmp_path / "a").folder
-  original = digits._examples
+  original = digits.examples
 
   def examples(split, raw, rows):
     if split == "test":
@@ -605,7 +605,7 @@ def test_another_process_was_faster(tmp_path, monkeypatch):
       (target / "mark").touch()
     yield from original(split, raw, rows)
 
-  monkeypatch.setattr(digits, "_examples", examples)
+  monkeypatch.setattr(digits, "examples", examples)
   prepared = base.prepare("digits", data_dir=tmp_path / "b")
   assert not prepared.is_new
   assert (prepared.folder / "mark").exists()

@@ -138,7 +138,7 @@ def test_load_damaged(digits_dir, tmp_path):
 def test_empty_text_is_null(tmp_path, monkeypatch):
   from data_prep import digits
 
-  original = digits._examples
+  original = digits.examples
 
   def examples(split, raw, rows):
     for example in original(split, raw, rows[:3]):
@@ -153,7 +153,7 @@ def test_empty_text_is_null(tmp_path, monkeypatch):
       columns={"row": np.int64, "note": digits.tfds.features.Text()},
     )
 
-  monkeypatch.setattr(digits, "_examples", examples)
+  monkeypatch.setattr(digits, "examples", examples)
   monkeypatch.setattr(digits.PsgDigits, "_info", info)
   base.prepare("digits", data_dir=tmp_path)
   table = data.load("digits", "test", data_dir=tmp_path).metadata
