@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jinja2
+import numpy as np
 
 from psg_jax import files
 from psg_jax.files import (
-  read_arrays,
   read_csv,
   save_arrays,
   to_csv,
@@ -159,8 +159,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: Also if it holds what no run writes.
   """
-  if not path.exists():
-    raise ValueError(f"run must be complete, got no {path}")
+  _check_there(path)
   content = files.read_json(path)
   for name, kind in _KINDS.get(path.name, {}).items():
     outer, _, last = name.rpartition(".")
@@ -176,6 +175,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         f"{path} must have objects in {name!r}, got {inner[last]!r:.40}"
       )
   return content
+
+
+def read_arrays(path: pathlib.Path, *names: str) -> dict[str, np.ndarray]:
+  """Reads an npz file of a run; see `psg_jax.files.read_arrays`."""
+  _check_there(path)
+  return files.read_arrays(path, *names)
+
+
+def _check_there(path: pathlib.Path) -> None:
+  if not path.exists():
+    raise ValueError(f"run must be complete, got no {path}")
 
 
 def write_page(path: pathlib.Path, template: str, **values: Any) -> None:

@@ -318,7 +318,7 @@ def read_builder(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
   Raises:
     ValueError: If the description is damaged.
   """
-  with whole(folder):
+  with faults(folder):
     builder = tfds.builder_from_directory(folder)
     class_names = list(builder.info.features["label"].names)
     metadata = dict(builder.info.metadata or {})
@@ -329,7 +329,7 @@ def read_builder(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
   return builder
 
 
-def whole(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
+def faults(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
   """Says which set is damaged, whatever reading it raises.
 
   Args:

@@ -70,7 +70,7 @@ class OpenSet:
     Raises:
       ValueError: If the set is damaged.
     """
-    with catalog.whole(self.folder):
+    with catalog.faults(self.folder):
       builder, _ = _open(self)
       features = builder.info.features
       columns: dict[str, list[Any]] = {x: [] for x in features if x != "image"}
