@@ -94,10 +94,12 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
   try:
     yield partial
     os.replace(partial, path)
+  # What a network raises is not the file's.
+  except (ConnectionError, TimeoutError):
+    raise
   except OSError as error:
-    if error.errno is None:
-      raise
-    raise OSError(error.errno, error.strerror, str(path)) from error
+    text = error.strerror or str(error)
+    raise OSError(error.errno, text, str(path)) from error
   finally:
     with contextlib.suppress(OSError):
       partial.unlink(missing_ok=True)
@@ -137,11 +139,9 @@ def save_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
   with replacing(path) as partial:
     try:
       np.savez(partial, **arrays)
-    # On a full disk NumPy counts what was written, and a zip cannot be closed.
-    except (OSError, ValueError) as error:
-      if getattr(error, "errno", None) is None:
-        raise OSError(f"{path} cannot be written: {error}") from error
-      raise
+    # A zip file cannot always be closed on a disk that is full.
+    except ValueError as error:
+      raise OSError(f"it cannot be written: {error}") from error
 
 
 def to_csv(rows: Iterable[Sequence[Any]]) -> str:
