@@ -25,16 +25,8 @@ from data_prep import builder, listing, sources, trees
 from psg_jax import files
 
 CLASS_NAMES = (
-  "airplane",
-  "automobile",
-  "bird",
-  "cat",
-  "deer",
-  "dog",
-  "frog",
-  "horse",
-  "ship",
-  "truck",
+  *("airplane", "automobile", "bird", "cat", "deer"),
+  *("dog", "frog", "horse", "ship", "truck"),
 )
 IMAGE_SIZE = 32
 ARCHIVE = "cifar-10-python.tar.gz"

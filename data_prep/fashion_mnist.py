@@ -22,16 +22,8 @@ from data_prep import builder, sources
 from psg_jax import files
 
 CLASS_NAMES = (
-  "t_shirt_top",
-  "trouser",
-  "pullover",
-  "dress",
-  "coat",
-  "sandal",
-  "shirt",
-  "sneaker",
-  "bag",
-  "ankle_boot",
+  *("t_shirt_top", "trouser", "pullover", "dress", "coat"),
+  *("sandal", "shirt", "sneaker", "bag", "ankle_boot"),
 )
 IMAGE_SIZE = 32
 DEBIAN_DIR = pathlib.Path("/usr/share/datasets/fashion-mnist")

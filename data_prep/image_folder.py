@@ -26,28 +26,18 @@ from data_prep import (
 from psg_jax import checks
 
 SPLIT_NAMES = {
-  "train": "train",
-  "training": "train",
-  "test": "test",
-  "testing": "test",
-  "val": "val",
-  "valid": "val",
-  "validation": "val",
+  **dict.fromkeys(("train", "training"), "train"),
+  **dict.fromkeys(("test", "testing"), "test"),
+  **dict.fromkeys(("val", "valid", "validation"), "val"),
 }
 
 
 class PsgImageFolder(image_tree.ImageTreeBuilder):
   """Takes each folder as a class, with the columns of the user's table."""
 
-  OPTIONS = frozenset(
-    {
-      *image_tree.ImageTreeBuilder.OPTIONS,
-      "metadata",
-      "encoding",
-      "group",
-      "seed",
-    }
-  )
+  OPTIONS = image_tree.ImageTreeBuilder.OPTIONS | {
+    *("metadata", "encoding", "group", "seed")
+  }
   DESCRIPTION = "Images of a user's own, in one folder a class."
   NEEDED_COLUMNS: tuple[str, ...] = ()
   """Columns that the table must have."""

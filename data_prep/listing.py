@@ -32,12 +32,6 @@ _ARCHIVES = {
 def list_files(source: pathlib.Path) -> trees.Tree:
   """Lists a folder or zip of images.
 
-  Args:
-    source: The folder or zip.
-
-  Returns:
-    Its files.
-
   Raises:
     ValueError: If it is neither, cannot be read, has an entry that leaves its
       folder, or would unpack to too much.

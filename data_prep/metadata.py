@@ -66,17 +66,11 @@ def read(
 
 
 def match(table: tables.Table, paths: Iterable[str]) -> dict[str, int]:
-  """Finds the row of each image.
-
-  Args:
-    table: The table.
-    paths: Of all images of the source.
-
-  Returns:
-    Path -> row, of the images that have one.
+  """Returns the row of each image that has one, by its path.
 
   Raises:
-    ValueError: If a row names a file that is not among them.
+    ValueError: If a row names a file that is not among `paths`, which are those
+      of all images of the source.
   """
   paths = list(paths)
   known = {tables.same_path(path): path for path in paths}
@@ -108,14 +102,11 @@ def _path_hint(file: str, paths: list[str]) -> str:
 
 
 def check_labels(table: tables.Table, classes: Mapping[str, str]) -> None:
-  """Checks that a column `label` agrees with the class folders.
+  """Raises ValueError if a column `label` denies a class folder.
 
   Args:
     table: The table.
     classes: Path of an image -> its class.
-
-  Raises:
-    ValueError: If a row says otherwise.
   """
   labels = table.texts.get(tables.LABEL_COLUMN, ())
   wrong = [
@@ -148,9 +139,6 @@ def read_headers(
   tree: trees.Tree,
 ) -> tuple[trees.Tree, dict[str, dict[str, str | None]]]:
   """Reads the headers of DICOM files.
-
-  Args:
-    tree: The raw files.
 
   Returns:
     The files without those that hold no image, and path -> columns.

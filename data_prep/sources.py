@@ -18,17 +18,10 @@ Pairs: TypeAlias = list[tuple[str, int]]
 
 
 def open_tree(source: pathlib.Path, top_folders: Sequence[str]) -> trees.Tree:
-  """Lists a folder or zip of images.
+  """Lists a folder or zip in which these folders must stand at the root.
 
-  Where the wanted folders stand in one folder that holds all else, as in many
-  archives, that one is taken as the root.
-
-  Args:
-    source: The folder or zip.
-    top_folders: The folders that must stand at the root.
-
-  Returns:
-    Its files.
+  Where they stand in one folder that holds all else, as in many archives, that
+  one is taken as the root.
 
   Raises:
     ValueError: As `listing.list_files`, or if it lacks one of `top_folders`.
@@ -46,13 +39,8 @@ def open_tree(source: pathlib.Path, top_folders: Sequence[str]) -> trees.Tree:
 def strip_wrappers(tree: trees.Tree, top_folders: Iterable[str]) -> trees.Tree:
   """Makes lone outer folders the root, down to the folders of classes.
 
-  Args:
-    tree: The files.
-    top_folders: Names, in lower case, of folders that stay; so does one that
-      has images directly in it, which is a class.
-
-  Returns:
-    The files below.
+  Folders called as `top_folders`, in lower case, stay; so does one that has
+  images directly in it, which is a class.
   """
   while True:
     outer = {path.partition("/")[0] for path in tree.folders}

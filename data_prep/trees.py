@@ -148,14 +148,11 @@ def is_table(path: str) -> bool:
 
 
 def sum_up(left_out: Mapping[str, str]) -> list[dict[str, Any]]:
-  """Counts what is left out by reason and ending.
-
-  Args:
-    left_out: Path -> why.
+  """Counts what is left out, path -> why, by reason and ending.
 
   Returns:
-    For each reason and ending `why`, `ending`, `count` and `first`, a path; the
-    commonest first.
+    For each of them `why`, `ending`, `count` and `first`, a path; the commonest
+    first.
   """
   groups: dict[tuple[str, str], list[str]] = {}
   for path in sorted(left_out):

@@ -65,15 +65,9 @@ BUILDERS = {
 COLUMN_TYPES: dict[str, pa.DataType] = {
   str(data_type): data_type
   for data_type in (
-    pa.string(),
-    pa.bool_(),
-    pa.int64(),
-    pa.float64(),
-    pa.date32(),
-    pa.timestamp("s"),
-    pa.timestamp("ns"),
-    pa.timestamp("s", "UTC"),
-    pa.timestamp("ns", "UTC"),
+    *(pa.string(), pa.bool_(), pa.int64(), pa.float64(), pa.date32()),
+    *(pa.timestamp("s"), pa.timestamp("ns")),
+    *(pa.timestamp("s", "UTC"), pa.timestamp("ns", "UTC")),
   )
 }
 """Stated name -> type, of all types that are restored from text."""
