@@ -771,13 +771,3 @@ def test_full_output_is_one_line(prepared_digits):
   assert done.stderr.splitlines() == [
     b"error: the output cannot be written: No space left on device"
   ]
-
-
-def test_no_home(monkeypatch):
-  def fail(path):
-    raise RuntimeError("Could not determine home directory.")
-
-  monkeypatch.delenv(catalog.DATA_DIR_VARIABLE, raising=False)
-  monkeypatch.setattr(pathlib.Path, "expanduser", fail)
-  with pytest.raises(ValueError, match=r"data_dir \(or PSG_JAX_DATA\) must be"):
-    data.root_dir()

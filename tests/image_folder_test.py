@@ -28,7 +28,7 @@ from data_prep import (
   threads,
 )
 from experiments import cli, recipes, request_page, sets
-from psg_jax import catalog, data
+from psg_jax import data
 
 RNG = np.random.default_rng(0)
 
@@ -732,43 +732,6 @@ def test_large_file_in_a_folder_is_corrupt(tmp_path, monkeypatch):
 
 
 # Names
-
-
-@pytest.mark.parametrize(
-  ("name", "expected"),
-  [
-    ("digits", ("digits", None, "digits", False)),
-    ("fundus", ("fundus", 224, "fundus", False)),
-    ("fundus@224", ("fundus", 224, "fundus", False)),
-    ("fundus@64", ("fundus", 64, "fundus_64", False)),
-    ("my_eyes", ("image_folder", None, "my_eyes", True)),
-    ("my_eyes_64", ("image_folder", None, "my_eyes_64", True)),
-  ],
-)
-def test_names(name, expected):
-  assert catalog.parse(name) == expected
-
-
-@pytest.mark.parametrize(
-  ("name", "words"),
-  [
-    ("digits@64", "size must not be given for 'digits'.*64"),
-    ("fundus@7", "size of 'fundus' .* 8 to 4096, got '7'"),
-    ("fundus@", "size of 'fundus' .* got ''"),
-    ("fundus@6x", "got '6x'"),
-    ("my_eyes@64", "name must be one of .* a size follows, got 'my_eyes@64'"),
-    ("fundus_64", "name must be one of .*'fundus_64'"),
-    ("Fundus", "did you mean 'fundus'"),
-    ("../fundus", "name must be one of"),
-  ],
-)
-def test_names_bad(tmp_path, name, words):
-  for function in (
-    catalog.parse,
-    lambda name: data.load(name, "train", data_dir=tmp_path),
-  ):
-    with pytest.raises(ValueError, match=words):
-      function(name)
 
 
 def test_listed_names(tmp_path):
