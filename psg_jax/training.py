@@ -154,8 +154,18 @@ def default_optimizer(schedule: Schedule) -> optax.GradientTransformation:
 
 def schedule_factors(schedule: Schedule, num_steps: int) -> np.ndarray:
   """Returns `schedule_fn` at all steps of a run, float32 `[num_steps]`."""
+  if callable(schedule):
+    return _factors(schedule, num_steps)
+  return _named_factors(schedule, num_steps)
+
+
+def _factors(schedule: Schedule, num_steps: int) -> np.ndarray:
   factors = jax.vmap(schedule_fn(schedule, num_steps))(jnp.arange(num_steps))
   return np.asarray(factors, np.float32)
+
+
+# Half a second each, and references of one recipe have the same.
+_named_factors = functools.lru_cache(maxsize=16)(_factors)
 
 
 def init_state(
