@@ -430,16 +430,13 @@ def unlearned(
     mesh=context.mesh,
   )
   seconds = time.perf_counter() - start
-  found = output.relabelling
+  relabelling = output.relabelling
+  assert relabelling is not None  # This method searches.
   files.save_arrays(
     context.run_dir / "relabelling.npz",
     {
       "ids": np.asarray(context.split.forget.ids),
-      "labels": found.labels,
-      "logits": found.logits,
-      "is_crossed": found.is_crossed,
-      "distance": found.distance,
-      "num_steps": found.num_steps,
+      **dataclasses.asdict(relabelling),
     },
   )
   _save_examples(context, original_variables)
