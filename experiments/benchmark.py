@@ -30,13 +30,16 @@ import tyro
 import psg_jax
 from experiments import cli, jobs, recipes
 from psg_jax import (
+  batches,
   boundary,
   checks,
   data,
+  engine,
   forget,
   inference,
   models,
   progress,
+  steps,
   torch_weights,
   training,
   types,
@@ -248,7 +251,7 @@ def prepare(options: Options) -> Setup:
         f" {options.weights}"
       )
   size = options.batch_size
-  rows, is_real = training.shuffled_rows(key, len(train), size)
+  rows, is_real = batches.shuffled_rows(key, len(train), size)
   # The last steps of the epoch, so that the one with padding is among them.
   kept = slice(-(options.train_steps or len(rows)), None)
   num_whole = max(1, len(split.forget) // size)
@@ -521,15 +524,19 @@ def _jax_steps(
 ) -> Callable[[], None]:
   """Returns steps on these rows, with the images on the device already."""
   optimizer = training.sgd(**sgd_options)
-  pool = training.resident_pool(dataset.images, dataset.labels)
+  pool = batches.resident_pool(dataset.images, dataset.labels)
   weights = (is_real / is_real.sum(1, keepdims=True)).astype(np.float32)
+  plan = batches.Plan(rows, weights, np.zeros(rows.shape, bool))
+  program = steps.Program(
+    model=setup.model, optimizer=optimizer, loss_fn=steps.mean_cross_entropy
+  )
   key = jax.random.key(setup.options.seed)
 
   def run() -> None:
     # The state is donated to the steps, so each call starts from a copy.
     state = training.init_state(setup.variables, optimizer, key)
-    state, _ = training.run_epoch(
-      setup.model, optimizer, state, pool, rows, weights
+    state, _ = engine.run_phase(
+      program, state, pool, engine.Phase(program.loss_fn, plan)
     )
     jax.block_until_ready(state.variables)
 

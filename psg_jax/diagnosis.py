@@ -6,14 +6,13 @@ is not in its arguments: rules whose figures are missing stay silent.
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from psg_jax import boundary, checks, unlearning
+from psg_jax import checks, unlearning
 
 FINE = "fine"
 NOTHING = "nothing was forgotten"
@@ -613,12 +612,7 @@ def _has(findings: Sequence[Finding], verdict: str) -> bool:
 
 def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
   """Fills the options up with the defaults of `unlearning.unlearn`."""
-  defaults = {
-    name: parameter.default
-    for each in (boundary.Search, unlearning.unlearn)
-    for name, parameter in inspect.signature(each).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-  } | unlearning.SEARCH_DEFAULTS
+  defaults = unlearning.defaults()
   for name in options:
     checks.one_of("the name in options", name, defaults)
   return {**defaults, **options}

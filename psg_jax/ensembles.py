@@ -11,10 +11,13 @@ import optax
 
 from psg_jax import (
   augment,
+  batches,
   checks,
   inference,
+  optimizers,
   parallel,
   progress,
+  steps,
   training,
   types,
 )
@@ -84,7 +87,7 @@ def train(
   checks.integer("num_epochs", num_epochs, at_least=1)
   checks.integer("batch_size", batch_size, at_least=1)
   checks.one_of("mode", mode, MODES)
-  training.check_schedule(schedule)
+  optimizers.check_schedule(schedule)
   checks.key(key)
   members = _members(membership, len(dataset))
   if mesh is not None and mode != "sharded":
@@ -102,9 +105,9 @@ def train(
   image = jnp.zeros((1, *dataset.images.shape[1:]), jnp.float32)
   variables = jax.lax.map(lambda each: model.init(each, image), init_keys)
   first = jax.tree.map(lambda x: x[0], variables)
-  training.check_classes(model, first, dataset)
+  steps.check_classes(model, first, dataset)
   state = parallel.shard(
-    jax.vmap(lambda v, k: training.init_state(v, optimizer, k))(
+    jax.vmap(lambda v, k: steps.init_state(v, optimizer, k))(
       variables, fit_keys
     ),
     mesh,
@@ -115,9 +118,15 @@ def train(
   steps_of = [-(-len(rows) // batch_size) for rows in members]
   num_steps = max(steps_of)
   factors = {
-    number: training.schedule_factors(schedule, num_epochs * number)
+    number: optimizers.schedule_factors(schedule, num_epochs * number)
     for number in set(steps_of)
   }
+  program = steps.Program(
+    model=model,
+    optimizer=optimizer,
+    loss_fn=steps.mean_cross_entropy,
+    augment_fn=augment_fn,
+  )
   history: training.History = []
   with progress.bar(
     "training ensemble",
@@ -139,23 +148,27 @@ def train(
       )
       losses, is_correct, weights = [], [], []
       for rows, row_weights, call_rates in _calls(plans, rates):
-        batches = training.Batches(
-          rows=jnp.asarray(rows), weights=jnp.asarray(row_weights)
+        minibatches = steps.Steps(
+          rows=jnp.asarray(rows),
+          weights=jnp.asarray(row_weights),
+          is_forget=jnp.zeros(rows.shape, bool),
         )
         state, reported = _run(
-          model,
-          optimizer,
+          program,
           state,
           images,
           labels,
-          parallel.shard(batches, mesh),
+          parallel.shard(minibatches, mesh),
           parallel.shard(jnp.asarray(call_rates), mesh),
-          augment_fn=augment_fn,
           mode=mode,
           mesh=mesh,
         )
-        losses.append(np.asarray(reported.loss)[:num_models])
-        is_correct.append(np.asarray(reported.is_correct)[:num_models])
+        figures = {
+          name: np.asarray(x)[:num_models]
+          for name, x in reported.figures.items()
+        }
+        losses.append(figures["loss"])
+        is_correct.append(figures["accuracy"])
         weights.append(row_weights[:num_models] > 0)
         _check_finite("the loss", losses[-1], weights[-1], epoch + 1)
         bar.advance(
@@ -296,9 +309,14 @@ def _plan(
   key: jax.Array, members: np.ndarray, batch_size: int, num_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Rows and weights `[num_steps, B]` of an epoch; steps of padding follow."""
-  places, weights = training.epoch_batches(key, len(members), batch_size)
-  padding = ((0, num_steps - len(places)), (0, 0))
-  return members[np.pad(places, padding, mode="wrap")], np.pad(weights, padding)
+  plan = batches.retain_only(key, 0, len(members), batch_size)
+  padding = (
+    (0, num_steps - len(plan.rows)),
+    # As many rows for all models, some of which may have fewer images.
+    (0, batch_size - plan.rows.shape[1]),
+  )
+  rows = np.pad(plan.rows, padding, mode="wrap")
+  return members[rows], np.pad(plan.weights, padding)
 
 
 def _calls(
@@ -325,69 +343,57 @@ def _calls(
 
 @functools.partial(
   jax.jit,
-  static_argnums=(0, 1),
-  static_argnames=("augment_fn", "mode", "mesh"),
-  donate_argnums=2,
+  static_argnums=0,
+  static_argnames=("mode", "mesh"),
+  donate_argnums=1,
 )
 def _run(
-  model: types.Model,
-  optimizer: optax.GradientTransformation,
-  state: training.TrainState,
+  program: steps.Program,
+  state: steps.TrainState,
   images: jax.Array,
   labels: jax.Array,
-  batches: training.Batches,
+  minibatches: steps.Steps,
   factors: jax.Array,
   *,
-  augment_fn: augment.AugmentFn | None,
   mode: str,
   mesh: jax.sharding.Mesh | None,
-) -> tuple[training.TrainState, training.StepMetrics]:
+) -> tuple[steps.TrainState, steps.Reported]:
   """Takes the steps of all models, each array with an axis `M` in front."""
 
   def one(
-    inputs: tuple[training.TrainState, training.Batches, jax.Array],
+    inputs: tuple[steps.TrainState, steps.Steps, jax.Array],
     images: jax.Array,
     labels: jax.Array,
-  ) -> tuple[training.TrainState, training.StepMetrics]:
-    return training.run_steps(
-      model,
-      optimizer,
-      inputs[0],
-      images,
-      labels,
-      inputs[1],
-      factors=inputs[2],
-      augment_fn=augment_fn,
+  ) -> tuple[steps.TrainState, steps.Reported]:
+    state, minibatches, factors = inputs
+    return steps.run_steps(
+      program, state, images, labels, minibatches, factors=factors
     )
 
   def loop(
-    state: training.TrainState,
-    batches: training.Batches,
-    factors: jax.Array,
+    inputs: tuple[steps.TrainState, steps.Steps, jax.Array],
     images: jax.Array,
     labels: jax.Array,
-  ) -> tuple[training.TrainState, training.StepMetrics]:
-    return jax.lax.map(
-      lambda each: one(each, images, labels), (state, batches, factors)
-    )
+  ) -> tuple[steps.TrainState, steps.Reported]:
+    return jax.lax.map(lambda x: one(x, images, labels), inputs)
 
+  inputs = (state, minibatches, factors)
   if mode == "vmap":
-    inputs = (state, batches, factors)
     return jax.vmap(one, (0, None, None))(inputs, images, labels)
   if mesh is None:
-    return loop(state, batches, factors, images, labels)
-  split, whole = (
+    return loop(inputs, images, labels)
+  models, whole = (
     jax.sharding.PartitionSpec(parallel.BATCH_AXIS),
     jax.sharding.PartitionSpec(),
   )
   mapped = jax.shard_map(
     loop,
     mesh=mesh,
-    in_specs=(split, split, split, whole, whole),
-    out_specs=split,
+    in_specs=(models, whole, whole),
+    out_specs=models,
     check_vma=False,
   )
-  return mapped(state, batches, factors, images, labels)
+  return mapped(inputs, images, labels)
 
 
 def _check_finite(
