@@ -18,25 +18,10 @@ import jinja2
 import numpy as np
 
 from psg_jax import files
-from psg_jax.files import (
-  read_csv,
-  save_arrays,
-  to_csv,
-  write_text,
-)
-
-__all__ = [
-  "at_end",
-  "held",
-  "lock",
-  "read_arrays",
-  "read_csv",
-  "read_json",
-  "save_arrays",
-  "to_csv",
-  "write_page",
-  "write_text",
-]
+from psg_jax.files import read_csv as read_csv
+from psg_jax.files import save_arrays as save_arrays
+from psg_jax.files import to_csv as to_csv
+from psg_jax.files import write_text as write_text
 
 try:
   import fcntl

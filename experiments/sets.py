@@ -99,10 +99,8 @@ def _seen_and_unseen(
   is_unseen = np.zeros(len(whole), bool)
   if job.unseen is not None:
     request = forget.Request(where=job.unseen)
-    try:
+    with files.faults("unseen:", ValueError):
       is_unseen = forget.matching(whole, request)
-    except ValueError as error:
-      raise ValueError(f"unseen: {error}") from None
     if is_unseen.all() or not is_unseen.any():
       raise ValueError(
         f"unseen must match some images and not all, got {job.unseen!r}, which"

@@ -19,11 +19,11 @@ from data_prep import (
   base,
   builder,
   depths,
+  image_folder,
   images,
   listing,
   metadata,
   prepare,
-  splits,
   tables,
   threads,
 )
@@ -236,11 +236,11 @@ def test_ordered_map_is_ordered_and_looks_ahead_a_little(monkeypatch):
 
 def test_split_is_exact_without_groups():
   labels = np.repeat([0, 1, 2], [100, 50, 10])
-  is_test = splits.choose_test(labels, [None] * 160, seed=0)
+  is_test = image_folder.choose_test(labels, [None] * 160, seed=0)
   assert np.bincount(labels[is_test]).tolist() == [20, 10, 2]
-  again = splits.choose_test(labels, [None] * 160, seed=0)
+  again = image_folder.choose_test(labels, [None] * 160, seed=0)
   np.testing.assert_array_equal(is_test, again)
-  other = splits.choose_test(labels, [None] * 160, seed=1)
+  other = image_folder.choose_test(labels, [None] * 160, seed=1)
   assert not np.array_equal(is_test, other)
 
 
@@ -249,7 +249,7 @@ def test_split_by_group():
   groups = [
     None if draw == 0 else f"p{draw}" for draw in RNG.integers(0, 120, 600)
   ]
-  is_test = splits.choose_test(labels, groups, seed=3)
+  is_test = image_folder.choose_test(labels, groups, seed=3)
   sides: dict[str, set] = {}
   for group, side in zip(groups, is_test, strict=True):
     if group is not None:
