@@ -247,8 +247,9 @@ def to_table(
       but the image: class numbers in `"label"`, text as bytes.
 
   Returns:
-    The columns `"id"`, `"label"` (the class's name) and all others, with the
-    types that the builder states and empty text as null.
+    The columns `"id"`, `"label"` (the class's name), those that the builder
+    makes, and those of the user's table, each in one order; with the types that
+    the builder states and empty text as null.
   """
   class_names = builder.info.features["label"].names
   kinds = (builder.info.metadata or {}).get("columns", {})
@@ -258,9 +259,10 @@ def to_table(
       [class_names[label] for label in columns["label"]], pa.string()
     ),
   }
-  for key, values in columns.items():
-    if key not in table:
-      table[key] = _column(values, kinds.get(key))
+  # TFDS keeps features in no order; those of a user's table have its own.
+  for name in (*sorted(columns.keys() - kinds.keys()), *kinds):
+    if name in columns and name not in table:
+      table[name] = _column(columns[name], kinds.get(name))
   return pa.table(table)
 
 

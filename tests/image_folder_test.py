@@ -311,6 +311,15 @@ def test_same_rows_from_any_order(tmp_path):
   assert [part.ids.tolist() for part in _load(tmp_path / "c")] != ids[0]
 
 
+def test_columns_stand_in_the_order_of_the_table(tmp_path):
+  text = "file,zeta,alpha,mid\n" + "".join(f"{x},1,b,c\n" for x in _files())
+  _prepare(tmp_path, _files() | {"metadata.csv": text.encode()})
+  assert _load(tmp_path)[0].metadata.column_names == [
+    *("id", "label", "file", "height", "sha256", "width"),
+    *("zeta", "alpha", "mid"),
+  ]
+
+
 def test_more_than_one_shard(tmp_path, monkeypatch):
   monkeypatch.setattr(builder, "EXAMPLES_PER_SHARD", 7)
   monkeypatch.setattr(builder, "EXAMPLES_PER_WRITE", 3)
