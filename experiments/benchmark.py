@@ -551,7 +551,7 @@ def _jax_parts(setup: Setup) -> dict[str, Callable[[], Any]]:
   key = jax.random.key(setup.options.seed)
 
   def apply_train(variables: types.Variables, pixels: jax.Array) -> jax.Array:
-    return model.apply_train(variables, pixels, key)[0]
+    return steps.apply_train(model, variables, pixels, key, None)[0]
 
   def gradient(
     apply_fn: types.ApplyFn, argnums: int
