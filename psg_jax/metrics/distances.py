@@ -313,9 +313,7 @@ def relearn_steps(
     )
   checks.number("accuracies", curve, at_least=0, at_most=1)
   checks.number("original_accuracy", original_accuracy, above=0, at_most=1)
-  checks.number("margin", margin, at_least=0)
-  if margin >= 1:
-    raise ValueError(f"margin must be below 1, got {margin}")
+  checks.number("margin", margin, at_least=0, below=1)
   target = (1 - margin) * original_accuracy
   reached = np.flatnonzero(curve >= target)
   if not len(reached):
@@ -416,11 +414,7 @@ def linear_probe(
     Alain and Bengio, Understanding Intermediate Layers Using Linear Classifier
     Probes, 2016.
   """
-  if features.ndim != 2 or labels.shape != features.shape[:1]:
-    raise ValueError(
-      f"features must be [N, D] and labels [N], got {list(features.shape)} and"
-      f" {list(labels.shape)}"
-    )
+  common.check_rows("features", features, labels, "D")
   checks.integer("num_folds", num_folds, at_least=2)
   if not np.all(np.isfinite(features)):
     raise common.NotAvailableError("features are not finite")
