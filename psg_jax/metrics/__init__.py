@@ -11,6 +11,7 @@ from psg_jax.metrics.clinical import (
 )
 from psg_jax.metrics.common import NotAvailableError
 from psg_jax.metrics.distances import (
+  RELEARN_MARGIN,
   activation_distance,
   anamnesis_index,
   js_divergence,
@@ -45,6 +46,7 @@ from psg_jax.metrics.registry import METRICS, compute, find, result_of
 
 __all__ = [
   "METRICS",
+  "RELEARN_MARGIN",
   "SPLITS",
   "Inputs",
   "Metric",

@@ -19,6 +19,9 @@ import sklearn.preprocessing
 from psg_jax import checks
 from psg_jax.metrics import common
 
+RELEARN_MARGIN = 0.05
+"""Share of the original accuracy that may be missing when it is back."""
+
 
 def js_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
   """Mean Jensen-Shannon divergence of two models' predictions, in nats.
@@ -280,7 +283,10 @@ def run_time_efficiency(seconds: float, retrain_seconds: float) -> float:
 
 
 def relearn_steps(
-  accuracies: np.ndarray, original_accuracy: float, *, margin: float = 0.05
+  accuracies: np.ndarray,
+  original_accuracy: float,
+  *,
+  margin: float = RELEARN_MARGIN,
 ) -> int:
   """Steps of training on the forget set until its accuracy is back.
 
@@ -329,7 +335,7 @@ def anamnesis_index(
   retrained_accuracies: np.ndarray,
   original_accuracy: float,
   *,
-  margin: float = 0.05,
+  margin: float = RELEARN_MARGIN,
 ) -> float:
   """AIN: steps to relearn, as a ratio to the retrained model's.
 
