@@ -106,16 +106,6 @@ def judge(
   checks.number("margin", margin, above=1)
   split = measured.forget_split
   rejected = _rejected_levels(measured)
-  judged, far, open_ = [], [], []
-  for each in measured.distances:
-    if each.name not in _JUDGED or each.value is None:
-      continue
-    judged.append(each)
-    if each.interval is not None and each.interval[0] > margin:
-      far.append(each)
-    elif each.interval is None or each.interval[1] > margin:
-      open_.append(each)
-  against = tuple(f"{x.name}/{x.split}" for x in rejected)
   level = _level_words(measured, rejected, split)
   if measured.num_references < 2 or split is None:
     count = "one retrained model" if split else "no image to forget"
@@ -125,44 +115,48 @@ def judge(
       f"With {count} a distance cannot be judged: nobody knows how far two"
       " retrained models are from each other.",
     )
-  distance = _distance_words(measured, split)
   if not is_agreed(measured, original=original, margin=margin):
     return Verdict(
       LEVEL_ONLY,
       bool(rejected),
       "The references do not agree: only the level can be judged, and it is"
       f" {level}.",
-      against,
+      tuple(f"{x.name}/{x.split}" for x in rejected),
     )
-  against += tuple(f"{x.name}/{x.split}" for x in far)
-  if against:
-    place = far or rejected
+  judged = [
+    x for x in measured.distances if x.name in _JUDGED and x.value is not None
+  ]
+  ranges = [x.interval or (-np.inf, np.inf) for x in judged]
+  far = [x for x, (low, _) in zip(judged, ranges, strict=True) if low > margin]
+  words = f"{_distance_words(measured, split)}, and the level is {level}."
+  if far or rejected:
+    places: list[Any] = [*far, *rejected]
     near = "further away than another retraining" if far else "off in level"
     return Verdict(
       NOT_RETRAINED,
       True,
-      f"The model is {near} ({_words(place[0].name)} of"
-      f" {_words(place[0].split)}): {distance}, and the level is {level}.",
-      against,
+      f"The model is {near} ({_words(places[0].name)} of"
+      f" {_words(places[0].split)}):"
+      f" {words}",
+      tuple(f"{x.name}/{x.split}" for x in (*rejected, *far)),
     )
-  if measured.num_references < 3 or open_ or not judged:
-    why = f"{len(open_)} of {len(judged)} intervals reach beyond {margin:g}"
-    if measured.num_references < 3:
-      why = "two references make one pair"
-    elif not judged:
-      why = "the references do not differ"
+  num_open = sum(high > margin for _, high in ranges)
+  why = None
+  if measured.num_references < 3:
+    why = "two references make one pair"
+  elif not judged:
+    why = "the references do not differ"
+  elif num_open:
+    why = f"{num_open} of {len(judged)} intervals reach beyond {margin:g}"
+  if why is not None:
     return Verdict(
       CANNOT_TELL,
       False,
-      f"It cannot be told whether the model is as near as another retraining"
-      f" ({why}): {distance}, and the level is {level}.",
+      "It cannot be told whether the model is as near as another retraining"
+      f" ({why}): {words}",
     )
-  return Verdict(
-    AS_RETRAINED,
-    False,
-    f"The model is as near as another retraining: {distance}, and the level is"
-    f" {level}.",
-  )
+  sentence = f"The model is as near as another retraining: {words}"
+  return Verdict(AS_RETRAINED, False, sentence)
 
 
 def is_agreed(
