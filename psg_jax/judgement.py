@@ -130,15 +130,15 @@ def judge(
   far = [x for x, (low, _) in zip(judged, ranges, strict=True) if low > margin]
   words = f"{_distance_words(measured, split)}, and the level is {level}."
   if far or rejected:
-    places: list[Any] = [*far, *rejected]
+    places: list[Any] = [*rejected, *far]
+    first = far[0] if far else rejected[0]
     near = "further away than another retraining" if far else "off in level"
     return Verdict(
       NOT_RETRAINED,
       True,
-      f"The model is {near} ({_words(places[0].name)} of"
-      f" {_words(places[0].split)}):"
+      f"The model is {near} ({_words(first.name)} of {_words(first.split)}):"
       f" {words}",
-      tuple(f"{x.name}/{x.split}" for x in (*rejected, *far)),
+      tuple(f"{x.name}/{x.split}" for x in places),
     )
   num_open = sum(high > margin for _, high in ranges)
   why = None
