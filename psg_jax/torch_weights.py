@@ -141,10 +141,9 @@ def _like_variables(
   entries: list[torch_layouts.Entry],
 ) -> types.Variables:
   """Fills variables from those loaded, and from `leaves` where none are."""
-  given = {name: np.asarray(leaf) for name, leaf in _flatten((), loaded)}
+  given = {name: np.asarray(leaf) for name, leaf in _flatten(loaded).items()}
   faults = _shape_faults(given, leaves, entries)
-  if faults:
-    raise ValueError(f"{source} does not fit variables: {checks.few(faults)}")
+  torch_layouts.refuse(f"{source} does not fit variables", checks.few(faults))
   result: dict[str, Any] = {}
   for name, leaf in leaves.items():
     if name in given:
@@ -168,7 +167,7 @@ def misfit(
     None where none does.
   """
   layout = torch_layouts.layout(model_name)
-  given, wanted = (dict(_flatten((), tree)) for tree in (variables, expected))
+  given, wanted = _flatten(variables), _flatten(expected)
   faults = _shape_faults(given, wanted, layout.entries)
   if not faults:
     return None
@@ -188,9 +187,10 @@ def _shape_faults(
   """Names the arrays of two sets of leaves that differ in shape."""
   faults = []
   for entry in entries:
+    shapes = (np.shape(x["/".join(entry.path)]) for x in (given, expected))
     have, want = (
-      torch_layouts.torch_shape(entry, np.shape(tree["/".join(entry.path)]))
-      for tree in (given, expected)
+      [shape[i] for i in torch_layouts.axes(entry, len(shape))]
+      for shape in shapes
     )
     if have != want:
       faults.append(f"{entry.key} has shape {have} where variables have {want}")
@@ -303,7 +303,7 @@ def _leaves(
   variables: types.Variables, layout: torch_layouts.Layout, model_name: str
 ) -> dict[str, Any]:
   """The leaves of variables by their path, if they are this network's."""
-  leaves = dict(_flatten((), variables))
+  leaves = _flatten(variables)
   torch_layouts.check_names(
     f"variables are not those of {model_name!r}",
     leaves,
@@ -331,12 +331,12 @@ def _write(path: pathlib.Path, state: dict[str, np.ndarray]) -> None:
     temporary.unlink(missing_ok=True)
 
 
-def _flatten(path: tuple[str, ...], tree: Any) -> Iterable[tuple[str, Any]]:
-  if not isinstance(tree, Mapping):
-    yield "/".join(path), tree
-    return
-  for name, child in tree.items():
-    yield from _flatten((*path, str(name)), child)
+def _flatten(tree: Any) -> dict[str, Any]:
+  """Leaves by their path."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def _to_jax(array: np.ndarray) -> Any:
@@ -358,20 +358,14 @@ def _widened(entry: torch_layouts.Entry, array: np.ndarray) -> np.ndarray:
 
 def _from_torch(entry: torch_layouts.Entry, array: np.ndarray) -> np.ndarray:
   """Brings a checked array into our layout."""
-  if entry.kind == "conv":
-    return array.transpose(2, 3, 1, 0)
-  if entry.kind == "linear":
-    return array.T
+  array = array.transpose(np.argsort(torch_layouts.axes(entry, array.ndim)))
   return array.astype(np.int32) if entry.kind == "count" else array
 
 
 def _to_torch(entry: torch_layouts.Entry, array: np.ndarray) -> np.ndarray:
   """Brings an array into PyTorch's layout, where its rank allows it."""
-  if entry.kind == "conv" and array.ndim == 4:
-    array = array.transpose(3, 2, 0, 1)
-  elif entry.kind == "linear" and array.ndim == 2:
-    array = array.T
-  elif entry.kind == "count" and array.dtype == np.int32:
+  array = array.transpose(torch_layouts.axes(entry, array.ndim))
+  if entry.kind == "count" and array.dtype == np.int32:
     array = array.astype(np.int64)
   # The writer takes the buffer as it lies in memory.
   return array if array.ndim == 0 else np.ascontiguousarray(array)
@@ -394,8 +388,7 @@ def _check_arrays(
       fault = f"has NaN or infinity in {number} of {array.size} values"
     if fault:
       faults.append(f"{name} {fault}")
-  if faults:
-    raise ValueError(f"{source}: {checks.few(faults)}")
+  torch_layouts.refuse(source, checks.few(faults))
 
 
 def _is_finite(array: np.ndarray) -> np.ndarray:
