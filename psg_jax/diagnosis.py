@@ -169,68 +169,41 @@ class _Side(NamedTuple):
 
 
 class _Case(NamedTuple):
-  """All that the rules look at; None where it is unknown.
+  """All that the rules look at.
+
+  What is unknown is NaN, which meets no comparison: its rules stay silent.
 
   Attributes:
     forget: On the forget set.
     retain: On retained images.
     chance: The accuracy of chance.
     options: Those of `unlearning.unlearn`, with the defaults.
-    relabelling: What the search did.
+    weight: Of the retained images, beside the forget images' 1.
+    in_steps: How many steps the search took, in words.
+    crossed: Share of the forget images that crossed the boundary.
+    num_labels: Classes.
+    largest: Share of the most frequent new label.
+    largest_class: That label.
+    agreement: Share of new labels that the retrained model predicts.
     learned: Share of the forget images that had their new label in training.
-    is_falling: Whether the loss on forget images went down.
-    retain_losses: The first and the last loss on retained images.
+    losses: The first and the last on forget images.
+    retain_losses: The first and the last on retained images.
   """
 
   forget: _Side
   retain: _Side
   chance: float
   options: Mapping[str, Any]
-  relabelling: RelabellingStatistics | None
-  learned: float | None
-  is_falling: bool | None
-  retain_losses: tuple[float, float] | None
-
-  @property
-  def weight(self) -> float:
-    """Of the retained images; 1, as of the forget images, where unknown."""
-    value = self.options.get("retain_weight")
-    return 1.0 if value is None else value
-
-  @property
-  def has_few_crossed(self) -> bool:
-    """Whether too few forget images crossed the boundary."""
-    counts = self.relabelling
-    return counts is not None and counts.crossed_share < _CROSSED_SHARE
-
-  @property
-  def is_misled(self) -> bool:
-    """Whether new labels are unlike the retrained model's answers."""
-    counts = self.relabelling
-    if counts is None or counts.agreement is None:
-      return False
-    return counts.agreement < _GOOD_AGREEMENT
-
-  @property
-  def has_one_class(self) -> bool:
-    """Whether one class of several took most images, without good reason."""
-    counts = self.relabelling
-    if counts is None or len(counts.label_counts) < 3:
-      return False
-    is_right = counts.agreement is not None and not self.is_misled
-    return counts.largest_share >= _ONE_CLASS_SHARE and not is_right
-
-  @property
-  def largest_class(self) -> int:
-    """The most frequent new label."""
-    assert self.relabelling is not None
-    return int(np.argmax(self.relabelling.label_counts))
-
-  @property
-  def in_steps(self) -> str:
-    """How many steps the search took, in words."""
-    steps = self.options.get("num_steps")
-    return "" if steps is None else f" in num_steps={steps}"
+  weight: float
+  in_steps: str
+  crossed: float = math.nan
+  num_labels: int = 0
+  largest: float = math.nan
+  largest_class: int = 0
+  agreement: float = math.nan
+  learned: float = math.nan
+  losses: tuple[float, float] = (math.nan, math.nan)
+  retain_losses: tuple[float, float] = (math.nan, math.nan)
 
 
 class Rule(NamedTuple):
@@ -258,19 +231,6 @@ def _always(case: _Case) -> bool:
   return True
 
 
-def _has_rising_loss(case: _Case) -> bool:
-  if case.retain_losses is None:
-    return False
-  first, last = case.retain_losses
-  return last > (1 + _FALLING_SHARE) * first
-
-
-def _is_unlearned(case: _Case, is_falling: bool) -> bool:
-  if case.learned is None or case.learned >= _LEARNED_SHARE:
-    return False
-  return case.is_falling is is_falling
-
-
 _TOO_LITTLE = (NOTHING, PARTLY)
 _HARM = (DESTROYED, DAMAGED)
 _TARGETS = (
@@ -278,9 +238,7 @@ _TARGETS = (
   " {0.forget.target:.3f}), {0.retain.split} accuracy {0.retain.now:.3f}"
   " (target {0.retain.target:.3f})"
 )
-_CROSSED = (
-  "{0.relabelling.crossed_share:.0%} of the forget images crossed the boundary"
-)
+_CROSSED = "{0.crossed:.0%} of the forget images crossed the boundary"
 _LEARNED = "{0.learned:.0%} of the forget images had their new label"
 
 RULES: tuple[Rule, ...] = (
@@ -295,7 +253,8 @@ RULES: tuple[Rule, ...] = (
     "few crossed within the ball",
     _TOO_LITTLE,
     lambda case: (
-      case.has_few_crossed and case.options.get("max_distance") is not None
+      case.crossed < _CROSSED_SHARE
+      and case.options.get("max_distance") is not None
     ),
     _CROSSED + " within max_distance={0.options[max_distance]:g}",
     *("max_distance", "raise max_distance, or set it to None"),
@@ -304,7 +263,7 @@ RULES: tuple[Rule, ...] = (
     "few crossed",
     _TOO_LITTLE,
     lambda case: (
-      case.has_few_crossed and case.options.get("max_distance") is None
+      case.crossed < _CROSSED_SHARE and case.options.get("max_distance") is None
     ),
     _CROSSED + "{0.in_steps}",
     *("num_steps", "raise num_steps, or max_distance where there is one"),
@@ -312,14 +271,20 @@ RULES: tuple[Rule, ...] = (
   Rule(
     "targets not learned, still learning",
     _TOO_LITTLE,
-    lambda case: _is_unlearned(case, is_falling=True),
+    lambda case: (
+      case.learned < _LEARNED_SHARE
+      and case.losses[1] < (1 - _FALLING_SHARE) * case.losses[0]
+    ),
     f"in the last pass {_LEARNED}, and the loss was still falling",
     *("num_epochs", "raise num_epochs"),
   ),
   Rule(
     "targets not learned",
     _TOO_LITTLE,
-    lambda case: _is_unlearned(case, is_falling=False),
+    lambda case: (
+      case.learned < _LEARNED_SHARE
+      and case.losses[1] >= (1 - _FALLING_SHARE) * case.losses[0]
+    ),
     f"in the last pass {_LEARNED}, and the loss did not fall",
     *("optimizer", "raise the learning rate, tenfold to begin with"),
   ),
@@ -341,7 +306,7 @@ RULES: tuple[Rule, ...] = (
     "statistics of the minibatch",
     _TOO_LITTLE,
     lambda case: (
-      (case.learned or 0) >= _LEARNED_SHARE
+      case.learned >= _LEARNED_SHARE
       and case.options.get("batch_stats") == "update"
     ),
     f"in training {_LEARNED}, with BatchNorm on minibatches, and in inference"
@@ -368,24 +333,29 @@ RULES: tuple[Rule, ...] = (
   Rule(
     "one class takes all",
     (*_HARM, TOO_MUCH),
-    lambda case: case.has_one_class,
-    "{0.relabelling.largest_share:.0%} of the new labels are class"
-    " {0.largest_class}",
+    # Unless the retrained model would give most images to this class.
+    lambda case: (
+      case.num_labels > 2
+      and case.largest >= _ONE_CLASS_SHARE
+      and not case.agreement >= _GOOD_AGREEMENT
+    ),
+    "{0.largest:.0%} of the new labels are class {0.largest_class}",
     "step_size",
     "lower step_size, so that the search stops at a nearer class",
   ),
   Rule(
     "labels unlike the retrained model's",
     (*_HARM, TOO_MUCH),
-    lambda case: case.is_misled,
-    "{0.relabelling.agreement:.0%} of the new labels are what the retrained"
-    " model predicts",
+    lambda case: case.agreement < _GOOD_AGREEMENT,
+    "{0.agreement:.0%} of the new labels are what the retrained model predicts",
     *("step_size", "lower step_size and raise num_steps"),
   ),
   Rule(
     "unstable",
     _HARM,
-    _has_rising_loss,
+    lambda case: (
+      case.retain_losses[1] > (1 + _FALLING_SHARE) * case.retain_losses[0]
+    ),
     "the loss on retained images rose from {0.retain_losses[0]:.2f} to"
     " {0.retain_losses[1]:.2f}",
     *("optimizer", "lower the learning rate, tenfold to begin with"),
@@ -472,13 +442,17 @@ def diagnose(
     target = original.get("test_forget")
     target = original[retain] if target is None else target
   kept = (original if retrained is None else retrained)[retain]
+  known = {} if options is None else _with_defaults(options)
+  weight, steps = known.get("retain_weight"), known.get("num_steps")
   case = _Case(
     _Side(forget, *_known(original[forget], unlearned[forget], target)),
     _Side(retain, *_known(original[retain], unlearned[retain], kept)),
     1 / num_classes,
-    {} if options is None else _with_defaults(options),
-    relabelling,
-    *_read(history),
+    known,
+    math.nan if weight is None else weight,
+    "" if steps is None else f" in num_steps={steps}",
+    **_read_relabelling(relabelling),
+    **_read_history(history),
   )
   verdicts = _verdicts(case)
   return Diagnosis(tuple(x for y in verdicts for x in _findings(y, case)))
@@ -489,24 +463,33 @@ def _known(*values: float | None) -> tuple[float, ...]:
   return tuple(value for value in values if value is not None)
 
 
-def _read(
-  history: Sequence[Mapping[str, Any]],
-) -> tuple[float | None, bool | None, tuple[float, float] | None]:
-  """Reads share learned, whether the loss fell, and losses of retained images.
+def _read_relabelling(counts: RelabellingStatistics | None) -> dict[str, Any]:
+  if counts is None:
+    return {}
+  return {
+    "crossed": counts.crossed_share,
+    "num_labels": len(counts.label_counts),
+    "largest": counts.largest_share,
+    "largest_class": int(np.argmax(counts.label_counts)),
+    "agreement": math.nan if counts.agreement is None else counts.agreement,
+  }
 
-  Older histories have the share as `forget_accuracy`.
-  """
+
+def _read_history(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Older histories have the share learned as `forget_accuracy`."""
+  figures: dict[str, Any] = {}
   if not history:
-    return None, None, None
+    return figures
   first, last = history[0], history[-1]
   learned = last.get("label_accuracy", last.get("forget_accuracy"))
-  is_falling, retain_losses = None, None
+  if learned is not None:
+    figures["learned"] = learned
   if "forget_loss" in first:
     start = (first.get("forget_step_losses") or [first["forget_loss"]])[0]
-    is_falling = bool(last["forget_loss"] < (1 - _FALLING_SHARE) * start)
+    figures["losses"] = start, last["forget_loss"]
   if "retain_loss" in first and len(history) > 1:
-    retain_losses = first["retain_loss"], last["retain_loss"]
-  return learned, is_falling, retain_losses
+    figures["retain_losses"] = first["retain_loss"], last["retain_loss"]
+  return figures
 
 
 def _verdicts(case: _Case) -> list[str]:

@@ -279,7 +279,27 @@ def agreement(logits: np.ndarray, retrained: np.ndarray) -> np.ndarray:
   return common.is_same(logits[:, None], retrained[None]).astype(np.float64)
 
 
-def pseudo_values(distances: np.ndarray) -> np.ndarray | None:
+def pairs(
+  distance: Callable[[np.ndarray, np.ndarray], np.ndarray],
+  unlearned: np.ndarray,
+  retrained: np.ndarray,
+) -> tuple[Values, np.ndarray]:
+  """Values of a distance of two models.
+
+  Args:
+    distance: Of `[M, ...]` and `[S, ...]` to `[M, S, N]`.
+    unlearned: What it takes of the unlearned models.
+    retrained: Of the retrained ones.
+
+  Returns:
+    The values, and the distances `[S, S, N]` between retrained models.
+  """
+  between = distance(retrained, retrained)
+  ours = distance(unlearned, retrained)
+  return Values(ours, _pseudo_values(between)), between
+
+
+def _pseudo_values(distances: np.ndarray) -> np.ndarray | None:
   """Makes values `[S, N]` of seeds from distances of pairs `[S, S, N]`.
 
   Their mean is the mean over pairs, and weighing them as seeds are drawn gives

@@ -508,11 +508,7 @@ def _statistics(
   ):
     values = None
     if len(split.retrained):
-      between = distance(split.retrained, split.retrained)
-      values = resampling.Values(
-        distance(split.unlearned, split.retrained),
-        resampling.pseudo_values(between),
-      )
+      values, _ = resampling.pairs(distance, split.unlearned, split.retrained)
     statistics.append(resampling.Statistic(name, values, None, is_share))
   return statistics + [_extra(name, fn, split) for name, fn in extra.items()]
 

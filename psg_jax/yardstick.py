@@ -60,10 +60,10 @@ class Distance:
 
   name: str
   split: str | None
-  value: float | None
-  interval: tuple[float, float] | None
-  unlearned: float | None
-  floor: float | None
+  value: float | None = None
+  interval: tuple[float, float] | None = None
+  unlearned: float | None = None
+  floor: float | None = None
   references: tuple[float, ...] = ()
   reasons: tuple[str, ...] = ()
 
@@ -88,11 +88,11 @@ class Level:
   name: str
   split: str | None
   unlearned: float
-  retrained: float | None
-  sd: float | None
-  difference: float | None
-  p: float | None
-  interval: tuple[float, float] | None
+  retrained: float | None = None
+  sd: float | None = None
+  difference: float | None = None
+  p: float | None = None
+  interval: tuple[float, float] | None = None
   reasons: tuple[str, ...] = ()
 
   @property
@@ -150,19 +150,19 @@ class Measurement:
 
   def distance(self, name: str, split: str | None) -> Distance | None:
     """Returns a distance; None if it was not measured."""
-    return next(
-      (x for x in self.distances if (x.name, x.split) == (name, split)), None
-    )
+    return _named(self.distances, name, split)
 
   def level(self, name: str, split: str | None) -> Level | None:
     """Returns a level; None if it was not measured."""
-    return next(
-      (x for x in self.levels if (x.name, x.split) == (name, split)), None
-    )
+    return _named(self.levels, name, split)
 
   def spread(self, split: str | None) -> Spread | None:
     """Returns the spread on a split; None if it was not measured."""
     return next((x for x in self.spreads if x.split == split), None)
+
+
+def _named(rows: Sequence[Any], name: str, split: str | None) -> Any:
+  return next((x for x in rows if (x.name, x.split) == (name, split)), None)
 
 
 def measure(
@@ -272,11 +272,8 @@ def _of_split(
 ) -> list[Distance]:
   """The four distances of a split."""
   if not len(split.labels):
-    reason = ("the split has no images",)
-    return [
-      Distance(name, split.name, None, None, None, None, (), reason)
-      for name in DISTANCES
-    ]
+    reasons = ("the split has no images",)
+    return [Distance(name, split.name, reasons=reasons) for name in DISTANCES]
   models = split.unlearned, split.retrained
   values = (
     _pairs(common.pairwise_kl, *models),
@@ -316,22 +313,12 @@ def _pairs(
   distance: Any, logits: np.ndarray, references: np.ndarray
 ) -> tuple[resampling.Values, np.ndarray | None]:
   """Values of a distance, and each reference's mean to the others `[S]`."""
-  between = distance(references, references)
-  return (
-    resampling.Values(
-      distance(logits, references), resampling.pseudo_values(between)
-    ),
-    _to_others(between.mean(-1)),
-  )
-
-
-def _to_others(between: np.ndarray) -> np.ndarray | None:
-  """Mean over the others of distances `[S, S]` that a model has to them."""
+  values, between = resampling.pairs(distance, logits, references)
   num = len(between)
   if num < 2:
-    return None
-  off = between * (1 - np.eye(num))
-  return np.asarray(off.sum(1) / (num - 1))
+    return values, None
+  off = between.mean(-1) * (1 - np.eye(num))
+  return values, off.sum(1) / (num - 1)
 
 
 def _to_mean(
@@ -386,7 +373,7 @@ def _normalised(
     mean = float(bootstrap.uniform[0] @ whole.unlearned.mean((1, 2)))
     reason = "one retrained model: it has no other to be compared with"
     value = None if name == "kl_to_mean" else mean
-    return Distance(name, split, None, None, value, None, (), (reason,))
+    return Distance(name, split, unlearned=value, reasons=(reason,))
   ours, floor = (
     float(side[0])
     for side in resampling.sides(whole, bootstrap.uniform, bootstrap.equal)
@@ -394,7 +381,7 @@ def _normalised(
   # Of pseudo-values, whose rounding must not make a floor of nothing.
   if floor <= 1e-12 * max(1.0, ours):
     reason = "the references do not differ from one another"
-    return Distance(name, split, None, None, ours, floor, (), (reason,))
+    return Distance(name, split, unlearned=ours, floor=floor, reasons=(reason,))
   value = ours / floor
   interval, reasons = None, []
   if bootstrap.num_retrained < 3:
@@ -454,31 +441,22 @@ def _level(
   bootstrap: resampling.Bootstrap,
 ) -> Level:
   """Student's test of new values against the references."""
-  mean = float(bootstrap.uniform[0] @ ours)
+  mean, expected = float(bootstrap.uniform[0] @ ours), float(theirs.mean())
   num = len(theirs)
   if num < 2:
     reason = "one retrained model: how much they vary is unknown"
-    return Level(
-      name, split, mean, float(theirs.mean()), None, None, None, None, (reason,)
-    )
-  reasons = []
-  sd = float(np.std(theirs, ddof=1))
+    return Level(name, split, mean, expected, reasons=(reason,))
+  sd, reasons = float(np.std(theirs, ddof=1)), []
   if sd < least:
-    sd = least
-    reasons.append("the deviation is that of chance over images")
-  difference = (mean - float(theirs.mean())) / sd
+    sd, reasons = least, ["the deviation is that of chance over images"]
+  difference = (mean - expected) / sd
   width = math.sqrt(1 / len(bootstrap.sizes) + 1 / num)
   half = scipy.stats.t.isf((1 - bootstrap.confidence) / 2, num - 1) * width * sd
   return Level(
-    name,
-    split,
-    mean,
-    float(theirs.mean()),
-    sd,
-    difference,
-    float(2 * scipy.stats.t.sf(abs(difference) / width, num - 1)),
-    (float(theirs.mean() - half), float(theirs.mean() + half)),
-    tuple(reasons),
+    *(name, split, mean, expected, sd, difference),
+    p=float(2 * scipy.stats.t.sf(abs(difference) / width, num - 1)),
+    interval=(float(expected - half), float(expected + half)),
+    reasons=tuple(reasons),
   )
 
 
