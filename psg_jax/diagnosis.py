@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from psg_jax import boundary, checks, unlearning
+from psg_jax.metrics import common
 
 FINE = "fine"
 NOTHING = "nothing was forgotten"
@@ -95,7 +96,7 @@ def summarise_relabelling(
         f"retrained_logits must be {list(shape)}, got"
         f" {list(np.shape(retrained_logits))}"
       )
-    agreement = float(np.mean(np.argmax(retrained_logits, -1) == labels))
+    agreement = float(np.mean(common.is_right(retrained_logits, labels)))
   return RelabellingStatistics(
     num_images=len(labels),
     crossed_share=float(np.mean(relabelling.is_crossed)),

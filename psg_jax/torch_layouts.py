@@ -85,7 +85,7 @@ class Found(NamedTuple):
   left: tuple[str, ...]
 
 
-def _conv_block(
+def conv_block(
   block: tuple[str, ...],
   conv: str,
   norm: str,
@@ -118,7 +118,8 @@ def _conv_block(
   ]
 
 
-def _head(linear: str, inputs: str) -> list[Entry]:
+def linear_head(linear: str, inputs: str) -> list[Entry]:
+  """A linear layer with bias: its key, and the name of its length."""
   params = ("params", "head")
   return [
     Entry(
@@ -134,12 +135,12 @@ def _all_cnn() -> Layout:
   for i, position in enumerate((0, 1, 2, 4, 5, 6, 8, 9)):
     name, layer = f"block_{i}", f"features.{position}"
     size = 1 if i == 7 else 3
-    entries += _conv_block(
+    entries += conv_block(
       (name,), f"{layer}.0", f"{layer}.1", (inputs, name), size
     )
     inputs = name
   head = "classifier.0"
-  return Layout((*entries, *_head(head, inputs)), head)
+  return Layout((*entries, *linear_head(head, inputs)), head)
 
 
 def _resnet(
@@ -154,7 +155,7 @@ def _resnet(
     kernel_sizes: Of the convolutions of a block.
     pretrained: As in `Layout`.
   """
-  entries = _conv_block(
+  entries = conv_block(
     ("stem", "conv1"), "conv1", "bn1", ("channels", "stem"), 7
   )
   inputs = "stem"
@@ -166,7 +167,7 @@ def _resnet(
       key = f"layer{i}.{j}"
       entries += _residual_block(key, (inputs, outputs), kernel_sizes)
       inputs = outputs
-  return Layout((*entries, *_head("fc", inputs)), "fc", pretrained)
+  return Layout((*entries, *linear_head("fc", inputs)), "fc", pretrained)
 
 
 def _residual_block(
@@ -177,7 +178,7 @@ def _residual_block(
   channels = [lengths[0], *inner, lengths[1]]
   entries = []
   for n, size in enumerate(kernel_sizes, 1):
-    entries += _conv_block(
+    entries += conv_block(
       (name, f"conv{n}"),
       f"{key}.conv{n}",
       f"{key}.bn{n}",
@@ -186,7 +187,7 @@ def _residual_block(
     )
   if lengths[0] != lengths[1]:
     shortcut = f"{key}.downsample"
-    entries += _conv_block(
+    entries += conv_block(
       (name, "downsample"), f"{shortcut}.0", f"{shortcut}.1", lengths, 1
     )
   return entries

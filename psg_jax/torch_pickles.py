@@ -182,7 +182,7 @@ def _rebuild_subclass(function: Any, kind: Any, args: Any, *_: Any) -> Any:
   return _unreadable(f"is a {placeholder_name(kind)}")
 
 
-_GLOBALS: dict[str, Any] = {
+GLOBALS: dict[str, Any] = {
   "collections.OrderedDict": _Call(_OrderedDict),
   "torch._utils._rebuild_tensor": _Call(_rebuild_tensor),
   "torch._utils._rebuild_tensor_v2": _Call(_rebuild_tensor),
@@ -195,6 +195,7 @@ _GLOBALS: dict[str, Any] = {
     for name, dtype in _STORAGES.items()
   },
 }
+"""What stands for the names of a pickle that a tensor is made of."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -207,7 +208,7 @@ class _Unpickler(pickle.Unpickler):
 
   def find_class(self, module: str, name: str) -> Any:
     full = f"{module}.{name}"
-    found = _GLOBALS.get(full) or self._placeholders.get(full)
+    found = GLOBALS.get(full) or self._placeholders.get(full)
     if found is None:
       found = type(
         "_Placeholder", (_Placeholder,), {"name": full, "__slots__": ()}
