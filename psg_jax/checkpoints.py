@@ -299,11 +299,11 @@ def restore_run(
   Raises:
     ValueError: As in `restore`; for an unknown name, with those that exist.
   """
-  found = run_checkpoints(run_dir)
-  if not found:
+  paths = run_checkpoints(run_dir)
+  if not paths:
     raise ValueError(f"run_dir {str(run_dir)!r} has no checkpoints")
-  checks.one_of("name", name, found)
-  return restore(found[name], target=target)
+  checks.one_of("name", name, paths)
+  return restore(paths[name], target=target)
 
 
 def _absolute(
@@ -366,11 +366,11 @@ def _check_same(
   have, want = ({x.path: x for x in leaves} for leaves in (saved, target))
   start = f"path {str(folder)!r} does not match target: "
   for leaf in target:
-    found = have.get(leaf.path)
-    if found is None:
+    stored = have.get(leaf.path)
+    if stored is None:
       raise ValueError(f"{start}it has no leaf {leaf.name}, due as {leaf}")
-    if str(leaf) != str(found):
-      raise ValueError(f"{start}leaf {leaf.name} is {found}, due as {leaf}")
+    if str(leaf) != str(stored):
+      raise ValueError(f"{start}leaf {leaf.name} is {stored}, due as {leaf}")
   for leaf in saved:
     if leaf.path not in want:
       raise ValueError(f"{start}it has a leaf {leaf.name} too much, {leaf}")
@@ -513,8 +513,8 @@ def _find(folder: pathlib.Path) -> pathlib.Path:
 
 def _tidy(folder: pathlib.Path) -> None:
   """Moves a checkpoint to its place, and clears away what is beside it."""
-  if not folder.exists() and (found := _find(folder)) != folder:
-    os.rename(found, folder)
+  if not folder.exists() and (place := _find(folder)) != folder:
+    os.rename(place, folder)
   for step in ("saving", "replaced", "removed"):
     _delete(folder, _beside(folder, step))
   # Orbax works in a folder with this beginning.

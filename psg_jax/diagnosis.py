@@ -153,11 +153,11 @@ class Diagnosis:
     """Returns a dictionary for JSON."""
     return {
       "verdict": self.verdict,
-      "findings": [dataclasses.asdict(each) for each in self.findings],
+      "findings": [dataclasses.asdict(finding) for finding in self.findings],
     }
 
   def __str__(self) -> str:
-    return "\n".join(str(each) for each in self.findings)
+    return "\n".join(str(finding) for finding in self.findings)
 
 
 class _Side(NamedTuple):
@@ -548,8 +548,8 @@ def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
   """Fills the options up with the defaults of `unlearning.unlearn`."""
   defaults = {
     name: parameter.default
-    for each in (boundary.Search, unlearning.unlearn)
-    for name, parameter in inspect.signature(each).parameters.items()
+    for fn in (boundary.Search, unlearning.unlearn)
+    for name, parameter in inspect.signature(fn).parameters.items()
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY
   } | unlearning.SEARCH_DEFAULTS
   for name in options:

@@ -49,11 +49,11 @@ def parts(train: types.Dataset, test: types.Dataset, **request: Any) -> Parts:
   Raises:
     ValueError: As `forget.split`, for the training images.
   """
-  asked = forget.Request(**request)
-  is_asked = forget.matching(test, asked)
+  query = forget.Request(**request)
+  is_match = forget.matching(test, query)
   return Parts(
-    forget.split_request(train, asked),
-    types.Split(test.take(is_asked), test.take(~is_asked)),
+    forget.split_request(train, query),
+    types.Split(test.take(is_match), test.take(~is_match)),
   )
 
 

@@ -188,11 +188,11 @@ def is_agreed(
 
 def record(measured: yardstick.Measurement, verdict: Verdict) -> dict[str, Any]:
   """Returns a measurement and the verdict on it as a dictionary for JSON."""
-  found = dataclasses.asdict(measured)
-  for each, level in zip(found["attacks"], measured.attacks, strict=True):
-    each["is_flagged"] = level.is_flagged
+  result = dataclasses.asdict(measured)
+  for row, level in zip(result["attacks"], measured.attacks, strict=True):
+    row["is_flagged"] = level.is_flagged
   return {
-    **found,
+    **result,
     "forget_split": measured.forget_split,
     **dataclasses.asdict(verdict),
   }
@@ -223,9 +223,9 @@ def assess(
   """
   measured = {
     name: yardstick.measure(
-      retrained, each, labels, attacks=attacks[name], **options
+      retrained, logits, labels, attacks=attacks[name], **options
     )
-    for name, each in models.items()
+    for name, logits in models.items()
   }
   original = measured["original"]
   alarms = held_out(
@@ -239,8 +239,8 @@ def assess(
     "models": {
       "retrained": _leave_one_out(original),
       **{
-        name: record(each, judge(each, original=original))
-        for name, each in measured.items()
+        name: record(one, judge(one, original=original))
+        for name, one in measured.items()
       },
     },
     "false_alarms": dataclasses.asdict(alarms),
@@ -254,16 +254,16 @@ def _leave_one_out(measured: yardstick.Measurement) -> dict[str, Any]:
   distances = [
     dataclasses.asdict(
       dataclasses.replace(
-        each,
+        row,
         value=1.0,
-        interval=(min(each.references), max(each.references)),
-        unlearned=each.floor,
+        interval=(min(row.references), max(row.references)),
+        unlearned=row.floor,
         reasons=(reason,),
       )
-      if each.references
-      else each
+      if row.references
+      else row
     )
-    for each in measured.distances
+    for row in measured.distances
   ]
   return {
     "distances": distances,
@@ -271,7 +271,7 @@ def _leave_one_out(measured: yardstick.Measurement) -> dict[str, Any]:
     "attacks": [],
     "num_references": measured.num_references,
     "forget_split": measured.forget_split,
-    "spreads": [dataclasses.asdict(each) for each in measured.spreads],
+    "spreads": [dataclasses.asdict(row) for row in measured.spreads],
   }
 
 
@@ -312,30 +312,30 @@ def held_out(
   attacks = attacks or {}
   flags = dict.fromkeys(attacks, 0)
   if total < 2:
-    for name, each in attacks.items():
-      null = yardstick.null_std(each.num_samples)
+    for name, attack in attacks.items():
+      null = yardstick.null_std(attack.num_samples)
       width = scipy.stats.norm.isf((1 - options.get("confidence", 0.9)) / 2)
-      outside = np.abs(np.asarray(each.retrained) - 0.5) > width * null
+      outside = np.abs(np.asarray(attack.retrained) - 0.5) > width * null
       flags[name] = int(outside.sum())
     return FalseAlarms(0, flags, 0, 0)
   rejected = 0
   for place in range(total):
     others = [s for s in range(total) if s != place]
-    found = yardstick.measure(
+    measured = yardstick.measure(
       {split: [x[s] for s in others] for split, x in models.items()},
       {split: np.asarray(x[place])[None, None] for split, x in models.items()},
       labels,
       attacks={
-        name: each._replace(
-          unlearned=[each.retrained[place]],
-          retrained=[each.retrained[s] for s in others],
+        name: attack._replace(
+          unlearned=[attack.retrained[place]],
+          retrained=[attack.retrained[s] for s in others],
         )
-        for name, each in attacks.items()
+        for name, attack in attacks.items()
       },
       **options,
     )
-    rejected += judge(found, original=original, margin=margin).is_rejected
-    for level in found.attacks:
+    rejected += judge(measured, original=original, margin=margin).is_rejected
+    for level in measured.attacks:
       flags[level.name] += level.is_flagged
   return FalseAlarms(rejected, flags, total, total - 1)
 
@@ -346,12 +346,12 @@ def _words(name: str | None) -> str:
 
 
 def _distance_words(measured: yardstick.Measurement, split: str) -> str:
-  each = measured.distance("kl_divergence", split)
-  if each is None or each.value is None:
+  row = measured.distance("kl_divergence", split)
+  if row is None or row.value is None:
     return "its normalised distance is undefined"
-  text = f"its normalised distance on {_words(split)} is {each.value:.2f}"
-  if each.interval is not None:
-    text += f" [{each.interval[0]:.2f}, {each.interval[1]:.2f}]"
+  text = f"its normalised distance on {_words(split)} is {row.value:.2f}"
+  if row.interval is not None:
+    text += f" [{row.interval[0]:.2f}, {row.interval[1]:.2f}]"
   return text
 
 
@@ -360,12 +360,12 @@ def _level_words(
   rejected: Sequence[yardstick.Level],
   split: str | None,
 ) -> str:
-  each = rejected[0] if rejected else measured.level("accuracy", split)
-  if each is None or each.retrained is None or each.sd is None:
+  row = rejected[0] if rejected else measured.level("accuracy", split)
+  if row is None or row.retrained is None or row.sd is None:
     return "not judged"
   verb = "not that" if rejected else "within that"
   return (
-    f"{verb} of retraining ({_words(each.name)} on"
-    f" {_words(each.split)} {each.unlearned:.3f} against"
-    f" {each.retrained:.3f} ± {each.sd:.3f})"
+    f"{verb} of retraining ({_words(row.name)} on"
+    f" {_words(row.split)} {row.unlearned:.3f} against"
+    f" {row.retrained:.3f} ± {row.sd:.3f})"
   )

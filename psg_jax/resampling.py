@@ -113,7 +113,7 @@ class Bootstrap(NamedTuple):
     whole: Values,
     image_freedom: int,
   ) -> tuple[float, float]:
-    """Confidence interval of a difference.
+    """Percentiles, widened from the normal to Student's t distribution.
 
     Args:
       estimate: The difference on all images and seeds.
@@ -123,12 +123,24 @@ class Bootstrap(NamedTuple):
     """
     # Of training seeds, if there are several, else of unlearning seeds.
     num_seeds = len(self.sizes) if len(self.sizes) > 1 else self.sizes[0]
-    seeds = [
+    alone = (
       (_difference(whole, self.uniform, self.theirs), self.num_retrained - 1),
       (_difference(whole, self.ours, self.equal), num_seeds - 1),
-    ]
-    return _interval(
-      estimate, replicates, seeds, image_freedom, self.confidence
+    )
+    # Satterthwaite: the variance that each has alone, and what is left.
+    parts = [(float(np.var(x)), freedom) for x, freedom in alone if freedom > 0]
+    rest = float(np.var(replicates)) - sum(variance for variance, _ in parts)
+    parts.append((max(rest, 0.0), max(image_freedom, 1)))
+    total = sum(variance for variance, _ in parts)
+    tail = (1 - self.confidence) / 2
+    factor = 1.0
+    if total > 0:
+      freedom = total**2 / sum(variance**2 / n for variance, n in parts)
+      factor = scipy.stats.t.isf(tail, freedom) / scipy.stats.norm.isf(tail)
+    low, high = np.quantile(replicates, [tail, 1 - tail])
+    return (
+      float(min(estimate, estimate + factor * (low - estimate))),
+      float(max(estimate, estimate + factor * (high - estimate))),
     )
 
 
@@ -211,33 +223,6 @@ def _difference(
   return unlearned - retrained
 
 
-def _interval(
-  estimate: float,
-  replicates: np.ndarray,
-  seeds: Sequence[tuple[np.ndarray, int]],
-  image_freedom: int,
-  confidence: float,
-) -> tuple[float, float]:
-  """Percentiles, widened from the normal to Student's t distribution."""
-  # Satterthwaite: the variances of either seeds alone, and what is left.
-  parts = [
-    (float(np.var(alone)), freedom) for alone, freedom in seeds if freedom > 0
-  ]
-  rest = float(np.var(replicates)) - sum(variance for variance, _ in parts)
-  parts.append((max(rest, 0.0), max(image_freedom, 1)))
-  total = sum(variance for variance, _ in parts)
-  tail = (1 - confidence) / 2
-  factor = 1.0
-  if total > 0:
-    freedom = total**2 / sum(variance**2 / n for variance, n in parts)
-    factor = scipy.stats.t.isf(tail, freedom) / scipy.stats.norm.isf(tail)
-  low, high = np.quantile(replicates, [tail, 1 - tail])
-  return (
-    float(min(estimate, estimate + factor * (low - estimate))),
-    float(max(estimate, estimate + factor * (high - estimate))),
-  )
-
-
 def _drawn_weights(
   rng: np.random.Generator, num_seeds: int, num_resamples: int
 ) -> np.ndarray:
@@ -254,12 +239,12 @@ def _unlearned_weights(
   all_sizes = np.asarray(sizes)
   starts = np.cumsum(all_sizes) - all_sizes
   num_draws = max(len(sizes) - 1, 1)
-  chosen = rng.integers(0, len(sizes), (num_resamples, num_draws))
-  size = all_sizes[chosen][..., None]
+  seeds = rng.integers(0, len(sizes), (num_resamples, num_draws))
+  size = all_sizes[seeds][..., None]
   num_within = np.maximum(size - 1, 1)
   slots = np.arange(max(num_within.max(), 1))
-  within = np.floor(rng.random((*chosen.shape, len(slots))) * size)
-  models = starts[chosen][..., None] + within.astype(np.int64)
+  within = np.floor(rng.random((*seeds.shape, len(slots))) * size)
+  models = starts[seeds][..., None] + within.astype(np.int64)
   shares = (slots < num_within) / (num_within * num_draws)
   weights = np.zeros((num_resamples, sum(sizes)))
   rows = np.arange(num_resamples)[:, None, None]
@@ -329,8 +314,8 @@ def resample(
   order = np.argsort(split.groups, kind="stable")
   starts = np.flatnonzero(np.diff(split.groups[order], prepend=-1))
   sums = [
-    _map(lambda x: np.add.reduceat(x[..., order], starts, -1), each.values)
-    for each in statistics
+    _map(lambda x: np.add.reduceat(x[..., order], starts, -1), statistic.values)
+    for statistic in statistics
   ]
 
   def evaluate(counts: np.ndarray) -> list[Values | None]:
@@ -338,15 +323,17 @@ def resample(
     mean = functools.partial(_weighted_mean, counts.astype(np.float64), sizes)
     return [
       _map(mean, values)
-      if each.fn is None
-      else _call(each.fn, split, counts[:, split.groups])
-      for each, values in zip(statistics, sums, strict=True)
+      if statistic.fn is None
+      else _call(statistic.fn, split, counts[:, split.groups])
+      for statistic, values in zip(statistics, sums, strict=True)
     ]
 
   whole = evaluate(np.ones((1, num_groups), np.int64))
-  for each, values in zip(statistics, whole, strict=True):
+  for statistic, values in zip(statistics, whole, strict=True):
     if values is not None and not np.isfinite(values.unlearned).all():
-      raise ValueError(f"statistic {each.name!r} must be finite on all images")
+      raise ValueError(
+        f"statistic {statistic.name!r} must be finite on all images"
+      )
   rng = np.random.default_rng(split.stream)
   chunk = max(1, _MAX_COUNTS // num_groups)
   parts = []

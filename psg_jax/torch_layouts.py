@@ -293,7 +293,7 @@ def find(
   contents = torch_files.read(path, argument)
   source = f"{argument} {str(path)!r}"
   search = _Search(contents, layout(model_name), has_head)
-  places = search.found()
+  places = search.candidates()
   whole = [place for place in places if search.is_whole(place)]
   if len(whole) > 1:
     _check_one(path, source, whole)
@@ -342,7 +342,7 @@ class _Search(NamedTuple):
     whole.sort(key=lambda place: order.get(place[0], len(order)))
     return whole or [numbers.most_common(1)[0][0]]
 
-  def found(self) -> list[Found]:
+  def candidates(self) -> list[Found]:
     """What is at each place, beside which are none of the others."""
     places = self.places()
     return [
@@ -367,13 +367,13 @@ class _Search(NamedTuple):
     ]
     return expected_keys(entries, has_counts=spelling.has_counts)
 
-  def is_whole(self, found: Found) -> bool:
+  def is_whole(self, candidate: Found) -> bool:
     """Whether a place has these and no others."""
-    return found.tensors.keys() == set(self.wanted(found.spelling))
+    return candidate.tensors.keys() == set(self.wanted(candidate.spelling))
 
   def has_whole(self) -> bool:
     """Whether any place has."""
-    return any(map(self.is_whole, self.found()))
+    return any(map(self.is_whole, self.candidates()))
 
   def _spelling(self, prefix: str, names: list[str]) -> Spelling:
     root = self.network.head.partition(".")[0]
@@ -433,16 +433,18 @@ def _check_one(
     if not _are_same(path, first, other)
   ]
   if rivals:
-    names = checks.few(repr(place_name(found)) for found in (first, *rivals))
+    names = checks.few(
+      repr(place_name(candidate)) for candidate in (first, *rivals)
+    )
     raise ValueError(
       f"{source} holds the network {len(rivals) + 1} times, as {names}: save"
       " the state dict of one of them alone"
     )
 
 
-def _are_same(path: str | os.PathLike[str], *found: Found) -> bool:
+def _are_same(path: str | os.PathLike[str], *candidates: Found) -> bool:
   """Whether two places have the same tensors, or equal ones."""
-  tensors = [set(each.tensors.values()) for each in found]
+  tensors = [set(candidate.tensors.values()) for candidate in candidates]
   if tensors[0] != tensors[1]:
     return False
   # Files of safetensors do not say which are one.
@@ -450,17 +452,17 @@ def _are_same(path: str | os.PathLike[str], *found: Found) -> bool:
     return True
   first, second = (
     {
-      key.removeprefix(each.spelling.prefix): array
-      for key, array in torch_files.arrays(path, each.tensors).items()
+      key.removeprefix(candidate.spelling.prefix): array
+      for key, array in torch_files.arrays(path, candidate.tensors).items()
     }
-    for each in found
+    for candidate in candidates
   )
   return first.keys() == second.keys() and all(
     np.array_equal(first[key], second[key]) for key in first
   )
 
 
-def place_name(found: Found) -> str:
+def place_name(candidate: Found) -> str:
   """Says where in a file a network is."""
-  place = [found.where, found.spelling.prefix.removesuffix(".")]
+  place = [candidate.where, candidate.spelling.prefix.removesuffix(".")]
   return ".".join(name for name in place if name)

@@ -208,15 +208,15 @@ class _Unpickler(pickle.Unpickler):
 
   def find_class(self, module: str, name: str) -> Any:
     full = f"{module}.{name}"
-    found = GLOBALS.get(full) or self._placeholders.get(full)
-    if found is None:
-      found = type(
+    value = GLOBALS.get(full) or self._placeholders.get(full)
+    if value is None:
+      value = type(
         "_Placeholder", (_Placeholder,), {"name": full, "__slots__": ()}
       )
       if re.fullmatch(r"torch\._utils\._rebuild_\w+", full):
-        found = _Call(lambda *_: _unreadable(f"is made by {full}"))
-      self._placeholders[full] = found
-    return found
+        value = _Call(lambda *_: _unreadable(f"is made by {full}"))
+      self._placeholders[full] = value
+    return value
 
   def persistent_load(self, pid: Any) -> Any:
     # Of a whole network, the old format keeps the source beside the class.

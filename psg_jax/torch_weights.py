@@ -50,11 +50,11 @@ def load(path: str | os.PathLike[str], *, model_name: str) -> types.Variables:
       of this network or several, or if an entry is missing, surplus, of the
       wrong type or of the wrong shape, or has NaN or infinite values.
   """
-  found = torch_layouts.find(path, model_name)
+  weights = torch_layouts.find(path, model_name)
   entries = torch_layouts.spelled(
-    torch_layouts.layout(model_name), found.spelling
+    torch_layouts.layout(model_name), weights.spelling
   )
-  return _variables(path, model_name, entries, found)
+  return _variables(path, model_name, entries, weights)
 
 
 def describe(path: str | os.PathLike[str], *, model_name: str) -> str:
@@ -70,16 +70,16 @@ def describe(path: str | os.PathLike[str], *, model_name: str) -> str:
   Raises:
     ValueError: As `load`, as far as names go.
   """
-  found = torch_layouts.find(path, model_name)
-  kinds = {tensor.dtype for tensor in found.tensors.values()}
+  weights = torch_layouts.find(path, model_name)
+  kinds = {tensor.dtype for tensor in weights.tensors.values()}
   short = [name for name in _SHORT if name in kinds]
-  parts = [f"{len(found.tensors)} entries of {model_name!r}"]
-  if torch_layouts.place_name(found):
-    parts.append(f"found as {torch_layouts.place_name(found)!r}")
+  parts = [f"{len(weights.tensors)} entries of {model_name!r}"]
+  if torch_layouts.place_name(weights):
+    parts.append(f"found as {torch_layouts.place_name(weights)!r}")
   if short:
     parts.append(f"{' and '.join(short)} read as float32")
-  if found.left:
-    parts.append(f"left aside: {checks.few(found.left)}")
+  if weights.left:
+    parts.append(f"left aside: {checks.few(weights.left)}")
   return f"{path}: {'; '.join(parts)}"
 
 
@@ -112,13 +112,13 @@ def load_backbone(
   if not pathlib.Path(path).is_file():
     raise ValueError(f"path must be a file, got {str(path)!r}{_hint(layout)}")
   leaves = _leaves(variables, layout, model_name)
-  found = torch_layouts.find(path, model_name, has_head=False)
+  weights = torch_layouts.find(path, model_name, has_head=False)
   entries = [
     entry
-    for entry in torch_layouts.spelled(layout, found.spelling)
+    for entry in torch_layouts.spelled(layout, weights.spelling)
     if not torch_layouts.is_head(entry)
   ]
-  loaded = _variables(path, model_name, entries, found)
+  loaded = _variables(path, model_name, entries, weights)
   return _like_variables(f"path {str(path)!r}", loaded, leaves, entries)
 
 
@@ -236,9 +236,9 @@ def save(
     raise ValueError(f"path must be in an existing folder, got {str(path)!r}")
   spelling, dtypes = torch_layouts.Spelling("", layout.head, True), {}
   if like is not None:
-    found = torch_layouts.find(like, model_name, "like")
-    spelling = found.spelling
-    dtypes = {key: tensor.dtype for key, tensor in found.tensors.items()}
+    weights = torch_layouts.find(like, model_name, "like")
+    spelling = weights.spelling
+    dtypes = {key: tensor.dtype for key, tensor in weights.tensors.items()}
   leaves = _leaves(variables, layout, model_name)
   state = {
     entry: _to_torch(entry, np.asarray(leaves["/".join(entry.path)]))
@@ -277,10 +277,10 @@ def _variables(
   path: str | os.PathLike[str],
   model_name: str,
   entries: list[torch_layouts.Entry],
-  found: torch_layouts.Found,
+  weights: torch_layouts.Found,
 ) -> types.Variables:
   """Checks the arrays of a file and puts them where the network has them."""
-  state = torch_files.arrays(path, found.tensors)
+  state = torch_files.arrays(path, weights.tensors)
   none = np.zeros((), np.int64)
   arrays = {
     entry: _widened(entry, state.get(entry.key, none)) for entry in entries

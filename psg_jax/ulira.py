@@ -308,8 +308,8 @@ def _held_out_scores(
   scores = np.empty_like(targets.values)
   for model, values in enumerate(targets.values):
     kinds = (
-      _gaussians(_without(each, model % len(each.values)), is_shared)
-      for each in (ours, theirs)
+      _gaussians(_without(moments, model % len(moments.values)), is_shared)
+      for moments in (ours, theirs)
     )
     scores[model] = log_likelihood_ratio(values, *kinds)
   return scores

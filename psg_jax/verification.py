@@ -124,7 +124,7 @@ class Verification:
     Equivalent if all are, which needs no correction for their number (an
     intersection-union test, Berger 1982); not equivalent as soon as one is not.
     """
-    verdicts = {each.verdict for each in self.comparisons if each.num_images}
+    verdicts = {row.verdict for row in self.comparisons if row.num_images}
     if NOT_EQUIVALENT in verdicts:
       return NOT_EQUIVALENT
     return EQUIVALENT if verdicts == {EQUIVALENT} else CANNOT_TELL
@@ -142,16 +142,16 @@ class Verification:
     Raises:
       ValueError: If there is none of these names.
     """
-    for each in self.comparisons:
-      if (each.statistic, each.split) == (statistic, split):
-        return each
+    for row in self.comparisons:
+      if (row.statistic, row.split) == (statistic, split):
+        return row
     raise ValueError(f"there is no statistic {statistic!r} of split {split!r}")
 
   def as_dict(self) -> dict[str, Any]:
     """Returns a dictionary for JSON."""
     return {
       **vars(self),
-      "comparisons": [each.as_dict() for each in self.comparisons],
+      "comparisons": [row.as_dict() for row in self.comparisons],
       "verdict": self.verdict,
       "claims": self.claims.as_dict(),
     }
@@ -165,13 +165,13 @@ class Verification:
     ]
     rows += [
       (
-        *(each.statistic, each.split),
-        *(_text("{:.3f}", each.unlearned), _text("{:.3f}", each.retrained)),
-        _text("{:+.3f}", each.difference),
-        _text("[{:+.3f}, {:+.3f}]", *(each.interval or (None,))),
-        *(_text("{:.3f}", each.margin), each.verdict),
+        *(row.statistic, row.split),
+        *(_text("{:.3f}", row.unlearned), _text("{:.3f}", row.retrained)),
+        _text("{:+.3f}", row.difference),
+        _text("[{:+.3f}, {:+.3f}]", *(row.interval or (None,))),
+        *(_text("{:.3f}", row.margin), row.verdict),
       )
-      for each in self.comparisons
+      for row in self.comparisons
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -186,9 +186,9 @@ class Verification:
   def _notes(self) -> list[str]:
     """Each reason once, with the statistics that it is about."""
     about: dict[str, list[str]] = {}
-    for each in self.comparisons:
-      for reason in each.reasons:
-        name = f"{each.statistic} of {each.split}"
+    for row in self.comparisons:
+      for reason in row.reasons:
+        name = f"{row.statistic} of {row.split}"
         about.setdefault(reason, []).append(name)
     return [
       f"note, {names[0]}{' and others' * (len(names) > 1)}: {reason}"

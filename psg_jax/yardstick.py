@@ -145,7 +145,7 @@ class Measurement:
   @property
   def forget_split(self) -> str | None:
     """The split to judge by: test images to forget, or training images."""
-    known = [each.split for each in self.spreads if each.num_images]
+    known = [row.split for row in self.spreads if row.num_images]
     return next((split for split in _FORGET if split in known), None)
 
   def distance(self, name: str, split: str | None) -> Distance | None:
@@ -241,7 +241,7 @@ def measure(
     measured = _of_split(split, bootstrap)
     distances += measured
     levels += _levels(split, bootstrap)
-    floors = {each.name: each.floor for each in measured}
+    floors = {row.name: row.floor for row in measured}
     apart = floors["disagreement"]
     spreads.append(
       Spread(
@@ -352,11 +352,13 @@ def _figure_distance(
     return np.abs(x[:, None] - y[None]).mean(-1, keepdims=True)
 
   values, of_reference = _pairs(distance, ours, theirs)
-  found = _normalised(name, split, (values, values), of_reference, 1, bootstrap)
-  if found.interval is None:
-    return found
+  measured = _normalised(
+    name, split, (values, values), of_reference, 1, bootstrap
+  )
+  if measured.interval is None:
+    return measured
   reason = "the interval is over seeds alone: images are taken as they are"
-  return dataclasses.replace(found, reasons=(*found.reasons, reason))
+  return dataclasses.replace(measured, reasons=(*measured.reasons, reason))
 
 
 def _normalised(
@@ -473,11 +475,11 @@ def _attack_level(
     # All are attacked with the same images: chance over these is no bound.
     least = null if np.std(theirs) == 0 else 0.0
     return _level(name, None, ours, theirs, least, bootstrap)
-  found = _level(name, None, ours, theirs, null, bootstrap)
+  level = _level(name, None, ours, theirs, null, bootstrap)
   half = scipy.stats.norm.isf((1 - bootstrap.confidence) / 2) * null
   reason = "one retrained model: compared with chance"
   return dataclasses.replace(
-    found, interval=(0.5 - half, 0.5 + half), reasons=(reason,)
+    level, interval=(0.5 - half, 0.5 + half), reasons=(reason,)
   )
 
 

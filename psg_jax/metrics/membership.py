@@ -84,11 +84,11 @@ def match(
   rng = np.random.default_rng(seed)
   members, others = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
   for label in np.intersect1d(member_labels, non_member_labels):
-    here = rng.permutation(np.flatnonzero(member_labels == label))
-    there = rng.permutation(np.flatnonzero(non_member_labels == label))
-    count = min(len(here), len(there))
-    members.append(here[:count])
-    others.append(there[:count])
+    rows = rng.permutation(np.flatnonzero(member_labels == label))
+    other_rows = rng.permutation(np.flatnonzero(non_member_labels == label))
+    count = min(len(rows), len(other_rows))
+    members.append(rows[:count])
+    others.append(other_rows[:count])
   left, right = np.concatenate(members), np.concatenate(others)
   if len(left) < _MIN_SAMPLES:
     raise common.NotAvailableError(
