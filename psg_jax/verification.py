@@ -465,14 +465,11 @@ def _interval(
 
 def _verdict(interval: tuple[float, float], margin: float, side: str) -> str:
   low, high = interval
-  if side == "upper":
-    inside, outside = high <= margin, low > margin
-  elif side == "lower":
-    inside, outside = low >= -margin, high < -margin
-  else:
-    inside = low >= -margin and high <= margin
-    outside = low > margin or high < -margin
-  return EQUIVALENT if inside else NOT_EQUIVALENT if outside else CANNOT_TELL
+  least = -math.inf if side == "upper" else -margin
+  most = math.inf if side == "lower" else margin
+  if least <= low and high <= most:
+    return EQUIVALENT
+  return NOT_EQUIVALENT if low > most or high < least else CANNOT_TELL
 
 
 def _seed_stds(

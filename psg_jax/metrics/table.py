@@ -184,7 +184,7 @@ class _Row(NamedTuple):
     takes: Paths into `Inputs` of what `fn` is given, with `{part}` for the
       part. One with `?` may be missing, and is None then.
     fn: The metric as a function of these; of `seed` too, where that is named.
-    parts: Of `SPLITS`.
+    parts: Of `SPLITS`, for a name with `{part}`.
   """
 
   name: str
@@ -194,7 +194,7 @@ class _Row(NamedTuple):
   source: str
   takes: str
   fn: Callable[..., float | dict[str, Any] | None]
-  parts: tuple[str, ...] = ("",)
+  parts: tuple[str, ...] = inputs.SPLITS
 
 
 _ONE, _ZERO = _Aim("up", 1.0), _Aim("down", 0.0)
@@ -238,18 +238,18 @@ _TABLE = (
   ),
   _Row(
     *("agreement_{part}", "Same answer as retrained ({words})", _ONE, "share"),
-    *("", _PAIR, _AGREEMENT, inputs.SPLITS),
+    *("", _PAIR, _AGREEMENT),
   ),
   _Row(
     *("kl_divergence_{part}", "KL(retrained || model) ({words})", _ZERO),
     "nats",
     "",
     "retrained.logits.{part} model.logits.{part}",
-    *(_KL, inputs.SPLITS),
+    _KL,
   ),
   _Row(
     *("js_divergence_{part}", "JS to retrained ({words})", _ZERO, "nats"),
-    *("Lin, 1991", _PAIR, distances.js_divergence, inputs.SPLITS),
+    *("Lin, 1991", _PAIR, distances.js_divergence),
   ),
   _Row(
     *("total_variation_{part}", "Total variation to retrained ({words})"),
@@ -258,19 +258,17 @@ _TABLE = (
     "Levin and Peres, 2017",
     _PAIR,
     distances.total_variation,
-    inputs.SPLITS,
   ),
   _Row(
     "activation_distance_{part}",
     *("Activation distance to retrained ({words})", _ZERO, ""),
     *("Golatkar et al., 2021", _PAIR, distances.activation_distance),
-    inputs.SPLITS,
   ),
   _Row(
     *("linear_cka_{part}", "Linear CKA to retrained ({words})", _ONE, "share"),
     "Kornblith et al., 2019",
     "model.features.{part} retrained.features.{part} seed",
-    *(_linear_cka, inputs.SPLITS),
+    _linear_cka,
   ),
   _Row(
     *("zrf", "ZRF (forget, training)", _RETRAINED, "share"),
