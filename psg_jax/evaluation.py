@@ -179,24 +179,19 @@ def evaluate(
     name: _outputs(model, held, parts, has_features, batch_size, mesh)
     for name, held in models.items()
   }
+  labels = {part: x.labels for part, x in parts.datasets().items()}
   if num_relearn_steps and "original" in models:
-    forget = parts.split.forget
-    before = metrics.accuracy(
-      outputs["original"].logits["train_forget"], forget.labels
-    )
+    logits = outputs["original"].logits["train_forget"]
+    accuracy = metrics.accuracy(logits, labels["train_forget"]) or 0.0
     for name in models.keys() - {"original"}:
       curve = relearning.relearn(
-        model,
-        models[name],
-        forget,
-        jax.random.key(0),
-        target_accuracy=(before or 0.0) * (1 - metrics.RELEARN_MARGIN),
+        *(model, models[name], parts.split.forget, jax.random.key(0)),
+        target_accuracy=(1 - metrics.RELEARN_MARGIN) * accuracy,
         num_steps=num_relearn_steps,
         eval_batch_size=batch_size,
         mesh=mesh,
       )
       outputs[name] = outputs[name]._replace(relearn_accuracy=curve)
-  labels = {part: x.labels for part, x in parts.datasets().items()}
   return Table(
     row for name in models for row in _rows(name, names, outputs, labels)
   )
