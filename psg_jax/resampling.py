@@ -68,9 +68,9 @@ class Statistic(NamedTuple):
   """What is asked of the models on one split."""
 
   name: str
-  values: Values | None  # By image; None for a function to be called anew.
-  fn: StatisticFn | None
-  is_share: bool
+  values: Values | None = None  # By image; None for a function called anew.
+  fn: StatisticFn | None = None
+  is_share: bool = False
 
 
 class Bootstrap(NamedTuple):

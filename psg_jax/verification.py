@@ -494,11 +494,11 @@ def _statistics(
   """Computes the statistics of a split, image by image where possible."""
   if not len(split.labels):
     names = (*DEFAULT_MARGINS, *extra)
-    return [resampling.Statistic(name, None, None, False) for name in names]
+    return [resampling.Statistic(name) for name in names]
   accuracy = _of_images(
     functools.partial(common.is_right, labels=split.labels), split
   )
-  statistics = [resampling.Statistic("accuracy", accuracy, None, True)]
+  statistics = [resampling.Statistic("accuracy", accuracy, is_share=True)]
   for name, distance, is_share in (
     ("agreement", resampling.agreement, True),
     ("kl_divergence", common.pairwise_kl, False),
@@ -506,7 +506,7 @@ def _statistics(
     values = None
     if len(split.retrained):
       values, _ = resampling.pairs(distance, split.unlearned, split.retrained)
-    statistics.append(resampling.Statistic(name, values, None, is_share))
+    statistics.append(resampling.Statistic(name, values, is_share=is_share))
   return statistics + [_extra(name, fn, split) for name, fn in extra.items()]
 
 
@@ -520,12 +520,12 @@ def _extra(
     return _checked_value(name, value, len(split.labels))
 
   if not checked(split.unlearned[0]).ndim:
-    return resampling.Statistic(name, None, fn, False)
+    return resampling.Statistic(name, fn=fn)
   values = _of_images(lambda x: np.stack([checked(y) for y in x]), split)
   is_share = all(
     bool(np.all((x >= 0) & (x <= 1))) for x in values if x is not None
   )
-  return resampling.Statistic(name, values, None, is_share)
+  return resampling.Statistic(name, values, is_share=is_share)
 
 
 def _of_images(

@@ -275,22 +275,20 @@ def _of_split(
     reasons = ("the split has no images",)
     return [Distance(name, split.name, reasons=reasons) for name in DISTANCES]
   models = split.unlearned, split.retrained
+  *names, by_class = DISTANCES
   values = (
     _pairs(common.pairwise_kl, *models),
     _pairs(_disagreement, *models),
     _to_mean(*models),
   )
-  resampled = resampling.resample(
-    [
-      resampling.Statistic(name, x, None, False)
-      for name, (x, _) in zip(DISTANCES, values, strict=False)
-    ],
-    split,
-    len(bootstrap.ours),
-  )
+  statistics = [
+    resampling.Statistic(name, x)
+    for name, (x, _) in zip(names, values, strict=True)
+  ]
+  resampled = resampling.resample(statistics, split, len(bootstrap.ours))
   distances = [
     _normalised(name, split.name, means, x, split.num_groups - 1, bootstrap)
-    for name, means, (_, x) in zip(DISTANCES, resampled, values, strict=False)
+    for name, means, (_, x) in zip(names, resampled, values, strict=True)
     if means is not None
   ]
   classes = np.unique(split.labels)
@@ -300,7 +298,7 @@ def _of_split(
     for x in is_right
   )
   distances.append(
-    _figure_distance("class_accuracy", split.name, ours, theirs, bootstrap)
+    _figure_distance(by_class, split.name, ours, theirs, bootstrap)
   )
   return distances
 
