@@ -169,15 +169,15 @@ def evaluate(
   if num_relearn_steps:
     names = tuple(dict.fromkeys((*names, *RELEARNING)))
   needs = {need for name in names for need in metrics.find(name).needs}
-  models = {name: held for name, held in variables.items() if held is not None}
+  models = {name: tree for name, tree in variables.items() if tree is not None}
   checks.integer("num_relearn_steps", num_relearn_steps, at_least=0)
   checks.integer("batch_size", batch_size, at_least=1)
   if not models:
     raise ValueError("variables must be of one model or more, got none")
   has_features = any(".features." in need for need in needs)
   outputs = {
-    name: _outputs(model, held, parts, has_features, batch_size, mesh)
-    for name, held in models.items()
+    name: _outputs(model, tree, parts, has_features, batch_size, mesh)
+    for name, tree in models.items()
   }
   labels = {part: x.labels for part, x in parts.datasets().items()}
   if num_relearn_steps and "original" in models:

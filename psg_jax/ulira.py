@@ -33,9 +33,9 @@ _MIN_STD = 1e-3
 def logit_confidence(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
   """Scales the confidence in the true class: `φ = log(p_y / (1 - p_y))`.
 
-  Computed from logits as `z_y - log Σ_{k≠y} exp(z_k)`, which does not lose
-  digits where `p_y` is near 1. It is the margin of KLOM, too, and near to
-  normally distributed over models. Larger: more confident in the true class.
+  Computed from logits, which does not lose digits where `p_y` is near 1. It is
+  the margin of KLOM, too, and near to normally distributed over models. Larger:
+  more confident in the true class.
 
   Args:
     logits: float `[..., N, K]`, `K` 2 or more.
@@ -57,7 +57,7 @@ def logit_confidence(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
       f" {list(labels.shape)}"
     )
   checks.labels(labels, len(labels), logits.shape[-1])
-  return common.log_odds(logits, labels)
+  return common.log_odds(logits)[..., np.arange(len(labels)), labels]
 
 
 class Gaussians(NamedTuple):

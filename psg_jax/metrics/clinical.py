@@ -105,13 +105,13 @@ def auroc(logits: np.ndarray, labels: np.ndarray) -> Auroc:
     Operating Characteristic (ROC) Curve, 1982.
   """
   common.check_logits(logits, labels)
+  odds = common.log_odds(logits)
 
   def area(label: int) -> float | None:
     is_positive = labels == label
     if not is_positive.any() or is_positive.all():
       return None
-    odds = common.log_odds(logits, label)
-    return float(sklearn.metrics.roc_auc_score(is_positive, odds))
+    return float(sklearn.metrics.roc_auc_score(is_positive, odds[:, label]))
 
   per_class = [area(label) for label in range(logits.shape[1])]
   known = [area for area in per_class if area is not None]

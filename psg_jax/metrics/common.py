@@ -119,39 +119,24 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def log_complements(logits: np.ndarray) -> np.ndarray:
-  """`log(1 - p_k)` `[N, K]` in float64, exact where `p_k` rounds to 1.
+  """`log(1 - p_k)` `[..., K]` in float64, exact where `p_k` rounds to 1.
 
   Subtracting a probability of 1 - 1e-20 from 1 would give 0 and a logarithm of
   minus infinity. The largest class has the sum of the others instead; `p_k` is
   at most 1/2 for every other one.
   """
-  log_p = log_probabilities(logits)
-  rows, top = np.arange(len(log_p)), np.argmax(log_p, -1)
-  others = log_p.copy()
-  others[rows, top] = -np.inf
+  others = log_probabilities(logits)
+  top = np.argmax(others, -1)[..., None]
+  np.put_along_axis(others, top, -np.inf, -1)
   complements = np.log1p(-np.exp(others))
-  complements[rows, top] = scipy.special.logsumexp(others, -1)
+  rest = scipy.special.logsumexp(others, -1, keepdims=True)
+  np.put_along_axis(complements, top, rest, -1)
   return complements
 
 
-def log_odds(logits: np.ndarray, labels: np.ndarray | int) -> np.ndarray:
-  """`log(p_y / (1 - p_y))`, exact where `p_y` rounds to 1.
-
-  As `z_y - log Σ_{k≠y} exp(z_k)`, which does not lose digits there.
-
-  Args:
-    logits: float `[..., N, K]`.
-    labels: int `[N]`, or one class for all.
-
-  Returns:
-    float64 `[..., N]`.
-  """
-  logits = np.asarray(logits, np.float64)
-  is_label = np.asarray(labels)[..., None] == np.arange(logits.shape[-1])
-  others = np.where(is_label, -np.inf, logits)
-  return np.sum(np.where(is_label, logits, 0.0), -1) - scipy.special.logsumexp(
-    others, -1
-  )
+def log_odds(logits: np.ndarray) -> np.ndarray:
+  """`log(p_k / (1 - p_k))` `[..., K]`, which has no ties where `p_k` is 1."""
+  return log_probabilities(logits) - log_complements(logits)
 
 
 def pairwise_kl(logits: np.ndarray, reference: np.ndarray) -> np.ndarray:
