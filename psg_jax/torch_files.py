@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import safetensors
 
-from psg_jax import torch_pickles
+from psg_jax import checks, torch_pickles
 
 # Such as BF16, U8 and BOOL.
 _SAFETENSORS_DTYPES = {
@@ -247,7 +247,7 @@ def _without_tensors(tree: Any) -> str:
       for key, value in tree.items()
       if torch_pickles.placeholder_name(value)
     ]
-  has = f", but {', '.join(parts[:3])}" if parts else ""
+  has = f", but {checks.few(parts)}" if parts else ""
   return (
     f"it holds no dictionary of tensors{has} (save model.state_dict() alone)"
   )
@@ -255,13 +255,13 @@ def _without_tensors(tree: Any) -> str:
 
 def _check_size(tensors: Mapping[str, torch_pickles.Tensor], size: int) -> None:
   """Raises ValueError before memory is taken for what the file has not got."""
-  claimed = 0
   for key, tensor in tensors.items():
     if tensor.fault:
       raise ValueError(f"its tensor {key} {tensor.fault}")
-    claimed += (
-      math.prod(tensor.shape) * torch_pickles.DTYPES[tensor.dtype].itemsize
-    )
+  claimed = sum(
+    math.prod(tensor.shape) * torch_pickles.DTYPES[tensor.dtype].itemsize
+    for tensor in tensors.values()
+  )
   if claimed > _MAX_REPEATS * size:
     raise ValueError(
       f"its tensors claim {claimed} bytes, in a file of {size}: it repeats"

@@ -400,20 +400,20 @@ def _fault(
   entry: torch_layouts.Entry, array: np.ndarray, lengths: dict[str, int]
 ) -> str | None:
   """Says what is wrong with an array; learns the lengths seen first."""
-  is_bound = [isinstance(n, int) or n in lengths for n in entry.shape]
-  expected = [
-    lengths.get(n, n) if isinstance(n, str) else n for n in entry.shape
-  ]
+  # A name stands for any length until one has been seen.
+  expected = [lengths.get(str(n), n) for n in entry.shape]
   is_equal = array.ndim == len(expected) and all(
-    not bound or have == want
-    for have, want, bound in zip(array.shape, expected, is_bound, strict=True)
+    isinstance(want, str) or have == want
+    for have, want in zip(array.shape, expected, strict=True)
   )
   if not is_equal or 0 in array.shape:
     wanted = ", ".join(map(str, expected))
     return f"has shape {list(array.shape)} where [{wanted}] is due"
-  for name, length in zip(entry.shape, array.shape, strict=True):
-    if isinstance(name, str):
-      lengths[name] = length
+  lengths |= {
+    name: length
+    for name, length in zip(entry.shape, array.shape, strict=True)
+    if isinstance(name, str)
+  }
   if entry.kind != "count":
     allowed = ", ".join(_FLOATS)
     is_float = array.dtype.name in _FLOATS
