@@ -156,6 +156,8 @@ def test_table_has_the_steps_where_it_is_told_to():
   (row,) = (x for x in table if x[:3] == ("original", "", "relearn_steps"))
   assert row.value is None
   assert "original" in row.reason
+  with pytest.raises(ValueError, match="num_relearn_steps must be"):
+    psg.evaluate(MODEL, parts, num_relearn_steps=-1, **models)
   names = {x.metric for x in psg.evaluate(MODEL, parts, **models)}
   assert not names & set(psg.evaluation.RELEARNING)
 
