@@ -174,7 +174,9 @@ def evaluate(
   checks.integer("batch_size", batch_size, at_least=1)
   if not models:
     raise ValueError("variables must be of one model or more, got none")
-  has_features = any(".features." in need for need in needs)
+  has_features = model.features is not types.no_features and any(
+    ".features." in need for need in needs
+  )
   outputs = {
     name: _outputs(model, tree, parts, has_features, batch_size, mesh)
     for name, tree in models.items()
