@@ -75,7 +75,9 @@ class _Streamed:
   def fetch(
     self, rows: np.ndarray, num_real: int
   ) -> tuple[jax.Array, jax.Array, np.ndarray]:
-    num_steps, batch_size = rows.shape
+    shape, num_steps = rows.shape, len(rows)
+    rows = rows.reshape(num_steps, -1)
+    batch_size = rows.shape[1]
     # As many places as the steps could need: one program for all calls.
     pool = np.zeros((num_steps, batch_size, *self._shape), np.uint8)
     places = np.arange(rows.size, dtype=np.int32).reshape(rows.shape)
@@ -88,7 +90,7 @@ class _Streamed:
     return (
       parallel.replicate(jnp.asarray(images), self._mesh),
       parallel.replicate(jnp.asarray(self._targets[rows.ravel()]), self._mesh),
-      places,
+      places.reshape(shape),
     )
 
   def close(self) -> None:

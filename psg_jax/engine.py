@@ -31,6 +31,7 @@ from psg_jax import (
 
 History: TypeAlias = list[dict[str, Any]]
 BATCH_STATS = ("update", "frozen")
+RunFn: TypeAlias = Callable[..., tuple[steps.TrainState, steps.Reported]]
 Callback: TypeAlias = Callable[[steps.TrainState, dict[str, Any]], None]
 
 
@@ -185,13 +186,68 @@ def run(
     )
   else:
     state = jax.tree.map(jnp.copy, options.state)  # The caller keeps theirs.
-  todo = _remaining(passes, int(state.step) - first_step)
-  lengths = [sum(len(x.plan.rows) for x in phases) for phases in passes]
-  factors = optimizers.schedule_factors(options.schedule, sum(lengths))
+  lengths = [len(x.plan.rows) for phases in passes for x in phases]
   state, masks = parallel.replicate((state, masks), options.mesh)
+  return run_passes(
+    program,
+    state,
+    images,
+    targets,
+    passes,
+    options,
+    factors=optimizers.schedule_factors(options.schedule, sum(lengths)),
+    masks=masks,
+    record_fn=record_fn or by_set,
+    first_epoch=first_epoch,
+    first_step=first_step,
+  )
+
+
+def run_passes(
+  program: steps.Program,
+  state: steps.TrainState,
+  images: np.ndarray | streaming.Images,
+  targets: np.ndarray,
+  passes: Sequence[Sequence[Phase]],
+  options: Passes,
+  *,
+  factors: np.ndarray,
+  masks: chex.ArrayTree | None = None,
+  record_fn: Callable[[Report], dict[str, Any]],
+  first_epoch: int = 0,
+  first_step: int = 0,
+  run_fn: RunFn = steps.compiled_run_steps,
+) -> tuple[steps.TrainState, History]:
+  """Goes on from a state, pass by pass; `run` without its preparation.
+
+  An axis of models may stand behind the steps in plans, factors and reports,
+  and in front in the state, with a `run_fn` that follows them.
+
+  Args:
+    program: What the steps are made of, but for the loss and `is_masked`.
+    state: Where to start, on its devices; donated, and deleted.
+    images: As for `run`.
+    targets: As for `run`.
+    passes: As for `run`.
+    options: As for `run`; its state, optimiser and program are not looked at.
+    factors: float32 `[S]`, of all steps of all passes.
+    masks: As for `steps.run_steps`.
+    record_fn: As for `run`.
+    first_epoch: As for `run`.
+    first_step: As for `run`.
+    run_fn: The compiled program of the steps.
+
+  Returns:
+    As `run`.
+
+  Raises:
+    FloatingPointError: If a loss or a variable is NaN or infinite.
+  """
+  place = int(np.max(state.step)) - first_step
+  todo = _remaining(passes, place)
   history: History = []
   phases = [phase for phases in todo for phase in phases]
-  rows = (rows for phase in phases for rows in phase.plan.rows)
+  rows = (rows.ravel() for phase in phases for rows in phase.plan.rows)
   with (
     batches.open_pool(images, targets, rows, options.mesh) as pool,
     progress.bar(
@@ -201,27 +257,29 @@ def run(
       is_shown=options.show_progress,
     ) as bar,
   ):
-    for index, phases in enumerate(todo):
+    for epoch, phases in enumerate(todo, first_epoch + 1):
       if not phases:
         continue
       start = time.perf_counter()
-      record: dict[str, Any] = {"epoch": first_epoch + index + 1}
+      record: dict[str, Any] = {"epoch": epoch}
       for phase in phases:
-        place = int(state.step) - first_step
+        num_steps = len(phase.plan.rows)
         state, report = run_phase(
-          dataclasses.replace(program, loss_fn=phase.loss_fn),
+          program,
           state,
           pool,
           phase,
-          factors=factors[place : place + len(phase.plan.rows)],
+          factors=factors[place : place + num_steps],
           masks=masks,
           mesh=options.mesh,
           bar=bar,
           step_callback=options.step_callback,
+          run_fn=run_fn,
         )
-        for name, value in (record_fn or by_set)(report).items():
-          is_list = isinstance(value, list)
-          record[name] = record.get(name, []) + value if is_list else value
+        place += num_steps
+        for name, value in record_fn(report).items():
+          is_joined = isinstance(value, list) and name in record
+          record[name] = record[name] + value if is_joined else value
       record["seconds"] = time.perf_counter() - start
       history.append(record)
       if options.callback is not None:
@@ -294,11 +352,12 @@ def run_phase(
   mesh: jax.sharding.Mesh | None = None,
   bar: progress.Bar | None = None,
   step_callback: Callable[[steps.TrainState], None] | None = None,
+  run_fn: RunFn = steps.compiled_run_steps,
 ) -> tuple[steps.TrainState, Report]:
   """Runs the minibatches of a phase through the compiled `run_steps`.
 
   Args:
-    program: What the steps are made of, but for `is_masked`.
+    program: What the steps are made of, but for the loss and `is_masked`.
     state: Where to start; donated, and deleted.
     pool: Images and targets, of `batches.open_pool`.
     phase: The loss's context and the minibatches.
@@ -308,6 +367,7 @@ def run_phase(
     bar: Moved by each step.
     step_callback: Called with the state after each call of the program, which
       takes up to 32 steps.
+    run_fn: As for `run_passes`.
 
   Returns:
     The new state, and what the steps reported.
@@ -315,21 +375,25 @@ def run_phase(
   Raises:
     FloatingPointError: If the loss is NaN or infinite, with the step.
   """
-  num_steps, batch_size = phase.plan.rows.shape
+  num_steps, *models, batch_size = phase.plan.rows.shape
   # Steps of padding are skipped: one program for passes of any length.
   size = pool.max_steps
   num_calls = -(-num_steps // size)
-  unit = parallel.size(mesh) * program.num_parts
-  padding = ((0, num_calls * size - num_steps), (0, -batch_size % unit))
-  is_masked = bool(padding[1][1] or np.any(phase.plan.weights == 0))
-  program = dataclasses.replace(program, is_masked=is_masked)
+  # Minibatches are cut over the devices, or the models are.
+  unit = program.num_parts * (1 if models else parallel.size(mesh))
+  ahead = (0, num_calls * size - num_steps)
+  padding = (ahead, *[(0, 0)] * len(models), (0, -batch_size % unit))
+  is_masked = bool(padding[-1][1] or np.any(phase.plan.weights == 0))
+  program = dataclasses.replace(
+    program, is_masked=is_masked, loss_fn=phase.loss_fn
+  )
   # Padding repeats images, for the sake of networks without a mask.
   rows = np.pad(phase.plan.rows, padding, mode="wrap")
   is_forget = np.pad(phase.plan.is_forget, padding, mode="wrap")
   weights = np.pad(phase.plan.weights, padding)
   if factors is None:
     factors = np.ones(num_steps, np.float32)
-  factors = np.pad(factors, padding[0])
+  factors = np.pad(factors, padding[: factors.ndim])
   context = parallel.replicate(phase.context, mesh)
   reports = []
   for call in range(num_calls):
@@ -341,7 +405,7 @@ def run_phase(
       weights=jnp.asarray(weights[part]),
       is_forget=jnp.asarray(is_forget[part]),
     )
-    state, reported = steps.compiled_run_steps(
+    state, reported = run_fn(
       program,
       state,
       images,
@@ -352,7 +416,7 @@ def run_phase(
       masks=masks,
     )
     reported = _real(reported, num_real)
-    check_finite(np.asarray(reported.loss), int(state.step))
+    check_finite(np.asarray(reported.loss), int(np.max(state.step)))
     reports.append(reported)
     if bar is not None:
       bar.advance(num_real, **_shown(reported, weights[part][:num_real]))
@@ -360,7 +424,8 @@ def run_phase(
       step_callback(state)
   joined = jax.tree.map(lambda *x: np.concatenate(x), *reports)
   figures = {
-    name: x[:, :batch_size] if x.ndim == 2 else x
+    # Those of a row have the rows of padding behind.
+    name: x[..., :batch_size] if x.ndim == len(padding) else x
     for name, x in joined.figures.items()
   }
   return state, Report(joined.loss, figures, phase.plan)
@@ -421,12 +486,14 @@ def check_finite(losses: np.ndarray, last_step: int) -> None:
   """Raises FloatingPointError, with the step, where a loss is not finite.
 
   Args:
-    losses: float `[S]`.
+    losses: float `[S]`, or `[S, M]` of several models.
     last_step: Number of the last step, from 1.
   """
   is_bad = ~np.isfinite(losses)
   if is_bad.any():
-    step = last_step - len(losses) + int(np.argmax(is_bad)) + 1
+    place, *model = np.argwhere(is_bad)[0].tolist()
+    step = last_step - len(losses) + place + 1
+    whose = f" of model {model[0]}" if model else ""
     raise FloatingPointError(
-      f"the loss is not finite at step {step}: lower the learning rate"
+      f"the loss{whose} is not finite at step {step}: lower the learning rate"
     )

@@ -243,6 +243,8 @@ def apply_train(
   For the others padding rows are ordinary images in the statistics, which is
   why batches are padded with images and not with zeros.
   """
+  if model.apply_train is None:
+    return model.apply(variables, images), variables
   if mask is None or not _takes_mask(model.apply_train):
     return model.apply_train(variables, images, key)
   return model.apply_train(variables, images, key, mask)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments import benchmark, cli
+from experiments import benchmark, benchmark_tasks, cli
 from psg_jax import (
   batches,
   boundary,
@@ -271,8 +271,8 @@ def test_benchmark_writes_what_it_measured(
 def test_measure_counts_all_rounds_but_the_first():
   calls = []
   tasks = [
-    benchmark.Task("a", "a", lambda: calls.append("ours"), None),
-    benchmark.Task(
+    benchmark_tasks.Task("a", "a", lambda: calls.append("ours"), None),
+    benchmark_tasks.Task(
       "b", "b", lambda: "ours", lambda: calls.append("theirs"), scale=1e6
     ),
   ]

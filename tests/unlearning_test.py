@@ -284,7 +284,7 @@ def test_batch_statistics_frozen_or_updated(small_cnn):
 
 
 def test_one_compilation_for_each_phase(small_cnn):
-  searches = boundary._jitted_search_batch._cache_size()
+  searches = boundary.num_programs()
   updates = steps.num_programs()
   # Batches that do not divide evenly, and several passes.
   unlearn(
@@ -295,7 +295,7 @@ def test_one_compilation_for_each_phase(small_cnn):
     num_epochs=2,
     optimizer=training.sgd(0.011),
   )
-  assert boundary._jitted_search_batch._cache_size() == searches + 1
+  assert boundary.num_programs() == searches + 1
   assert steps.num_programs() == updates + 1
 
 

@@ -112,8 +112,8 @@ def unsir(
     num_impair_epochs + passes.num_epochs,
     lambda key: batches.retain_only(key, 0, len(retain), passes.batch_size),
   )
-  num_impair_steps = num_impair_epochs * len(plans[0].rows)
-  phases = (
+  variables, history = _impair_and_repair(
+    (model, variables, retain.images, retain.labels),
     [
       [engine.Phase(_impair_loss, plan, noise)]
       for plan in plans[:num_impair_epochs]
@@ -122,39 +122,50 @@ def unsir(
       [engine.Phase(steps.mean_cross_entropy, plan)]
       for plan in plans[num_impair_epochs:]
     ],
+    run_keys,
+    passes,
+    repair_optimizer or optimizers.adam(0.01),
   )
+  if history:
+    history[0]["noise_seconds"] = noise_seconds
+  return _common.Output(variables=variables, history=history)
+
+
+def _impair_and_repair(
+  start: tuple[types.Model, types.Variables, Any, np.ndarray],
+  impairing: list[list[engine.Phase]],
+  repairing: list[list[engine.Phase]],
+  keys: list[jax.Array],
+  passes: engine.Passes,
+  repair_optimizer: optax.GradientTransformation,
+) -> tuple[types.Variables, engine.History]:
+  """Makes the passes of steps 2 and 3, each with an optimiser of its own."""
+  model, variables, images, labels = start
+  num_impair_steps = sum(len(x.plan.rows) for (x,) in impairing)
   history: engine.History = []
   state = passes.state
   num_done = 0 if state is None else int(state.step)
   if num_done < num_impair_steps:
     state, history = engine.run(
-      *(model, variables, retain.images, retain.labels, phases[0]),
-      run_keys[0],
+      *(model, variables, images, labels, impairing, keys[0]),
       passes.replace(description="UNSIR, impair"),
     )
   if state is not None and num_done <= num_impair_steps:
     # Repairing starts anew from there, with an optimiser of its own.
     variables, state = state.variables, None
-  repairing = passes.replace(
-    optimizer=repair_optimizer or optimizers.adam(0.01),
-    description="UNSIR, repair",
-    state=state,
-  )
   state, repaired = engine.run(
-    *(model, variables, retain.images, retain.labels, phases[1]),
-    run_keys[1],
-    repairing,
-    first_epoch=num_impair_epochs,
+    *(model, variables, images, labels, repairing, keys[1]),
+    passes.replace(
+      optimizer=repair_optimizer, description="UNSIR, repair", state=state
+    ),
+    first_epoch=len(impairing),
     first_step=num_impair_steps,
   )
-  history = [
+  return state.variables, [
     {**record, "phase": phase}
     for phase, records in (("impair", history), ("repair", repaired))
     for record in records
   ]
-  if history:
-    history[0]["noise_seconds"] = noise_seconds
-  return _common.Output(variables=state.variables, history=history)
 
 
 @functools.partial(
