@@ -114,17 +114,10 @@ def prepare(
 def prepare_at_once(
   name: str, *, data_dir: str | os.PathLike[str] | None = None
 ) -> pathlib.Path | None:
-  """Prepares a set if that takes neither a source nor a network.
-
-  Args:
-    name: A builder, or a builder with `@SIZE`.
-    data_dir: Folder of all prepared sets.
+  """Prepares a set, as `prepare`, if that takes neither source nor network.
 
   Returns:
     The set's folder; None where the raw files are not on this machine.
-
-  Raises:
-    ValueError: As `prepare`.
   """
   builder_name = catalog.parse(name).builder
   folder = _download_dir(builder_name, catalog.root_dir(data_dir))

@@ -306,15 +306,12 @@ def encode_png(image: Image.Image) -> bytes:
 
 
 def decode(content: bytes, name: str, *, mode: str) -> Image.Image:
-  """Decodes an image file.
+  """Decodes an image file, upright where its EXIF data says how to turn it.
 
   Args:
     content: Bytes of the file.
     name: Its name, for the message.
     mode: Pillow's mode to convert to: `"L"` or `"RGB"`.
-
-  Returns:
-    The image, upright where the file's EXIF data says how to turn it.
 
   Raises:
     ValueError: If the bytes are no image, or a damaged one.

@@ -50,11 +50,7 @@ class Frame(NamedTuple):
   is_padding: np.ndarray | None
 
   def window_for(self, window: str) -> tuple[float, float, str] | None:
-    """Returns the window to use; None for the range of the set, or colours.
-
-    Args:
-      window: As in `parse_window`.
-    """
+    """Returns the window to use; None for the range of the set, or colours."""
     if self.values.ndim == 3:
       return None
     parsed = parse_window(window)

@@ -159,11 +159,7 @@ def _state(tree: trees.Tree, prefix: str) -> str:
 def fingerprint(
   source: pathlib.Path, metadata: str | None = None
 ) -> dict[str, str | None]:
-  """Returns what changes with a source and its table.
-
-  Args:
-    source: The folder or zip.
-    metadata: A table beside it.
+  """Returns what changes with a source, and with a table beside it.
 
   Returns:
     `files` and `metadata`, a SHA-256 each; None without a table.

@@ -155,17 +155,11 @@ def check_own(name: str) -> None:
 
 
 def check_size(builder: str, size: Any) -> int:
-  """Returns a size as a number of pixels.
-
-  Args:
-    builder: Whose images they are.
-    size: A number or its text.
-
-  Returns:
-    The size, from `MIN_SIZE` to `MAX_SIZE`.
+  """Returns a size, a number or its text, as a number of pixels.
 
   Raises:
-    ValueError: If it is out of range, or the builder has but one size.
+    ValueError: If it is not from `MIN_SIZE` to `MAX_SIZE`, or the builder has
+      but one size.
   """
   if BUILDERS[builder].size is None:
     raise ValueError(
@@ -301,13 +295,7 @@ def names(
 
 
 def read_builder(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
-  """Reads the description of a prepared set.
-
-  Args:
-    folder: Of the set's version.
-
-  Returns:
-    The TFDS builder.
+  """Reads the description of a prepared set from the folder of its version.
 
   Raises:
     ValueError: If the description is damaged.
@@ -324,11 +312,7 @@ def read_builder(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
 
 
 def faults(folder: pathlib.Path) -> contextlib.AbstractContextManager[None]:
-  """Says which set is damaged, whatever reading it raises.
-
-  Args:
-    folder: Of the set's version.
-  """
+  """Says which set is damaged, whatever reading it raises."""
   # TFDS, ArrayRecord and Pillow differ in what they raise.
   return files.faults(
     f"data_dir holds a damaged set: {folder} cannot be read:",

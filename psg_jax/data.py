@@ -163,19 +163,7 @@ def open_set(
   *,
   data_dir: str | os.PathLike[str] | None = None,
 ) -> OpenSet:
-  """Opens a split after all checks, as `load` without its images.
-
-  Args:
-    name: As in `load`.
-    split: `"train"` or `"test"`.
-    data_dir: Where the sets were prepared; see `root_dir`.
-
-  Returns:
-    The split.
-
-  Raises:
-    ValueError: As `load`.
-  """
+  """Opens a split after all checks; arguments and errors are as in `load`."""
   builder = open_builder(name, split, data_dir=data_dir)
   height, width, num_channels = builder.info.features["image"].shape
   return OpenSet(
@@ -193,12 +181,7 @@ def open_builder(
   *,
   data_dir: str | os.PathLike[str] | None = None,
 ) -> tfds.core.DatasetBuilder:
-  """Opens a prepared data set after all checks, without reading its images.
-
-  Args:
-    name: As in `load`.
-    split: The split that is to be read, `"train"` or `"test"`.
-    data_dir: Where the sets were prepared; see `root_dir`.
+  """Opens a prepared data set after all checks; arguments are those of `load`.
 
   Returns:
     The TFDS builder, whose `as_data_source` reads the records in any order.

@@ -43,11 +43,7 @@ def faults(
 
 
 def reason(error: Exception) -> str:
-  """Returns what an error says, in one line, with its type if that says more.
-
-  Args:
-    error: Of the system, of our own, or of somebody else's library.
-  """
+  """Returns what an error says in one line, with its type if that says more."""
   text = " ".join((getattr(error, "strerror", None) or str(error)).split())
   if not text:
     return type(error).__name__
@@ -58,12 +54,8 @@ def reason(error: Exception) -> str:
 def expanded(path: str | os.PathLike[str], name: str) -> pathlib.Path:
   """Returns a path with a `~` in front replaced.
 
-  Args:
-    path: The path.
-    name: Of the argument, for the message.
-
   Raises:
-    ValueError: If there is no such home.
+    ValueError: If there is no such home; it says the argument's name.
   """
   try:
     return pathlib.Path(path).expanduser()
@@ -108,13 +100,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 def replace_folder(
   new: pathlib.Path, folder: pathlib.Path, old: pathlib.Path
 ) -> None:
-  """Puts one folder in the place of another, which stays if that fails.
-
-  Args:
-    new: The folder to be put there.
-    folder: The place, whether there is one or not.
-    old: Where the one of before goes.
-  """
+  """Puts a folder in a place; one of before goes to `old`, or else stays."""
   folder.parent.mkdir(exist_ok=True)
   is_replacing = folder.exists()
   if is_replacing:

@@ -223,10 +223,7 @@ def _check_sources(condition: Any, start: str) -> None:
 def _check_functions(condition: Any, others: set[str], start: str) -> None:
   """Raises ValueError for what differs from one time to the next.
 
-  Args:
-    condition: Parsed.
-    others: Names in it that are no columns, in lower case.
-    start: Of the message.
+  `others` are names in the condition that are no columns, in lower case.
   """
   called = set()
   for node in _nodes(condition):
@@ -425,11 +422,7 @@ _decided: weakref.WeakKeyDictionary[
 
 
 def decide(dataset: types.Dataset, where: str) -> tuple[np.ndarray, int]:
-  """Decides a checked condition for each image, once, in the time limit.
-
-  Args:
-    dataset: Images with metadata.
-    where: What `check` let pass.
+  """Decides what `check` let pass for each image, once, in the time limit.
 
   Returns:
     Whether it is true, bool `[N]`, and for how many images it is undecided.
