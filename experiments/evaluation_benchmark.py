@@ -67,12 +67,12 @@ def measure(options: Options) -> list[dict[str, Any]]:
   """
   checks.integer("repeats", options.repeats, at_least=1)
   job = cli.read_job(options.run)
-  found = checkpoints.run_checkpoints(options.run)
+  names = checkpoints.run_checkpoints(options.run)
   for name in jobs.MODELS:
-    if name not in found:
+    if name not in names:
       raise ValueError(
         f"run must have the models {', '.join(jobs.MODELS)}, got"
-        f" {options.run} with {', '.join(found) or 'none'}"
+        f" {options.run} with {', '.join(names) or 'none'}"
       )
   context = jobs.prepare(
     dataclasses.replace(job, resume=True), is_known_run=True, is_read_only=True
@@ -118,12 +118,12 @@ def _measure(
   )
   seconds["prediction"] = time.perf_counter() - start
   names = [name for name in metrics.METRICS if name not in _RELEARNING]
-  own = metrics.Outputs(
+  outputs = metrics.Outputs(
     logits, features, params=variables["params"], seconds=1.0
   )
-  found = compare_cells.figures(context, names, own, others)
+  figures = compare_cells.figures(context, names, outputs, others)
   accuracies = [
-    {x: found[f"accuracy_{x}"]["value"] for x in metrics.SPLITS},
+    {x: figures[f"accuracy_{x}"]["value"] for x in metrics.SPLITS},
     *(
       {
         x: metrics.accuracy(others[name].logits[x], part.labels)
@@ -145,7 +145,7 @@ def _measure(
     **seconds,
     "num_metrics": len(names),
     "num_images": len(context.train) + len(context.test),
-    "missing": [x for x, figure in found.items() if figure["value"] is None],
+    "missing": [x for x, figure in figures.items() if figure["value"] is None],
   }
 
 

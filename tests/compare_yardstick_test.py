@@ -12,6 +12,7 @@ from experiments import (
   compare_page,
   demo,
   jobs,
+  run_figures,
   unlearn,
 )
 from psg_jax import checkpoints, metrics
@@ -157,7 +158,7 @@ def run(tmp_path_factory, data_dir):
   given = [*SMALL, f"--runs_dir={folder}", "--name=one"]
   programs_test.call(demo, *given)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jobs, "_save_examples", compare_test.no_cell)
+    patch.setattr(run_figures, "save_examples", compare_test.no_cell)
     programs_test.call(demo, *given, "--references=3", "--resume")
   return folder / "one"
 
