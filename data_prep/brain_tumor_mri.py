@@ -26,14 +26,10 @@ class PsgBrainTumorMri(image_tree.ImageTreeBuilder):
   def make_plan(self, source: pathlib.Path) -> image_tree.Plan:
     """Lists the four class folders of both splits."""
     tree = sources.open_tree(source, tuple(_FOLDERS.values()))
-    splits = {}
-    for split, folder in _FOLDERS.items():
-      found = sources.images_by_class(tree, folder, CLASS_NAMES)
-      splits[split] = [
-        (path, label)
-        for label, paths in enumerate(found.values())
-        for path in paths
-      ]
+    splits = {
+      split: sources.labelled_images(tree, folder, CLASS_NAMES)[1]
+      for split, folder in _FOLDERS.items()
+    }
     return image_tree.Plan(tree, CLASS_NAMES, splits)
 
   def advice(self) -> str:

@@ -4,16 +4,15 @@ python -m data_prep.cache
 python -m data_prep.cache --remove own_scans_0a1b2c3d4e
 """
 
+import contextlib
 import dataclasses
-import json
 import pathlib
 import shutil
 from collections.abc import Sequence
 
 import tyro
 
-from data_prep import naming, registry
-from psg_jax import checks, data, programs
+from psg_jax import catalog, checks, files, programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +37,7 @@ def main() -> None:
     args=programs.arguments(),
     use_underscores=True,
   )
-  root = data.root_dir(options.data_dir)
+  root = catalog.root_dir(options.data_dir)
   remove(root, options.remove)
   print(table(root))
 
@@ -53,16 +52,12 @@ def find(root: pathlib.Path) -> dict[str, pathlib.Path]:
     Folders by name: those of sets, then those that a preparation left which
     was killed, or has not ended.
   """
-  sets = {
-    naming.from_key(folder.name.removeprefix("psg_")): folder
-    for folder in sorted(root.glob("psg_*"))
-  }
   unfinished = {
     folder.name: folder
-    for name in (*registry.MODULES, "removed")
+    for name in (*catalog.BUILDERS, "removed")
     for folder in sorted(root.glob(f".{name}-*"))
   }
-  return {**sets, **unfinished}
+  return {**catalog.set_dirs(root), **unfinished}
 
 
 def remove(root: pathlib.Path, names: Sequence[str]) -> None:
@@ -75,15 +70,15 @@ def remove(root: pathlib.Path, names: Sequence[str]) -> None:
   Raises:
     ValueError: If there is no such set; nothing is removed then.
   """
-  found = find(root)
+  folders = find(root)
   for name in names:
-    checks.one_of("remove", name, found)
+    checks.one_of("remove", name, folders)
   for name in dict.fromkeys(names):
     # Half of a set must not be taken for one.
-    moved = root / f".removed-{found[name].name.lstrip('.')}"
-    if found[name] != moved:
+    moved = root / f".removed-{folders[name].name.lstrip('.')}"
+    if folders[name] != moved:
       shutil.rmtree(moved, ignore_errors=True)
-      found[name].rename(moved)
+      folders[name].rename(moved)
     shutil.rmtree(moved)
 
 
@@ -92,7 +87,7 @@ def table(root: pathlib.Path) -> str:
   lines = []
   total = 0
   for name, folder in find(root).items():
-    size = sum(x.stat().st_size for x in folder.rglob("*") if x.is_file())
+    size = files.num_bytes(folder)
     total += size
     lines.append(f"{name:40} {size / 1e6:10,.1f} MB  {_source(folder)}")
   return "\n".join(
@@ -102,10 +97,8 @@ def table(root: pathlib.Path) -> str:
 
 def _source(folder: pathlib.Path) -> str:
   for path in sorted(folder.glob("*/metadata.json")):
-    try:
-      return str(json.loads(path.read_bytes())["source"])
-    except (OSError, ValueError, TypeError, KeyError):
-      continue
+    with contextlib.suppress(ValueError):
+      return str(files.read_json(path)["source"])
   return "not a finished set"
 
 

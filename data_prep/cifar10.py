@@ -21,19 +21,12 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_prep import base, sources
+from data_prep import builder, listing, sources, trees
+from psg_jax import files
 
 CLASS_NAMES = (
-  "airplane",
-  "automobile",
-  "bird",
-  "cat",
-  "deer",
-  "dog",
-  "frog",
-  "horse",
-  "ship",
-  "truck",
+  *("airplane", "automobile", "bird", "cat", "deer"),
+  *("dog", "frog", "horse", "ship", "truck"),
 )
 IMAGE_SIZE = 32
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -50,7 +43,7 @@ Batch = tuple[np.ndarray, list[int], list[str]]
 """Pixels uint8 `[N, 3072]`, labels and file names."""
 
 
-class PsgCifar10(base.ImageBuilder):
+class PsgCifar10(builder.ImageBuilder):
   """Keeps the archive's order; images by class are shuffled, with a fixed seed.
 
   The column `file` is the file name that CIFAR-10's authors gave (archive), or
@@ -67,38 +60,29 @@ class PsgCifar10(base.ImageBuilder):
       homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
     )
 
-  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+  def splits(self) -> builder.Splits:
+    """Reads the archive, or lists the images by class."""
     source = self.source or sources.download(
       URL, SHA256, self.download_dir, is_shown=self.is_shown
     )
     if source.is_dir() or zipfile.is_zipfile(source):
       tree = sources.open_tree(source, tuple(_BATCHES))
-      images = {
-        split: sources.images_by_class(tree, split, CLASS_NAMES)
+      pairs = {
+        split: sources.labelled_images(tree, split, CLASS_NAMES)[1]
         for split in _BATCHES
       }
       return {
-        split: self._generate_examples(
-          split,
-          _tree_examples(tree, images[split]),
-          sum(len(paths) for paths in images[split].values()),
-        )
+        split: (_tree_examples(tree, pairs[split]), len(pairs[split]))
         for split in _BATCHES
       }
     batches = read_archive(source)
     return {
-      split: self._generate_examples(
-        split,
+      split: (
         _archive_examples(split, batches),
         sum(len(batches[name][1]) for name in names),
       )
       for split, names in _BATCHES.items()
     }
-
-  def _generate_examples(
-    self, split: str, examples: Iterator[base.Example], total: int
-  ) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from self.records(split, examples, total)
 
 
 def read_archive(path: pathlib.Path) -> dict[str, Batch]:
@@ -116,19 +100,20 @@ def read_archive(path: pathlib.Path) -> dict[str, Batch]:
   """
   wanted = {name for names in _BATCHES.values() for name in names}
   batches = {}
-  try:
-    with tarfile.open(path) as archive:
-      for member in archive:
-        sources.check_entry(member.name, str(path))
-        name = pathlib.PurePosixPath(member.name).name
-        file = archive.extractfile(member) if member.isreg() else None
-        if name in wanted and file is not None:
-          batches[name] = _read_batch(file.read(), name, path)
-  except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-    raise ValueError(
-      f"source must be {ARCHIVE}, or a folder or zip of images by class, got"
-      f" {str(path)!r}, which is damaged or no archive"
-    ) from error
+  start = (
+    f"source must be {ARCHIVE}, or a folder or zip of images by class, got"
+    f" {str(path)!r}, which is damaged or no archive:"
+  )
+  with (
+    files.faults(start, OSError, EOFError, tarfile.TarError, zlib.error),
+    tarfile.open(path) as archive,
+  ):
+    for member in archive:
+      listing.check_entry(member.name, str(path))
+      name = pathlib.PurePosixPath(member.name).name
+      file = archive.extractfile(member) if member.isreg() else None
+      if name in wanted and file is not None:
+        batches[name] = _read_batch(file.read(), name, path)
   missing = sorted(wanted - batches.keys())
   if missing:
     raise ValueError(
@@ -181,36 +166,35 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _read_batch(content: bytes, name: str, path: pathlib.Path) -> Batch:
-  try:
+  # A damaged pickle can raise nearly anything.
+  with files.faults(
+    f"source must hold CIFAR-10's pickles, got {name} in {path}, which cannot"
+    " be read:",
+    Exception,
+  ):
     # The archive was written by Python 2, whose strings are bytes here.
     batch = _Unpickler(io.BytesIO(content), encoding="bytes").load()
     pixels = batch[b"data"].pixels
     labels = [int(label) for label in batch[b"labels"]]
-    files = [file.decode() for file in batch[b"filenames"]]
-  # A damaged pickle can raise nearly anything.
-  except Exception as error:
-    raise ValueError(
-      f"source must hold CIFAR-10's pickles, got {name} in {path}, which"
-      f" cannot be read: {type(error).__name__}: {error}"
-    ) from error
+    names = [file.decode() for file in batch[b"filenames"]]
   count = len(labels)
-  if not count or pixels.shape != (count, _NUM_VALUES) or len(files) != count:
+  if not count or pixels.shape != (count, _NUM_VALUES) or len(names) != count:
     raise ValueError(
       f"source must hold {_NUM_VALUES} values, a label and a file name an"
       f" image, got {list(pixels.shape)} values, {count} labels and"
-      f" {len(files)} file names in {name} of {path}"
+      f" {len(names)} file names in {name} of {path}"
     )
   if min(labels) < 0 or max(labels) >= len(CLASS_NAMES):
     raise ValueError(
       f"source must hold labels from 0 to {len(CLASS_NAMES) - 1}, got"
       f" {min(labels)} to {max(labels)} in {name} of {path}"
     )
-  return pixels, labels, files
+  return pixels, labels, names
 
 
 def _archive_examples(
   split: str, batches: Mapping[str, Batch]
-) -> Iterator[base.Example]:
+) -> Iterator[builder.Example]:
   row = 0
   for name in _BATCHES[split]:
     pixels, labels, files = batches[name]
@@ -218,8 +202,8 @@ def _archive_examples(
     images = pixels.reshape(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
     images = images.transpose(0, 2, 3, 1)
     for image, label, file in zip(images, labels, files, strict=True):
-      yield base.Example(
-        image=base.from_array(image),
+      yield builder.Example(
+        image=builder.from_array(image),
         label=label,
         id=f"{split}/{row:06d}",
         columns={"file": file},
@@ -228,19 +212,15 @@ def _archive_examples(
 
 
 def _tree_examples(
-  tree: sources.Tree, images: Mapping[str, list[str]]
-) -> Iterator[base.Example]:
-  pairs = [
-    (path, label)
-    for label, paths in enumerate(images.values())
-    for path in paths
-  ]
+  tree: trees.Tree, pairs: sources.Pairs
+) -> Iterator[builder.Example]:
   # Sorted by class, the first rows would be of one class.
   for index in np.random.default_rng(_SEED).permutation(len(pairs)):
     path, label = pairs[index]
-    image = base.decode(tree.read(path), f"{path} in {tree.name}", mode="RGB")
-    yield base.Example(
-      image=base.resize(image, (IMAGE_SIZE, IMAGE_SIZE)),
+    name = f"{path} in {tree.name}"
+    image = builder.decode(tree.read(path), name, mode="RGB")
+    yield builder.Example(
+      image=builder.resize(image, (IMAGE_SIZE, IMAGE_SIZE)),
       label=label,
       id=path,
       columns={"file": path},

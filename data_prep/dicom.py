@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from data_prep import depths
+
 SUFFIXES = frozenset({".dcm", ".dicom", ".ima"})
 ADVICE = "; DICOM files are read with pydicom: pip install 'psg_jax[dicom]'"
 WINDOWS = ("file", "full")
@@ -46,6 +48,53 @@ class Frame(NamedTuple):
   modality: str
   num_frames: int
   is_padding: np.ndarray | None
+
+  def window_for(self, window: str) -> tuple[float, float, str] | None:
+    """Returns the window to use; None for the range of the set, or colours.
+
+    Args:
+      window: As in `parse_window`.
+    """
+    if self.values.ndim == 3:
+      return None
+    parsed = parse_window(window)
+    if isinstance(parsed, tuple):
+      return (*parsed, "LINEAR")
+    return self.window if parsed == "file" else None
+
+  def range(self) -> depths.Range | None:
+    """Returns the range of the values; None for colours, which have 8 bits."""
+    if self.values.ndim == 3:
+      return None
+    values = self.values
+    if self.is_padding is not None and not self.is_padding.all():
+      values = values[~self.is_padding]
+    return depths.range_of(f"DICOM {self.modality}", values)
+
+  def pixels(
+    self, window: str, ranges: Mapping[str, depths.Range] | None
+  ) -> np.ndarray:
+    """Makes grey levels uint8 `[H, W]`, or returns the colours.
+
+    Args:
+      window: As in `parse_window`.
+      ranges: Of the set, where there is no window; None for the file's own.
+    """
+    limits = self.range()
+    if limits is None:
+      return np.ascontiguousarray(self.values)
+    voi = self.window_for(window)
+    if voi is not None:
+      share = apply_window(self.values, voi)
+      pixels = np.rint(255 * share).astype(np.uint8)
+    else:
+      known = (ranges or depths.set_ranges([limits]))[limits.kind]
+      pixels = depths.to_bytes(self.values, known)
+    if self.is_inverted:
+      pixels = 255 - pixels
+    if self.is_padding is not None:
+      pixels[self.is_padding] = 0
+    return pixels
 
 
 @functools.cache

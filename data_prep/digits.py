@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from sklearn import datasets, model_selection
 
-from data_prep import base
+from data_prep import builder
 
 IMAGE_SIZE = 32
 TEST_FRACTION = 0.2
@@ -16,7 +16,7 @@ _SEED = 0
 _MAX_PIXEL = 16
 
 
-class PsgDigits(base.ImageBuilder):
+class PsgDigits(builder.ImageBuilder):
   """Resizes the 8x8 digits to 32x32 and splits them 80/20 by class.
 
   The split is stratified and seeded, the same on every machine. The column
@@ -33,12 +33,9 @@ class PsgDigits(base.ImageBuilder):
       homepage="https://archive.ics.uci.edu/dataset/80",
     )
 
-  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-    if self.source is not None:
-      raise ValueError(
-        "source must not be given for 'digits', which ships with"
-        f" scikit-learn, got {str(self.source)!r}"
-      )
+  def splits(self) -> builder.Splits:
+    """Splits the digits of scikit-learn."""
+    self.refuse_source("ships with scikit-learn")
     digits = datasets.load_digits()
     train, test = model_selection.train_test_split(
       np.arange(len(digits.target)),
@@ -47,24 +44,19 @@ class PsgDigits(base.ImageBuilder):
       random_state=_SEED,
     )
     return {
-      "train": self._generate_examples("train", digits, np.sort(train)),
-      "test": self._generate_examples("test", digits, np.sort(test)),
+      split: (examples(split, digits, np.sort(rows)), len(rows))
+      for split, rows in (("train", train), ("test", test))
     }
 
-  def _generate_examples(
-    self, split: str, digits: Any, rows: np.ndarray
-  ) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from self.records(split, _examples(split, digits, rows), len(rows))
 
-
-def _examples(
+def examples(
   split: str, digits: Any, rows: np.ndarray
-) -> Iterator[base.Example]:
+) -> Iterator[builder.Example]:
+  """Makes an example of each of these rows of scikit-learn's set."""
   for position, row in enumerate(rows):
     pixels = np.round(digits.images[row] * (255 / _MAX_PIXEL))
-    image = base.from_array(pixels.astype(np.uint8))
-    yield base.Example(
-      image=base.resize(image, (IMAGE_SIZE, IMAGE_SIZE)),
+    yield builder.Example(
+      image=builder.from_array(pixels.astype(np.uint8), IMAGE_SIZE),
       label=int(digits.target[row]),
       id=f"{split}/{position:06d}",
       columns={"row": int(row)},

@@ -14,24 +14,16 @@ import math
 import pathlib
 import zlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from data_prep import base, sources
+from data_prep import builder, sources
+from psg_jax import files
 
 CLASS_NAMES = (
-  "t_shirt_top",
-  "trouser",
-  "pullover",
-  "dress",
-  "coat",
-  "sandal",
-  "shirt",
-  "sneaker",
-  "bag",
-  "ankle_boot",
+  *("t_shirt_top", "trouser", "pullover", "dress", "coat"),
+  *("sandal", "shirt", "sneaker", "bag", "ankle_boot"),
 )
 IMAGE_SIZE = 32
 DEBIAN_DIR = pathlib.Path("/usr/share/datasets/fashion-mnist")
@@ -57,7 +49,7 @@ _IMAGES_MAGIC = 0x00000803
 _LABELS_MAGIC = 0x00000801
 
 
-class PsgFashionMnist(base.ImageBuilder):
+class PsgFashionMnist(builder.ImageBuilder):
   """Resizes the 28x28 images to 32x32 with Pillow's bilinear filter."""
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -70,42 +62,18 @@ class PsgFashionMnist(base.ImageBuilder):
       license="MIT",
     )
 
-  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-    paths = self._find_files()
-    return {
-      split: self._generate_examples(
-        split,
-        paths[f"{prefix}-images-idx3-ubyte.gz"],
-        paths[f"{prefix}-labels-idx1-ubyte.gz"],
-      )
-      for split, prefix in _PREFIXES.items()
-    }
-
-  def _generate_examples(
-    self, split: str, images_path: pathlib.Path, labels_path: pathlib.Path
-  ) -> Iterator[tuple[int, dict[str, Any]]]:
-    images = read_idx(images_path, _IMAGES_MAGIC)
-    labels = read_idx(labels_path, _LABELS_MAGIC)
-    if len(images) != len(labels) or not len(images):
-      raise ValueError(
-        f"source must hold one label an image, got {len(images)} images in"
-        f" {images_path} and {len(labels)} labels in {labels_path}"
-      )
-    if labels.max() >= len(CLASS_NAMES):
-      raise ValueError(
-        f"source must hold labels from 0 to {len(CLASS_NAMES) - 1}, got"
-        f" {labels.max()} in {labels_path}"
-      )
-    yield from self.records(
-      split, _examples(split, images, labels), len(labels)
-    )
+  def splits(self) -> builder.Splits:
+    """Reads the four files."""
+    paths = self.find_files()
+    return {split: _read_split(split, paths) for split in _PREFIXES}
 
   @classmethod
   def has_files(cls, download_dir: pathlib.Path) -> bool:
     """Whether all four are in Debian's or in the download folder."""
     return _local_files(download_dir) is not None
 
-  def _find_files(self) -> dict[str, pathlib.Path]:
+  def find_files(self) -> dict[str, pathlib.Path]:
+    """Returns the four files, which are downloaded where they are nowhere."""
     if self.source is not None:
       missing = [name for name in SHA256 if not (self.source / name).is_file()]
       if missing:
@@ -126,6 +94,27 @@ class PsgFashionMnist(base.ImageBuilder):
       )
       for name, sha256 in SHA256.items()
     }
+
+
+def _read_split(
+  split: str, paths: dict[str, pathlib.Path]
+) -> tuple[Iterator[builder.Example], int]:
+  """Reads the images and labels of a split, and holds them together."""
+  images_path = paths[f"{_PREFIXES[split]}-images-idx3-ubyte.gz"]
+  labels_path = paths[f"{_PREFIXES[split]}-labels-idx1-ubyte.gz"]
+  images = read_idx(images_path, _IMAGES_MAGIC)
+  labels = read_idx(labels_path, _LABELS_MAGIC)
+  if len(images) != len(labels) or not len(images):
+    raise ValueError(
+      f"source must hold one label an image, got {len(images)} images in"
+      f" {images_path} and {len(labels)} labels in {labels_path}"
+    )
+  if labels.max() >= len(CLASS_NAMES):
+    raise ValueError(
+      f"source must hold labels from 0 to {len(CLASS_NAMES) - 1}, got"
+      f" {labels.max()} in {labels_path}"
+    )
+  return _examples(split, images, labels), len(labels)
 
 
 def _local_files(download_dir: pathlib.Path) -> dict[str, pathlib.Path] | None:
@@ -151,17 +140,14 @@ def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
     ValueError: If the file is no gzip file, starts with another number, or is
       shorter or longer than it states.
   """
-  try:
+  start = f"source must hold whole gzip files, got {path}:"
+  with files.faults(start, OSError, EOFError, zlib.error):
     content = gzip.decompress(path.read_bytes())
-  except (OSError, EOFError, zlib.error) as error:
-    raise ValueError(
-      f"source must hold whole gzip files, got {path}: {error}"
-    ) from error
-  found = int.from_bytes(content[:4], "big")
-  if len(content) < 4 or found != magic:
+  number = int.from_bytes(content[:4], "big")
+  if len(content) < 4 or number != magic:
     raise ValueError(
       f"source must hold idx files: {path} must start with the magic number"
-      f" 0x{magic:08x}, got 0x{found:08x}"
+      f" 0x{magic:08x}, got 0x{number:08x}"
     )
   offset = 4 + 4 * (magic & 0xFF)
   shape = [
@@ -179,10 +165,10 @@ def read_idx(path: pathlib.Path, magic: int) -> np.ndarray:
 
 def _examples(
   split: str, images: np.ndarray, labels: np.ndarray
-) -> Iterator[base.Example]:
+) -> Iterator[builder.Example]:
   for row, (pixels, label) in enumerate(zip(images, labels, strict=True)):
-    yield base.Example(
-      image=base.resize(base.from_array(pixels), (IMAGE_SIZE, IMAGE_SIZE)),
+    yield builder.Example(
+      image=builder.from_array(pixels, IMAGE_SIZE),
       label=int(label),
       id=f"{split}/{row:06d}",
     )

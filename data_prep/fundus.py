@@ -5,7 +5,7 @@ of the columns file, label, source (the camera), patient_id and eye (OD is the
 right eye, OS the left): the form of the CFP-OS data.
 """
 
-from data_prep import image_folder, image_tree
+from data_prep import image_folder, trees
 
 GROUP = "patient_id"
 
@@ -24,6 +24,6 @@ class PsgFundus(image_folder.PsgImageFolder):
   def advice(self) -> str:
     """Returns what has to be beside the images."""
     return (
-      f" with {image_tree.METADATA_FILE} of the columns file, label,"
+      f" with {trees.METADATA_FILE} of the columns file, label,"
       f" {', '.join(self.NEEDED_COLUMNS)}"
     )

@@ -19,7 +19,7 @@ import pyarrow as pa
 import tensorflow_datasets as tfds
 from PIL import Image, ImageDraw, ImageFilter
 
-from data_prep import base, images, registry
+from data_prep import builder, threads
 
 CLASS_NAMES = ("diabetic_retinopathy", "glaucoma", "healthy")
 NUM_PATIENTS = {"train": 375, "test": 100}
@@ -77,15 +77,10 @@ class Exam(NamedTuple):
   seed: int
 
 
-class PsgPhantomFundus(base.ImageBuilder):
+class PsgPhantomFundus(builder.ImageBuilder):
   """Draws all pictures; patients are on one side of the split."""
 
   OPTIONS = frozenset({"size"})
-
-  @property
-  def size(self) -> int:
-    """Pixels a side of the images."""
-    return self.options.size or registry.SIZES["phantom_fundus"]
 
   def _info(self) -> tfds.core.DatasetInfo:
     return self.image_info(
@@ -104,26 +99,20 @@ class PsgPhantomFundus(base.ImageBuilder):
       },
     )
 
-  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-    if self.source is not None:
-      raise ValueError(
-        "source must not be given for 'phantom_fundus', which is generated, got"
-        f" {str(self.source)!r}"
-      )
+  def splits(self) -> builder.Splits:
+    """Makes up the exams, which are drawn one by one."""
+    self.refuse_source("is generated")
     return {
-      split: self._generate_examples(split, exams)
+      split: (self._examples(split, exams), len(exams))
       for split, exams in make_exams().items()
     }
 
-  def _generate_examples(
+  def _examples(
     self, split: str, exams: list[Exam]
-  ) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from self.records(split, self._examples(split, exams), len(exams))
-
-  def _examples(self, split: str, exams: list[Exam]) -> Iterator[base.Example]:
-    drawn = images.ordered_map(lambda exam: draw(exam, self.size), exams)
+  ) -> Iterator[builder.Example]:
+    drawn = threads.ordered_map(lambda exam: draw(exam, self.size), exams)
     for row, (exam, image) in enumerate(drawn):
-      yield base.Example(
+      yield builder.Example(
         image=image,
         label=exam.label,
         id=f"{split}/{row:06d}",
@@ -222,14 +211,14 @@ def draw(exam: Exam, size: int) -> Image.Image:
     The RGB picture.
   """
   device = DEVICES[exam.device]
-  own = np.random.default_rng(exam.seed)
+  shot = np.random.default_rng(exam.seed)
   factor = max(1, min(_OVERSAMPLING, _MAX_DRAWN // size))
   canvas = _Canvas(size * factor, device.zoom, is_mirrored=exam.eye == "OS")
   _draw_eye(canvas, np.random.default_rng(exam.patient_seed), exam.cup_to_disc)
   if CLASS_NAMES[exam.label] == "diabetic_retinopathy":
     _draw_lesions(canvas, np.random.default_rng([exam.patient_seed, 1]))
   drawn = canvas.image.reduce(factor) if factor > 1 else canvas.image
-  return _photograph(drawn, device, own)
+  return _photograph(drawn, device, shot)
 
 
 class _Canvas:
@@ -402,4 +391,5 @@ def _photograph(
   # The mask's edge is as wide as a pixel.
   inside = (0.96 - np.hypot(places[:, None], places[None, :])) * size / 2
   pixels *= np.clip(inside + 0.5, 0, 1)[..., None]
-  return base.from_array((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8))
+  levels = (np.clip(pixels, 0, 1) * 255).round()
+  return builder.from_array(levels.astype(np.uint8))

@@ -12,20 +12,19 @@ import io
 import pathlib
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias
 
 import pyarrow as pa
 import pyarrow.csv
 
-from data_prep import columns
-from psg_jax import checks
+from psg_jax import catalog, checks, files
 
 FILE_COLUMN = "file"
 LABEL_COLUMN = "label"
 RESERVED = ("id", "image", "sha256", "width", "height", "row")
 """Names, in any case, of what every set of images has of its own."""
-_NUM_SHOWN = 3
+_NULLS = frozenset(pyarrow.csv.ConvertOptions().null_values)
 _ORDERS = {
   "day/month/year": (2, 1, 0),
   "month/day/year": (2, 0, 1),
@@ -46,7 +45,7 @@ class Table(NamedTuple):
   Attributes:
     name: The file, for messages.
     files: Path of each row's image, with "/", relative to the source.
-    types: Column -> one of `columns.TYPES`; without `file`.
+    types: Column -> one of `catalog.COLUMN_TYPES`; without `file`.
     texts: Column -> text of each row, None for a missing value.
     notes: What the user should know, a phrase each.
   """
@@ -56,6 +55,14 @@ class Table(NamedTuple):
   types: Mapping[str, pa.DataType]
   texts: Mapping[str, list[str | None]]
   notes: tuple[str, ...] = ()
+
+  def rows(self) -> dict[str, dict[str, str | None]]:
+    """Returns the columns of each file, but for its label."""
+    names = [name for name in self.texts if name != LABEL_COLUMN]
+    return {
+      file: {name: self.texts[name][row] for name in names}
+      for row, file in enumerate(self.files)
+    }
 
 
 def read(content: bytes, name: str, *, encoding: str | None = None) -> Table:
@@ -82,26 +89,17 @@ def read(content: bytes, name: str, *, encoding: str | None = None) -> Table:
   """
   text = checks.text("metadata", content, name, encoding=encoding)
   rows = _read_rows(text, name)
-  names = rows[0]
-  _check_names(names, name)
-  raw = _parse(rows, name, is_inferring=False)
-  typed = _parse(rows, name, is_inferring=True)
+  _check_names(rows[0], name)
+  typed = _infer_types(rows, name)
   types, texts, notes = {}, {}, []
-  for title in names:
-    values = raw[title].combine_chunks()
-    kind = typed[title].type
-    if _is_kept_as_text(kind, values):
-      kind = pa.string()
-    else:
-      values = typed[title].cast(pa.string())
-    found = values.to_pylist()
-    if kind == pa.string() and title not in (FILE_COLUMN, LABEL_COLUMN):
-      kind, found, said = _read_texts(title, found)
-      notes += said
-    types[title], texts[title] = kind, found
-  files = _check_files(texts.pop(FILE_COLUMN), name)
+  for title, *values in zip(*rows, strict=True):
+    raw = [None if value in _NULLS else value for value in values]
+    kind, column, said = _read_column(title, typed[title], raw)
+    types[title], texts[title] = kind, column
+    notes += said
+  paths = _check_files(texts.pop(FILE_COLUMN), name)
   del types[FILE_COLUMN]
-  return Table(name, files, types, texts, tuple(notes))
+  return Table(name, paths, types, texts, tuple(notes))
 
 
 def same_path(path: str) -> str:
@@ -109,124 +107,74 @@ def same_path(path: str) -> str:
   return unicodedata.normalize("NFC", path)
 
 
-def match(table: Table, paths: Iterable[str]) -> dict[str, int]:
-  """Finds the row of each image.
+Column: TypeAlias = tuple[pa.DataType, list[str | None], list[str]]
+"""Type and values of a column, and what the user should know."""
+
+
+def _read_column(
+  title: str, typed: pa.ChunkedArray, raw: list[str | None]
+) -> Column:
+  """Chooses the type of a column.
 
   Args:
-    table: The table.
-    paths: Of all images of the source.
-
-  Returns:
-    Path -> row, of the images that have one.
-
-  Raises:
-    ValueError: If a row names a file that is not among them.
+    title: Its name.
+    typed: Its values by the type that was inferred.
+    raw: Their text as it is written.
   """
-  paths = list(paths)
-  known = {same_path(path): path for path in paths}
-  # One that is written just so goes before one that looks the same.
-  known |= {path: path for path in paths if same_path(path) == path}
-  missing = [file for file in table.files if same_path(file) not in known]
-  if missing:
-    hint = _path_hint(missing[0], list(known.values()))
-    raise ValueError(
-      f"metadata must name images of the source, got {missing[0]!r} in"
-      f" {table.name!r}, which is not there ({len(missing):,} of"
-      f" {len(table.files):,} rows name such files){hint}"
-    )
-  return {known[same_path(file)]: row for row, file in enumerate(table.files)}
-
-
-def _path_hint(file: str, paths: list[str]) -> str:
-  """Suggests the path that has the same name, or a like one."""
-  alike = [path for path in paths if path.casefold() == file.casefold()] or [
-    path for path in paths if path.split("/")[-1] == file.split("/")[-1]
-  ]
-  close = alike or difflib.get_close_matches(file, paths, n=1)
-  return f", did you mean {close[0]!r}?" if close else ""
-
-
-def check_labels(table: Table, classes: Mapping[str, str]) -> None:
-  """Checks that a column `label` agrees with the class folders.
-
-  Args:
-    table: The table.
-    classes: Path of an image -> its class.
-
-  Raises:
-    ValueError: If a row says otherwise.
-  """
-  wrong = [
-    f"{file} ({label!r})"
-    for file, label in zip(
-      table.files, table.texts.get(LABEL_COLUMN, ()), strict=False
-    )
-    if label is not None and same_path(label) != same_path(classes[file])
-  ]
-  if wrong:
-    raise ValueError(
-      f"metadata must have the class folder's name in its column 'label', got"
-      f" {first(wrong)} in {table.name!r}"
-    )
-
-
-def first(names: list[str]) -> str:
-  """Returns the first few names and how many more there are."""
-  more = len(names) - _NUM_SHOWN
-  shown = ", ".join(names[:_NUM_SHOWN])
-  return f"{shown} and {more:,} more" if more > 0 else shown
-
-
-def _read_texts(
-  title: str, texts: list[str | None]
-) -> tuple[pa.DataType, list[str | None], list[str]]:
-  """Reads a column of text as dates or numbers where all its values are such.
-
-  Returns:
-    Its type, its values, and what the user should know.
-  """
-  values = [text for text in texts if text is not None]
-  if not values:
-    return pa.string(), texts, []
-  parts = [_DATE.fullmatch(text) for text in values]
-  orders = {name for name in _ORDERS if all(_date(x, name) for x in parts)}
-  if all(map(_SHORT_DATE.fullmatch, values)):
-    return (
+  texts = [text for text in raw if text is not None]
+  if not _is_kept_as_text(typed.type, texts):
+    return typed.type, typed.cast(pa.string()).to_pylist(), []
+  if title in (FILE_COLUMN, LABEL_COLUMN) or not texts:
+    return pa.string(), raw, []
+  return (
+    _read_dates(title, raw)
+    or _read_commas(title, raw)
+    or (
       pa.string(),
-      texts,
-      [
-        f"{title} has years of two digits, such as {values[0]}: it stays text,"
-        " write its dates as year-month-day"
-      ],
+      raw,
+      [],
     )
-  if len(orders) > 1:
-    return (
-      pa.string(),
-      texts,
-      [
-        f"{title} may be {' or '.join(sorted(orders))}, such as {values[0]}: it"
-        " stays text, write its dates as year-month-day"
-      ],
-    )
-  if orders:
-    (order,) = orders
-    has_times = any(x is not None and x.group(5) for x in parts)
-    end = 19 if has_times else 10
-    dates = [
-      text and str(_date(_DATE.fullmatch(text), order))[:end] for text in texts
-    ]
-    said = f"{title} is read as dates, {order}, such as {values[0]}"
-    return pa.timestamp("s") if has_times else pa.date32(), dates, [said]
-  is_decimal = (
-    any("," in text for text in values)
-    and all(map(_DECIMAL_COMMA.fullmatch, values))
-    and not all(map(_THOUSANDS.fullmatch, values))
   )
-  if is_decimal and not any(re.match(r"[+-]?0\d", text) for text in values):
-    numbers = [text and str(float(text.replace(",", "."))) for text in texts]
-    said = f"{title} is read as numbers with a decimal comma, such as"
-    return pa.float64(), numbers, [f"{said} {values[0]}"]
-  return pa.string(), texts, []
+
+
+def _read_dates(title: str, raw: list[str | None]) -> Column | None:
+  """Reads a column whose values are all dates of one order."""
+  texts = [text for text in raw if text is not None]
+  parts = [_DATE.fullmatch(text) for text in texts]
+  orders = {name for name in _ORDERS if all(_date(x, name) for x in parts)}
+  doubt = ""
+  if all(map(_SHORT_DATE.fullmatch, texts)):
+    doubt = "has years of two digits"
+  elif len(orders) > 1:
+    doubt = f"may be {' or '.join(sorted(orders))}"
+  if doubt:
+    said = "it stays text, write its dates as year-month-day"
+    return pa.string(), raw, [f"{title} {doubt}, such as {texts[0]}: {said}"]
+  if not orders:
+    return None
+  (order,) = orders
+  has_times = any(x is not None and x.group(5) for x in parts)
+  end = 19 if has_times else 10
+  dates = [
+    text and str(_date(_DATE.fullmatch(text), order))[:end] for text in raw
+  ]
+  said = f"{title} is read as dates, {order}, such as {texts[0]}"
+  return pa.timestamp("s") if has_times else pa.date32(), dates, [said]
+
+
+def _read_commas(title: str, raw: list[str | None]) -> Column | None:
+  """Reads a column whose values are all numbers with a decimal comma."""
+  texts = [text for text in raw if text is not None]
+  is_decimal = (
+    any("," in text for text in texts)
+    and all(map(_DECIMAL_COMMA.fullmatch, texts))
+    and not all(map(_THOUSANDS.fullmatch, texts))
+  )
+  if not is_decimal or any(re.match(r"[+-]?0\d", text) for text in texts):
+    return None
+  numbers = [text and str(float(text.replace(",", "."))) for text in raw]
+  said = f"{title} is read as numbers with a decimal comma, such as {texts[0]}"
+  return pa.float64(), numbers, [said]
 
 
 def _date(parts: re.Match[str] | None, order: str) -> datetime.datetime | None:
@@ -257,15 +205,12 @@ def _read_rows(text: str, name: str) -> list[list[str]]:
   delimiters = dict.fromkeys([*(said.groups()[:1] if said else ()), *",;\t"])
   first: list[str] = []
   for delimiter in delimiters:
-    try:
+    start = f"metadata must be a CSV table, got {name!r}:"
+    with files.faults(start, csv.Error, TypeError):
       read = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
       rows = [
         [unicodedata.normalize("NFC", x).strip() for x in y] for y in read
       ]
-    except (csv.Error, TypeError) as error:
-      raise ValueError(
-        f"metadata must be a CSV table, got {name!r}: {error}"
-      ) from None
     rows = [row for row in rows if any(row)]
     if rows and FILE_COLUMN in map(str.casefold, rows[0]):
       return _named(rows)
@@ -319,18 +264,14 @@ def _check_names(names: list[str], name: str) -> None:
     )
 
 
-def _parse(rows: list[list[str]], name: str, *, is_inferring: bool) -> pa.Table:
-  """Parses the rows as text, or infers the types of all but two columns."""
+def _infer_types(rows: list[list[str]], name: str) -> pa.Table:
+  """Parses the rows, and infers the types of all but two columns."""
   buffer = io.StringIO()
   csv.writer(buffer, lineterminator="\n").writerows(rows)
   content = buffer.getvalue().encode()
-  kept = (FILE_COLUMN, LABEL_COLUMN)
-  is_text = {
-    column: pa.string()
-    for column in rows[0]
-    if not is_inferring or column in kept
-  }
-  try:
+  is_text = dict.fromkeys((FILE_COLUMN, LABEL_COLUMN), pa.string())
+  start = f"metadata must be a CSV table, got {name!r}:"
+  with files.faults(start, pa.ArrowInvalid):
     return pyarrow.csv.read_csv(
       io.BytesIO(content),
       # One block, so that types are inferred from every row.
@@ -340,23 +281,18 @@ def _parse(rows: list[list[str]], name: str, *, is_inferring: bool) -> pa.Table:
         column_types=is_text, strings_can_be_null=True
       ),
     )
-  except pa.ArrowInvalid as error:
-    raise ValueError(
-      f"metadata must be a CSV table, got {name!r}: {error}"
-    ) from error
 
 
-def _is_kept_as_text(kind: pa.DataType, values: pa.Array) -> bool:
-  if str(kind) not in columns.TYPES or kind == pa.string():
+def _is_kept_as_text(kind: pa.DataType, texts: list[str]) -> bool:
+  if str(kind) not in catalog.COLUMN_TYPES or kind == pa.string():
     return True
-  texts = [text for text in values.to_pylist() if text is not None]
   if kind == pa.int64():
-    return any(re.match(r"[+-]?0[0-9]", text.strip()) for text in texts)
+    return any(re.match(r"[+-]?0[0-9]", text) for text in texts)
   if kind == pa.float64():
     # All whole, yet no 64-bit integers: names of many digits, or with an E
     # between their digits.
     name = re.compile(r"[+-]?[0-9]+|[0-9]+[eE][0-9]+")
-    return all(name.fullmatch(text.strip()) for text in texts)
+    return all(map(name.fullmatch, texts))
   return False
 
 
@@ -383,7 +319,8 @@ def _check_files(values: list[str | None], name: str) -> tuple[str, ...]:
     files.append(file)
   if twice:
     raise ValueError(
-      f"metadata must name each file once, got {first(twice)} twice in {name!r}"
+      f"metadata must name each file once, got {checks.few(twice)} twice in"
+      f" {name!r}"
     )
   if not files:
     raise ValueError(f"metadata must have rows, got none in {name!r}")

@@ -1,33 +1,33 @@
-"""Files of programs: whole or not there, read with their name, in one hand.
+"""Files of runs: in one hand, and holding what a run writes.
 
-What is written replaces its file at once; what cannot be read is said with the
-file's name; `lock` keeps other processes from what one works on.
+`lock` keeps other processes from what one works on. All else about files, for
+programs as for the library, is in `psg_jax.files`.
 """
 
 import atexit
 import contextlib
-import csv
 import dataclasses
 import io
-import json
 import os
 import pathlib
-import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jinja2
 import numpy as np
+
+from psg_jax import files
+from psg_jax.files import read_csv as read_csv
+from psg_jax.files import save_arrays as save_arrays
+from psg_jax.files import to_csv as to_csv
+from psg_jax.files import write_text as write_text
 
 try:
   import fcntl
 except ImportError:  # Not on Windows, where nothing is locked.
   fcntl = None  # type: ignore[assignment]
 
-# What a spreadsheet takes for a formula at the start of a cell, also behind the
-# apostrophe that says otherwise.
-_FORMULA = re.compile(r"'*[=+\-@\t\r\n＝＋－＠]")
 _MODELS = ("original", "retrained", "unlearned")
 # What files of a run hold by name, as far as others rely on it; a name with a
 # dot stands after that before the dot.
@@ -138,80 +138,14 @@ def _locked(
   return file
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a text file; one of before is replaced."""
-  with _replacing(path, f"{path.suffix}.partial") as partial:
-    # Names of files need not be text.
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def save_arrays(path: pathlib.Path, arrays: Mapping[str, Any]) -> None:
-  """Writes an npz file; one of before is replaced."""
-  with _replacing(path, ".partial.npz") as partial:
-    np.savez(partial, **arrays)
-
-
-@contextlib.contextmanager
-def _replacing(path: pathlib.Path, ending: str) -> Iterator[pathlib.Path]:
-  """Gives a file to write beside `path`, and moves it there.
-
-  Raises:
-    OSError: If the disk is full or read-only; it names the file.
-  """
-  partial = path.with_suffix(ending)
-  try:
-    yield partial
-    os.replace(partial, path)
-  # A zip file cannot always be closed on a disk that is full.
-  except (OSError, ValueError) as error:
-    if isinstance(error, OSError) and error.errno is not None:
-      raise OSError(error.errno, error.strerror, str(path)) from error
-    raise OSError(f"{path} cannot be written: {error}") from error
-  finally:
-    with contextlib.suppress(OSError):
-      partial.unlink(missing_ok=True)
-
-
-class _MissingError(KeyError, ValueError):
-  """A name that a JSON file should have."""
-
-  def __str__(self) -> str:
-    return str(self.args[0])
-
-
-class _Object(dict[str, Any]):
-  """A JSON object that says which file it is from when a name is missing."""
-
-  path: pathlib.Path
-
-  def __missing__(self, name: str) -> Any:
-    raise _MissingError(
-      f"{self.path} must have {name!r}, got {sorted(self)!r:.200}"
-    )
-
-
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """Reads a JSON file that holds an object.
+  """Reads a JSON file of a run; see `psg_jax.files.read_json`.
 
   Raises:
-    ValueError: If there is none, it is damaged, or a file of a run holds what
-      no run writes; also later, where a name is looked up that it lacks. All
-      lines name the file.
+    ValueError: Also if it holds what no run writes.
   """
-
-  def convert(content: dict[str, Any]) -> _Object:
-    found = _Object(content)
-    found.path = path
-    return found
-
-  try:
-    content = json.loads(path.read_text("utf-8"), object_hook=convert)
-  except FileNotFoundError:
-    raise ValueError(f"run must be complete, got no {path}") from None
-  except (OSError, ValueError, RecursionError) as error:
-    raise ValueError(f"{path} must be JSON, got {error}") from error
-  if not isinstance(content, dict):
-    raise ValueError(f"{path} must be a JSON object, got {content!r:.40}")
+  _check_there(path)
+  content = files.read_json(path)
   for name, kind in _KINDS.get(path.name, {}).items():
     outer, _, last = name.rpartition(".")
     inner = content.get(outer, {}) if outer else content
@@ -229,78 +163,14 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_arrays(path: pathlib.Path, *names: str) -> dict[str, np.ndarray]:
-  """Reads an npz file.
-
-  Args:
-    path: The file.
-    *names: Arrays that must be there.
-
-  Raises:
-    ValueError: If there is none, it is damaged or lacks an array; the line
-      names the file.
-  """
-  try:
-    with np.load(path) as found:
-      arrays = {name: found[name] for name in found.files}
-  except FileNotFoundError:
-    raise ValueError(f"run must be complete, got no {path}") from None
-  # What damaged files make NumPy and zlib raise is open-ended.
-  except Exception as error:
-    raise ValueError(f"{path} must be an npz file, got {error}") from error
-  for name in names:
-    if name not in arrays:
-      raise ValueError(f"{path} must have {name!r}, got {sorted(arrays)}")
-  return arrays
+  """Reads an npz file of a run; see `psg_jax.files.read_arrays`."""
+  _check_there(path)
+  return files.read_arrays(path, *names)
 
 
-def to_csv(rows: Iterable[Sequence[Any]]) -> str:
-  """Returns a table as text, in which no cell is a formula to a spreadsheet.
-
-  Args:
-    rows: Cells by row. Text that begins with what a spreadsheet would run
-      (`=`, `+`, `-`, `@`, tab, new line) gets an apostrophe in front; numbers
-      stay as they are.
-  """
-  return "".join(",".join(map(_to_cell, row)) + "\n" for row in rows)
-
-
-def _to_cell(value: Any) -> str:
-  text = "" if value is None else str(value)
-  if isinstance(value, str) and _FORMULA.match(value):
-    text = f"'{value}"
-  # Python's own writer leaves a lone carriage return unquoted.
-  if any(character in text for character in ',"\r\n'):
-    text = '"' + text.replace('"', '""') + '"'
-  return text
-
-
-def read_csv(path: pathlib.Path) -> tuple[list[str], list[dict[str, str]]]:
-  """Reads a table that `to_csv` wrote.
-
-  Returns:
-    The names of the columns, and the cells of each row by them.
-
-  Raises:
-    ValueError: If it is damaged; the line names the file.
-  """
-  try:
-    with path.open(encoding="utf-8", newline="") as file:
-      fields, *rows = csv.reader(file)
-  except (OSError, ValueError, csv.Error) as error:
-    raise ValueError(f"{path} must be a CSV table, got {error}") from error
-  for number, row in enumerate(rows, 2):
-    if len(row) != len(fields):
-      raise ValueError(
-        f"{path} must have {len(fields)} cells a row, got {len(row)} in row"
-        f" {number}"
-      )
-  return fields, [
-    {
-      name: cell[1:] if cell[:1] == "'" and _FORMULA.match(cell) else cell
-      for name, cell in zip(fields, row, strict=True)
-    }
-    for row in rows
-  ]
+def _check_there(path: pathlib.Path) -> None:
+  if not path.exists():
+    raise ValueError(f"run must be complete, got no {path}")
 
 
 def write_page(path: pathlib.Path, template: str, **values: Any) -> None:

@@ -1,7 +1,6 @@
 """From a job's options to the images to forget, with a preview and twins."""
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
@@ -12,12 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from experiments import recipes
-from psg_jax import checks, evaluation, forget, twins, types
+from psg_jax import evaluation, files, forget, twins, types
+from psg_jax.forget import columns
 
 _MAX_VALUES = 12
 _MAX_COLUMNS = 4
 _NUM_KEPT = 200
-_NO_VALUE = "(none)"
 # Unique to an image, or said elsewhere.
 _NOT_GROUPS = frozenset({"id", "label", "file", "sha256"})
 
@@ -114,28 +113,28 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
       f"{error}; {num_test} test images match, which the model is not trained"
       " on: there is nothing to forget of them"
     ) from None
-  columns = tuple(job.by) or group_columns(train)
-  for column in columns:
-    _check_column(train, column)
-  found, moved = None, np.zeros(0, str)
+  names = tuple(job.by) or group_columns(train)
+  for name in names:
+    columns.read("by", train, name)
+  duplicates, moved = None, np.zeros(0, str)
   if job.twins != "ignore":
-    found = twins.find(
+    duplicates = twins.find(
       {"forget": split.forget, "retain": split.retain, "test": test}
     )
     if job.twins == "move":
       before = np.asarray(split.forget.ids)
       codes = forget.group_codes(train, request.group)
       groups = dict(zip(np.asarray(train.ids), codes, strict=True))
-      split = twins.move(split, found, groups=groups)
+      split = twins.move(split, duplicates, groups=groups)
       moved = np.setdiff1d(np.asarray(split.forget.ids), before)
   return Asked(
     request=request,
     split=split,
     test_split=types.Split(test.take(is_asked), test.take(~is_asked)),
-    preview=forget.preview(train, split, by=columns, request=request),
-    twins=found,
+    preview=forget.preview(train, split, by=names, request=request),
+    twins=duplicates,
     moved=moved,
-    columns=columns,
+    columns=names,
   )
 
 
@@ -148,14 +147,14 @@ def request_fields(request: forget.Request) -> dict[str, Any]:
 
 def images_hash(parts: Sequence[types.Dataset]) -> str:
   """Returns the SHA-256 of ids, labels and, where known, files of images."""
-  digest = hashlib.sha256()
+  texts = []
   for part in parts:
-    columns: list[Any] = [np.asarray(part.ids).tolist(), part.labels.tolist()]
+    fields: list[Any] = [np.asarray(part.ids).tolist(), part.labels.tolist()]
     table = part.metadata
     if table is not None and "sha256" in table.column_names:
-      columns.append(table.column("sha256").to_pylist())
-    digest.update(json.dumps(columns).encode())
-  return digest.hexdigest()
+      fields.append(table.column("sha256").to_pylist())
+    texts.append(json.dumps(fields))
+  return files.digest("".join(texts).encode())
 
 
 def record(asked: Asked) -> dict[str, Any]:
@@ -173,9 +172,9 @@ def record(asked: Asked) -> dict[str, Any]:
   }
 
 
-def _twins_record(found: twins.Twins) -> dict[str, Any]:
+def _twins_record(duplicates: twins.Twins) -> dict[str, Any]:
   """Returns the counts and the first pairs and groups."""
-  content = found.as_dict()
+  content = duplicates.as_dict()
   return {
     **content,
     "num_groups": len(content["groups"]),
@@ -189,19 +188,15 @@ def group_columns(dataset: types.Dataset) -> tuple[str, ...]:
   """Finds columns whose few values make groups to show results by."""
   if dataset.metadata is None:
     return ()
-  found = []
+  names = []
   for name in dataset.metadata.column_names:
     column = dataset.metadata.column(name)
-    is_text = (
-      pa.types.is_string(column.type)
-      or pa.types.is_large_string(column.type)
-      or pa.types.is_boolean(column.type)
-    )
-    if name in _NOT_GROUPS or not is_text:
+    is_named = columns.is_text(column.type) or pa.types.is_boolean(column.type)
+    if name in _NOT_GROUPS or not is_named:
       continue
     if 2 <= pc.count_distinct(column).as_py() <= _MAX_VALUES:
-      found.append(name)
-  return tuple(found[:_MAX_COLUMNS])
+      names.append(name)
+  return tuple(names[:_MAX_COLUMNS])
 
 
 def values(dataset: types.Dataset, column: str) -> np.ndarray:
@@ -210,34 +205,14 @@ def values(dataset: types.Dataset, column: str) -> np.ndarray:
   Raises:
     ValueError: If there is no such column.
   """
-  _check_column(dataset, column)
-  return np.array(
-    [
-      _NO_VALUE if value is None or value == "" else str(value)
-      for value in dataset.metadata.column(column).to_pylist()
-    ]
-  )
-
-
-def _check_column(dataset: types.Dataset, column: str) -> None:
-  names = [] if dataset.metadata is None else dataset.metadata.column_names
-  if column not in names:
-    raise ValueError(
-      f"by must be one of {', '.join(names) or 'no column'}, got {column!r}"
-    )
+  return np.array(columns.texts("by", dataset, column).to_pylist(), str)
 
 
 def _read_ids(path: pathlib.Path) -> tuple[str, ...]:
-  try:
-    content = path.read_bytes()
-  except OSError as error:
-    raise ValueError(
-      f"ids must be a text file with an id a line, got {path}: {error}"
-    ) from None
-  lines = checks.text("ids", content, str(path)).splitlines()
-  found = tuple(line.strip() for line in lines if line.strip())
-  if not found:
+  lines = map(str.strip, files.read_text("ids", path).splitlines())
+  ids = tuple(line for line in lines if line)
+  if not ids:
     raise ValueError(
       f"ids must be a file with an id a line, got none in {path}"
     )
-  return found
+  return ids

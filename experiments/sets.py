@@ -1,7 +1,6 @@
 """The data of a job: a prepared set, or the user's own folder or zip."""
 
-import hashlib
-import json
+import contextlib
 import os
 import pathlib
 import re
@@ -11,9 +10,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data_prep import base, dicom, image_folder, image_tree, naming, registry
+from data_prep import base, dicom, image_folder, sources
 from experiments import recipes
-from psg_jax import checks, data, forget, streaming, twins, types
+from psg_jax import (
+  catalog,
+  checks,
+  data,
+  files,
+  forget,
+  streaming,
+  twins,
+  types,
+)
 
 # Of sets that were prepared otherwise, none is used.
 _VERSION = 2
@@ -57,17 +65,17 @@ def load(job: recipes.Job) -> Loaded:
   name = _prepare(job) if is_own else job.dataset
   read = streaming.load if job.streaming else data.load
   train, test = (
-    read(name, split, data_dir=job.data_dir) for split in data.SPLITS
+    read(name, split, data_dir=job.data_dir) for split in catalog.SPLITS
   )
-  builder = data.open_builder(name, data.SPLITS[0], data_dir=job.data_dir)
+  builder = data.open_builder(name, catalog.SPLITS[0], data_dir=job.data_dir)
   stored = builder.info.metadata or {}
-  if not is_own and naming.parse(name).is_own:
+  if not is_own and catalog.parse(name).is_own:
     _say_stale(job, stored)
   source = {
     "name": str(stored.get("source") or job.dataset),
     **(stored.get("account") or {"read": len(train) + len(test)}),
   }
-  if job.weights is not None and naming.parse(name).is_own:
+  if job.weights is not None and catalog.parse(name).is_own:
     train, test = _seen_and_unseen(job, train, test)
   return Loaded(train, test, source)
 
@@ -83,9 +91,7 @@ def _seen_and_unseen(
   Raises:
     ValueError: As `forget.matching`, or if there is no image that was seen.
   """
-  folders = {
-    str(each).partition("/")[0].lower() for each in np.asarray(test.ids)
-  }
+  folders = {str(id_).partition("/")[0].lower() for id_ in np.asarray(test.ids)}
   has_folders = folders <= image_folder.SPLIT_NAMES.keys()
   if job.unseen is None and has_folders:
     return train, test
@@ -93,10 +99,8 @@ def _seen_and_unseen(
   is_unseen = np.zeros(len(whole), bool)
   if job.unseen is not None:
     request = forget.Request(where=job.unseen)
-    try:
+    with files.faults("unseen:", ValueError):
       is_unseen = forget.matching(whole, request)
-    except ValueError as error:
-      raise ValueError(f"unseen: {error}") from None
     if is_unseen.all() or not is_unseen.any():
       raise ValueError(
         f"unseen must match some images and not all, got {job.unseen!r}, which"
@@ -109,14 +113,14 @@ def check(job: recipes.Job) -> None:
   """Raises ValueError unless the job names a set, or a folder or zip."""
   is_own = is_path(job.dataset, job.data_dir)
   if job.unseen is not None and not (
-    job.weights and (is_own or naming.parse(job.dataset).is_own)
+    job.weights and (is_own or catalog.parse(job.dataset).is_own)
   ):
     raise ValueError(
       "unseen must be given with weights and with images of one's own alone,"
       f" got {job.unseen!r}"
     )
   if is_own:
-    if not data.expanded(job.dataset, "dataset").exists():
+    if not files.expanded(job.dataset, "dataset").exists():
       raise ValueError(
         "dataset must be a prepared set or an existing folder or zip, got"
         f" {job.dataset}"
@@ -130,7 +134,7 @@ def check(job: recipes.Job) -> None:
       )
   # The size is read where the set is looked up.
   name = job.dataset.partition("@")[0]
-  checks.one_of("dataset", name, data.names(data.root_dir(job.data_dir)))
+  checks.one_of("dataset", name, catalog.names(catalog.root_dir(job.data_dir)))
   if pathlib.Path(job.dataset).exists():
     say(
       f"{job.dataset} is taken for the prepared set; ./{job.dataset} is the"
@@ -157,19 +161,19 @@ def is_path(
     return True
   if dataset.lower().endswith(".zip"):
     return True
-  if dataset.partition("@")[0] in registry.MODULES or not dataset:
+  if dataset.partition("@")[0] in catalog.BUILDERS or not dataset:
     return False
-  return pathlib.Path(dataset).exists() and dataset not in data.names(
-    data.root_dir(data_dir)
+  return pathlib.Path(dataset).exists() and dataset not in catalog.names(
+    catalog.root_dir(data_dir)
   )
 
 
 def _prepare(job: recipes.Job) -> str:
   """Prepares a folder or zip; returns the name of the set."""
-  source = data.expanded(job.dataset, "dataset").resolve()
+  source = files.expanded(job.dataset, "dataset").resolve()
   metadata = None
   if job.metadata is not None:
-    metadata = str(data.expanded(job.metadata, "metadata").resolve())
+    metadata = str(files.expanded(job.metadata, "metadata").resolve())
   options: dict[str, Any] = {
     "size": job.image_size,
     "group": job.group,
@@ -179,12 +183,12 @@ def _prepare(job: recipes.Job) -> str:
     "is_skipping_corrupt": job.skip_corrupt,
   }
   # What was made of other content or with other options has another name.
-  content = image_tree.fingerprint(source, metadata)
-  stated = [_VERSION, str(source), options, content, dicom.is_available()]
-  digest = hashlib.sha256(json.dumps(stated).encode()).hexdigest()[:10]
+  content = sources.fingerprint(source, metadata)
+  identity = [_VERSION, str(source), options, content, dicom.is_available()]
+  digest = files.digest(identity)[:10]
   stem = re.sub(r"[^a-z0-9]+", "_", source.stem.lower()).strip("_")
   prefix = f"own_{stem}_"
-  if not data.set_dir(prefix + digest, job.data_dir).exists():
+  if not catalog.set_dir(prefix + digest, job.data_dir).exists():
     _say_changed(source, prefix, content, job.data_dir)
   prepared = base.prepare(
     "image_folder",
@@ -206,12 +210,12 @@ def _say_stale(job: recipes.Job, stored: Mapping[str, Any]) -> None:
   if source is None or before is None:
     return
   try:
-    now = image_tree.fingerprint(pathlib.Path(source), settings.get("metadata"))
+    now = sources.fingerprint(pathlib.Path(source), settings.get("metadata"))
   except (OSError, ValueError):
     # It need not be kept.
     return
   if now != before:
-    command = data.command(job.dataset, job.data_dir, stored)
+    command = catalog.command(job.dataset, job.data_dir, stored)
     say(
       f"{source} or its metadata has changed since the set {job.dataset!r} was"
       f" prepared, which is used as it is: {command} --overwrite prepares it"
@@ -226,13 +230,11 @@ def _say_changed(
   data_dir: str | None,
 ) -> None:
   """Says so where a source was prepared before and has changed since."""
-  for path in data.root_dir(data_dir).glob(f"psg_{prefix}*/*/metadata.json"):
-    try:
-      stored = json.loads(path.read_bytes())
+  for path in catalog.root_dir(data_dir).glob(f"psg_{prefix}*/*/metadata.json"):
+    # Other sets, and damaged ones, say nothing of this source.
+    with contextlib.suppress(TypeError, ValueError):
+      stored = files.read_json(path)
       is_same = stored["settings"]["source"] == str(source)
-      before = stored["fingerprint"]
-    except (KeyError, OSError, TypeError, ValueError):
-      continue
-    if is_same and before != content:
-      say(f"{source} or its metadata has changed: it is prepared anew")
-      return
+      if is_same and stored["fingerprint"] != content:
+        say(f"{source} or its metadata has changed: it is prepared anew")
+        return

@@ -16,7 +16,7 @@ outer half pixel and took fifty times as long on a CPU (version 0.4.5).
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,28 +35,26 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 
 @functools.lru_cache
+def _bound(augment: Callable[..., jax.Array], *options: Any) -> AugmentFn:
+  """Gives a function its options; the same ones make the same function."""
+  return functools.partial(augment, *options)
+
+
 def flip() -> AugmentFn:
   """Mirrors each image left to right with probability 1/2."""
-
-  def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    is_flipped = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
-    return jnp.where(is_flipped, images[:, :, ::-1], images)
-
-  return augment
+  return _bound(_flip, 2)
 
 
-@functools.lru_cache
 def vertical_flip() -> AugmentFn:
   """Mirrors each image top to bottom with probability 1/2."""
-
-  def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    is_flipped = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
-    return jnp.where(is_flipped, images[:, ::-1], images)
-
-  return augment
+  return _bound(_flip, 1)
 
 
-@functools.lru_cache
+def _flip(axis: int, key: jax.Array, images: jax.Array) -> jax.Array:
+  is_flipped = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
+  return jnp.where(is_flipped, jnp.flip(images, axis), images)
+
+
 def crop(padding: int) -> AugmentFn:
   """Pads with black and cuts each image out again at a random place.
 
@@ -67,19 +65,19 @@ def crop(padding: int) -> AugmentFn:
     ValueError: If the padding is not a positive integer.
   """
   checks.integer("padding", padding, at_least=1)
+  return _bound(_crop, int(padding))
 
-  def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    batch_size, *shape = images.shape
-    margin = (padding, padding)
-    padded = jnp.pad(images, ((0, 0), margin, margin, (0, 0)))
-    corners = jax.random.randint(key, (batch_size, 2), 0, 2 * padding + 1)
 
-    def cut(image: jax.Array, corner: jax.Array) -> jax.Array:
-      return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), shape)
+def _crop(padding: int, key: jax.Array, images: jax.Array) -> jax.Array:
+  batch_size, *shape = images.shape
+  margin = (padding, padding)
+  padded = jnp.pad(images, ((0, 0), margin, margin, (0, 0)))
+  corners = jax.random.randint(key, (batch_size, 2), 0, 2 * padding + 1)
 
-    return jax.vmap(cut)(padded, corners)
+  def cut(image: jax.Array, corner: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), shape)
 
-  return augment
+  return jax.vmap(cut)(padded, corners)
 
 
 def rotate(max_degrees: float = 15.0) -> AugmentFn:
@@ -94,18 +92,14 @@ def rotate(max_degrees: float = 15.0) -> AugmentFn:
   Raises:
     ValueError: If it is not a number in this range.
   """
-  return _rotate(_number("max_degrees", max_degrees, at_most=180))
+  return _bound(_rotate, _number("max_degrees", max_degrees, at_most=180))
 
 
-@functools.lru_cache
-def _rotate(max_degrees: float) -> AugmentFn:
-  def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    degrees = jax.random.uniform(
-      key, (len(images),), minval=-max_degrees, maxval=max_degrees
-    )
-    return _map(rotate_image, images, degrees)
-
-  return augment
+def _rotate(max_degrees: float, key: jax.Array, images: jax.Array) -> jax.Array:
+  degrees = jax.random.uniform(
+    key, (len(images),), minval=-max_degrees, maxval=max_degrees
+  )
+  return map_images(rotate_image, images, degrees)
 
 
 def color_jitter(
@@ -125,34 +119,27 @@ def color_jitter(
     ValueError: If an argument is not a number of at least 0; on use, if the
       images have neither 1 nor 3 channels.
   """
-  return _color_jitter(
+  spreads = (
     _number("brightness", brightness),
     _number("contrast", contrast),
     _number("saturation", saturation),
   )
+  return _bound(_color_jitter, spreads)
 
 
-@functools.lru_cache
 def _color_jitter(
-  brightness: float, contrast: float, saturation: float
-) -> AugmentFn:
-  parts = (
-    (brightness, adjust_brightness),
-    (contrast, adjust_contrast),
-    (saturation, adjust_saturation),
-  )
-
-  def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    for each, (spread, adjust_fn) in zip(
-      jax.random.split(key, len(parts)), parts, strict=True
-    ):
-      factors = jax.random.uniform(
-        each, (len(images),), minval=max(0.0, 1 - spread), maxval=1 + spread
-      )
-      images = jax.vmap(adjust_fn)(images, factors)
-    return images
-
-  return augment
+  spreads: tuple[float, ...], key: jax.Array, images: jax.Array
+) -> jax.Array:
+  adjust_fns = (adjust_brightness, adjust_contrast, adjust_saturation)
+  keys = jax.random.split(key, len(spreads))
+  for spread, adjust_fn, part_key in zip(
+    spreads, adjust_fns, keys, strict=True
+  ):
+    factors = jax.random.uniform(
+      part_key, (len(images),), minval=max(0.0, 1 - spread), maxval=1 + spread
+    )
+    images = jax.vmap(adjust_fn)(images, factors)
+  return images
 
 
 def random_resized_crop(
@@ -172,34 +159,32 @@ def random_resized_crop(
   Raises:
     ValueError: If an argument is not two ascending numbers in its range.
   """
-  return _random_resized_crop(
-    _interval("scale", scale, at_most=1), _interval("ratio", ratio)
-  )
+  limits = _interval("scale", scale, at_most=1), _interval("ratio", ratio)
+  return _bound(_random_resized_crop, *limits)
 
 
-@functools.lru_cache
 def _random_resized_crop(
-  scale: tuple[float, float], ratio: tuple[float, float]
-) -> AugmentFn:
-  def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    boxes = _draw_boxes(key, images.shape, scale, ratio)
-    return _map(_crop_and_resize, images, boxes)
+  scale: tuple[float, float],
+  ratio: tuple[float, float],
+  key: jax.Array,
+  images: jax.Array,
+) -> jax.Array:
+  boxes = draw_boxes(key, images.shape, scale, ratio)
+  return map_images(_crop_and_resize, images, boxes)
 
-  return augment
 
-
-@functools.lru_cache
 def chain(*augment_fns: AugmentFn) -> AugmentFn:
   """Applies one after the other, each with a key of its own."""
+  return _bound(_chain, augment_fns)
 
-  def augment(key: jax.Array, images: jax.Array) -> jax.Array:
-    for each, augment_fn in zip(
-      jax.random.split(key, len(augment_fns)), augment_fns, strict=True
-    ):
-      images = augment_fn(each, images)
-    return images
 
-  return augment
+def _chain(
+  augment_fns: tuple[AugmentFn, ...], key: jax.Array, images: jax.Array
+) -> jax.Array:
+  keys = jax.random.split(key, len(augment_fns))
+  for augment_fn, part_key in zip(augment_fns, keys, strict=True):
+    images = augment_fn(part_key, images)
+  return images
 
 
 def medical() -> AugmentFn:
@@ -358,7 +343,7 @@ def _stretch(start: jax.Array, length: jax.Array, size: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _map(
+def map_images(
   image_fn: Callable[..., jax.Array], images: jax.Array, values: jax.Array
 ) -> jax.Array:
   """Applies a function to each image with its value.
@@ -400,7 +385,7 @@ def _grey(image: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "scale", "ratio"))
-def _draw_boxes(
+def draw_boxes(
   key: jax.Array,
   shape: tuple[int, ...],
   scale: tuple[float, float],

@@ -1,159 +1,107 @@
 """Reading prepared data sets into memory.
 
 `python -m data_prep.prepare NAME` writes a set once as a TFDS folder
-(array_record files of PNG images); here it becomes a `types.Dataset`. Sets
-live in `<data_dir>/psg_<name>/<version>/`, where `data_dir` is the argument,
-else the environment variable `PSG_JAX_DATA`, else `~/.cache/psg_jax`.
-
-A name is that of a builder (`digits`), of a builder with another image size
-than its own (`brain_tumor_mri@64`, in `psg_brain_tumor_mri_64`), or one that
-the user gave to images of their own (`my_eyes`).
+(array_record files of PNG images); here it becomes a `types.Dataset`. Names and
+folders are those of `catalog`.
 """
 
-import contextlib
+import dataclasses
+import functools
 import io
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, overload
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
 import tensorflow_datasets as tfds
 from PIL import PngImagePlugin
 
-from psg_jax import checks, types
+from psg_jax import catalog, checks, files, types
 
-SPLITS = ("train", "test")
-DATA_DIR_VARIABLE = "PSG_JAX_DATA"
-# Without it, `cifar10` here and TFDS's own would share a folder.
-_PREFIX = "psg_"
+names = catalog.names
+root_dir = catalog.root_dir
+SPLITS = catalog.SPLITS
 _READ_SIZE = 2048
 # Few enough images that the squares stay in the cache.
 _STATISTICS_SIZE = 64
 
 
-class Table(NamedTuple):
-  """All that is known of a split's images but their pixels.
+@dataclasses.dataclass(frozen=True)
+class OpenSet:
+  """A split of a prepared set; what is not asked for is not read.
+
+  It may be sent to another process, which opens the files for itself.
 
   Attributes:
-    labels: int32 `[N]`.
-    class_names: One name a class.
-    ids: str `[N]`.
-    metadata: `N` rows, as `load` says.
-  """
-
-  labels: np.ndarray
-  class_names: tuple[str, ...]
-  ids: np.ndarray
-  metadata: pa.Table
-
-
-class OpenSet(NamedTuple):
-  """A split of a prepared set of which no image has been read.
-
-  Attributes:
-    builder: TFDS's.
     folder: Of the set's version.
     split: `"train"` or `"test"`.
+    num_images: How many there are, `N`.
     image_shape: `(H, W, C)`.
+    time: Of its preparation, in nanoseconds.
   """
 
-  builder: tfds.core.DatasetBuilder
   folder: pathlib.Path
   split: str
+  num_images: int
   image_shape: tuple[int, int, int]
+  time: int
 
-  def read_table(self) -> Table:
-    """Reads labels, ids and metadata."""
-    return _read(self, None)
+  def __len__(self) -> int:
+    return self.num_images
 
+  def read(self, rows: np.ndarray) -> np.ndarray:
+    """Reads images, uint8 `[len(rows), H, W, C]`, in any order."""
+    images = np.empty((len(rows), *self.image_shape), np.uint8)
+    for i, record in enumerate(self._records(rows)):
+      images[i] = decode_image(record["image"])
+    return images
 
-def names(
-  data_dir: str | os.PathLike[str] | None = None,
-) -> tuple[str, ...]:
-  """Returns the names of the data sets that there are.
+  def dataset(self, images: Any) -> types.Dataset:
+    """Joins images with the labels, ids and metadata, which are read.
 
-  Args:
-    data_dir: Folder of prepared sets; None lists the builders alone.
+    Args:
+      images: An array `[N, H, W, C]`, which the pixels are read into, or what
+        reads them when they are asked for.
 
-  Returns:
-    The builders, and then what else is prepared in `data_dir`, sorted: other
-    sizes, and sets of the user's own.
-  """
-  from data_prep import naming, registry
+    Raises:
+      ValueError: If the set is damaged.
+    """
+    with catalog.faults(self.folder):
+      builder, _ = _open(self)
+      features = builder.info.features
+      columns: dict[str, list[Any]] = {x: [] for x in features if x != "image"}
+      for start in range(0, self.num_images, _READ_SIZE):
+        rows = np.arange(start, min(start + _READ_SIZE, self.num_images))
+        for row, record in zip(rows, self._records(rows), strict=True):
+          if isinstance(images, np.ndarray):
+            images[row] = decode_image(record["image"])
+          for name, values in columns.items():
+            values.append(record[name])
+      metadata = to_table(builder, columns)
+    return types.Dataset(
+      images=images,
+      labels=np.asarray(columns["label"], np.int32),
+      class_names=tuple(features["label"].names),
+      ids=np.asarray(metadata["id"].to_pylist()),
+      metadata=metadata,
+    )
 
-  found = []
-  if data_dir is not None:
-    for folder in sorted(root_dir(data_dir).glob(f"{_PREFIX}*")):
-      if _versions(folder):
-        found.append(naming.from_key(folder.name.removeprefix(_PREFIX)))
-  return (
-    *registry.MODULES,
-    *(name for name in found if name not in registry.MODULES),
-  )
-
-
-def root_dir(
-  data_dir: str | os.PathLike[str] | None = None,
-) -> pathlib.Path:
-  """Returns the folder of all prepared sets.
-
-  Args:
-    data_dir: The folder; None for that of the environment variable
-      `PSG_JAX_DATA`, or else `~/.cache/psg_jax`.
-
-  Returns:
-    Its absolute path, whether it exists or not.
-  """
-  if data_dir is None:
-    data_dir = os.environ.get(DATA_DIR_VARIABLE) or "~/.cache/psg_jax"
-  return expanded(data_dir, f"data_dir (or {DATA_DIR_VARIABLE})").resolve()
-
-
-def expanded(path: str | os.PathLike[str], name: str) -> pathlib.Path:
-  """Returns a path with a `~` in front replaced.
-
-  Args:
-    path: The path.
-    name: Of the argument, for the message.
-
-  Raises:
-    ValueError: If there is no such home.
-  """
-  try:
-    return pathlib.Path(path).expanduser()
-  except RuntimeError as error:
-    raise ValueError(
-      f"{name} must be given where there is no home, got {os.fspath(path)!r}"
-    ) from error
+  def _records(self, rows: np.ndarray) -> Sequence[Mapping[str, Any]]:
+    _, source = _open(self)
+    records: Sequence[Mapping[str, Any]] = source.__getitems__(rows.tolist())
+    return records
 
 
-def set_dir(
-  name: str, data_dir: str | os.PathLike[str] | None = None
-) -> pathlib.Path:
-  """Returns the folder that holds every version of a set, prepared or not.
-
-  Args:
-    name: Of a builder, with or without a size, or of a set of the user's own.
-    data_dir: Folder of all prepared sets; see `root_dir`.
-
-  Returns:
-    Its absolute path.
-
-  Raises:
-    ValueError: If `name` has not the form of a name.
-  """
-  from data_prep import naming
-
-  return root_dir(data_dir) / f"{_PREFIX}{naming.parse(name).key}"
-
-
-def is_prepared(version_dir: pathlib.Path) -> bool:
-  """Whether this folder of one version holds a prepared set."""
-  files = ("dataset_info.json", "features.json")
-  return all((version_dir / name).is_file() for name in files)
+@functools.lru_cache(maxsize=8)
+def _open(opened: OpenSet) -> Any:
+  """Opens a split's files once a process; anew if it is prepared anew."""
+  builder = tfds.builder_from_directory(opened.folder)
+  decoders = {"image": tfds.decode.SkipDecoding()}
+  return builder, builder.as_data_source(opened.split, decoders=decoders)
 
 
 @overload
@@ -202,12 +150,11 @@ def load(
       the set is not prepared there or damaged.
   """
   if split is None:
-    train, test = (load(name, each, data_dir=data_dir) for each in SPLITS)
+    train, test = (load(name, part, data_dir=data_dir) for part in SPLITS)
     return train, test
   opened = open_set(name, split, data_dir=data_dir)
-  num_images = opened.builder.info.splits[split].num_examples
-  images = np.empty((num_images, *opened.image_shape), np.uint8)
-  return types.Dataset(images, *_read(opened, images))
+  images = np.empty((len(opened), *opened.image_shape), np.uint8)
+  return opened.dataset(images)
 
 
 def open_set(
@@ -232,24 +179,12 @@ def open_set(
   builder = open_builder(name, split, data_dir=data_dir)
   height, width, num_channels = builder.info.features["image"].shape
   return OpenSet(
-    builder=builder,
     folder=pathlib.Path(builder.data_dir),
     split=split,
+    num_images=builder.info.splits[split].num_examples,
     image_shape=(height, width, num_channels),
+    time=(pathlib.Path(builder.data_dir) / catalog.INFO).stat().st_mtime_ns,
   )
-
-
-def open_source(folder: pathlib.Path, split: str) -> Any:
-  """Opens a split's records for reading in any order.
-
-  Args:
-    folder: Of the set's version, as in `OpenSet`.
-    split: `"train"` or `"test"`.
-
-  Returns:
-    TFDS's data source; the image in a record is what `decode_image` takes.
-  """
-  return _records(tfds.builder_from_directory(folder), split)
 
 
 def open_builder(
@@ -271,60 +206,19 @@ def open_builder(
   Raises:
     ValueError: As `load`.
   """
-  from data_prep import naming
-
-  naming.parse(name)
+  catalog.parse(name)
   checks.one_of("split", split, SPLITS)
   version_dir = _find_version(name, data_dir)
-  builder = read_builder(version_dir)
+  builder = catalog.read_builder(version_dir)
   shards = builder.info.splits[split].filepaths
   missing = [path.name for path in shards if not path.exists()]
   if missing:
     raise ValueError(
       f"data_dir holds a damaged {name!r}: {missing[0]} is missing in"
       f" {version_dir}; run:"
-      f" {command(name, data_dir, builder.info.metadata)} --overwrite"
+      f" {catalog.command(name, data_dir, builder.info.metadata)} --overwrite"
     )
   return builder
-
-
-def read_builder(folder: pathlib.Path) -> tfds.core.DatasetBuilder:
-  """Reads the description of a prepared set.
-
-  Args:
-    folder: Of the set's version.
-
-  Returns:
-    The TFDS builder.
-
-  Raises:
-    ValueError: If the description is damaged.
-  """
-  with _is_whole(folder):
-    builder = tfds.builder_from_directory(folder)
-    class_names = list(builder.info.features["label"].names)
-    metadata = dict(builder.info.metadata or {})
-    if metadata.get("class_names", class_names) != class_names:
-      raise ValueError("the names of the classes are not those it had")
-    for split in SPLITS:
-      assert builder.info.splits[split].num_examples
-  return builder
-
-
-@contextlib.contextmanager
-def _is_whole(folder: pathlib.Path) -> Iterator[None]:
-  """Says which set is damaged, whatever reading it raises."""
-  try:
-    yield
-  except MemoryError:
-    raise
-  # TFDS, ArrayRecord and Pillow differ in what they raise.
-  except Exception as error:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
-    raise ValueError(
-      f"data_dir holds a damaged set: {folder} cannot be read ({reason});"
-      " prepare it anew with --overwrite, or remove that folder"
-    ) from error
 
 
 def decode_image(content: bytes) -> np.ndarray:
@@ -353,20 +247,22 @@ def to_table(
       but the image: class numbers in `"label"`, text as bytes.
 
   Returns:
-    The columns `"id"`, `"label"` (the class's name) and all others, with the
-    types that the builder states and empty text as null.
+    The columns `"id"`, `"label"` (the class's name), those that the builder
+    makes, and those of the user's table, each in one order; with the types that
+    the builder states and empty text as null.
   """
   class_names = builder.info.features["label"].names
-  stated = (builder.info.metadata or {}).get("columns", {})
+  kinds = (builder.info.metadata or {}).get("columns", {})
   table = {
     "id": _column(columns["id"], None),
     "label": pa.array(
       [class_names[label] for label in columns["label"]], pa.string()
     ),
   }
-  for key, values in columns.items():
-    if key not in table:
-      table[key] = _column(values, stated.get(key))
+  # TFDS keeps features in no order; those of a user's table have its own.
+  for name in (*sorted(columns.keys() - kinds.keys()), *kinds):
+    if name in columns and name not in table:
+      table[name] = _column(columns[name], kinds.get(name))
   return pa.table(table)
 
 
@@ -498,28 +394,22 @@ def hold_out(
   )
 
 
-def _versions(folder: pathlib.Path) -> list[pathlib.Path]:
-  return [path for path in folder.glob("*.*.*") if is_prepared(path)]
-
-
 def _find_version(
   name: str, data_dir: str | os.PathLike[str] | None
 ) -> pathlib.Path:
   """Returns the newest prepared version, preparing it first if it can be."""
-  from data_prep import naming, registry
-
-  root = root_dir(data_dir)
-  versions = _versions(set_dir(name, data_dir))
+  root = catalog.root_dir(data_dir)
+  versions = catalog.versions(catalog.set_dir(name, data_dir))
   if versions:
     return max(versions, key=lambda path: tfds.core.Version(path.name))
-  parsed = naming.parse(name)
-  if not parsed.is_own and registry.is_complete(parsed.builder, root):
-    from data_prep import base
-
-    return base.prepare(name, data_dir=data_dir).folder
-  line = command(name, data_dir)
+  parsed = catalog.parse(name)
+  if not catalog.BUILDERS[parsed.builder].needs_source:
+    folder = _prepare(name, data_dir)
+    if folder is not None:
+      return folder
+  line = catalog.command(name, data_dir)
   if parsed.is_own:
-    known = [each for each in names(root) if each != naming.OWN_BUILDER]
+    known = [x for x in catalog.names(root) if x != catalog.OWN_BUILDER]
     try:
       checks.one_of("name", name, known)
     except ValueError as error:
@@ -538,59 +428,32 @@ def _find_version(
   )
 
 
-def command(
-  name: str,
-  data_dir: str | os.PathLike[str] | None,
-  metadata: Mapping[str, Any] | None = None,
-) -> str:
-  """Returns the line that prepares a set, as it once was where `metadata`."""
-  from data_prep import naming
+def _prepare(
+  name: str, data_dir: str | os.PathLike[str] | None
+) -> pathlib.Path | None:
+  """Prepares a set if all that it is made from is on this machine.
 
-  line = naming.command(name, (metadata or {}).get("settings"))
-  place = "" if data_dir is None else f" --data_dir {os.fspath(data_dir)}"
-  return f"{line}{place}"
+  Raises:
+    ValueError: If the package `data_prep` that Python has is not ours.
+  """
+  try:
+    # Late: reading a set takes none of what making one does.
+    from data_prep import base
 
-
-def _records(builder: tfds.core.DatasetBuilder, split: str) -> Any:
-  return builder.as_data_source(
-    split, decoders={"image": tfds.decode.SkipDecoding()}
-  )
-
-
-def _read(opened: OpenSet, images: np.ndarray | None) -> Table:
-  """Reads a split, a part at a time, and its pixels into `images` if given."""
-  with _is_whole(opened.folder):
-    return _read_records(opened, images)
+    prepare = base.prepare_at_once
+  except (ImportError, AttributeError) as error:
+    package = sys.modules.get("data_prep")
+    place = next(iter(getattr(package, "__path__", ["no folder"])))
+    raise ValueError(
+      f"name {name!r} needs psg_jax's package data_prep to be prepared, got the"
+      f" one in {place}: {files.reason(error)}"
+    ) from error
+  return prepare(name, data_dir=data_dir)
 
 
-def _read_records(opened: OpenSet, images: np.ndarray | None) -> Table:
-  features = opened.builder.info.features
-  source = _records(opened.builder, opened.split)
-  columns: dict[str, list[Any]] = {
-    key: [] for key in features if key != "image"
-  }
-  for start in range(0, len(source), _READ_SIZE):
-    rows = range(start, min(start + _READ_SIZE, len(source)))
-    records = source.__getitems__(list(rows))
-    for row, record in zip(rows, records, strict=True):
-      if images is not None:
-        images[row] = decode_image(record["image"])
-      for key, values in columns.items():
-        values.append(record[key])
-  metadata = to_table(opened.builder, columns)
-  return Table(
-    labels=np.asarray(columns["label"], np.int32),
-    class_names=tuple(features["label"].names),
-    ids=np.asarray(metadata["id"].to_pylist()),
-    metadata=metadata,
-  )
-
-
-def _column(values: Sequence[Any], stated: str | None) -> pa.Array:
-  """Makes a column of text (empty as null), of its stated type, or numbers."""
+def _column(values: Sequence[Any], kind: str | None) -> pa.Array:
+  """Makes a column of text (empty as null), of its kind type, or numbers."""
   if len(values) and isinstance(values[0], bytes):
-    from data_prep import columns
-
     text = pa.array([value.decode() or None for value in values], pa.string())
-    return text if stated is None else text.cast(columns.TYPES[stated])
+    return text if kind is None else text.cast(catalog.COLUMN_TYPES[kind])
   return pa.array(np.asarray(values))

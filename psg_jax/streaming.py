@@ -10,13 +10,12 @@ restored from a checkpoint goes on with the batch that was next.
 """
 
 import contextlib
-import functools
+import dataclasses
 import multiprocessing
 import os
-import pathlib
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -24,8 +23,8 @@ from absl import flags
 
 from psg_jax import checks, data, types
 
-# Below this, threads are done before worker processes have started.
-_MIN_IMAGES_FOR_WORKERS = 2000
+MIN_IMAGES_FOR_WORKERS = 2000
+"""Below this, threads are done before worker processes have started."""
 _NUM_THREADS = 4
 _MAX_WORKERS = 8
 
@@ -40,53 +39,17 @@ class _Source(Protocol):
     ...
 
 
-class _Records:
-  """The images of a prepared split; opened anew in each process.
-
-  Attributes:
-    folder: The version's folder.
-    split: `"train"` or `"test"`.
-    num_images: How many there are.
-    shape: `(H, W, C)`.
-  """
-
-  def __init__(
-    self,
-    folder: pathlib.Path,
-    split: str,
-    num_images: int,
-    shape: tuple[int, int, int],
-  ) -> None:
-    self.folder, self.split = folder, split
-    self.num_images, self.shape = num_images, shape
-
-  def __len__(self) -> int:
-    return self.num_images
-
-  def read(self, rows: np.ndarray) -> np.ndarray:
-    images = np.empty((len(rows), *self.shape), np.uint8)
-    records = _open(self.folder, self.split).__getitems__(rows.tolist())
-    for i, record in enumerate(records):
-      images[i] = data.decode_image(record["image"]).reshape(self.shape)
-    return images
-
-
+@dataclasses.dataclass(frozen=True)
 class _Array:
   """Images in memory, beside others that are not."""
 
-  def __init__(self, images: np.ndarray) -> None:
-    self.images = images
+  images: np.ndarray
 
   def __len__(self) -> int:
     return len(self.images)
 
   def read(self, rows: np.ndarray) -> np.ndarray:
     return self.images[rows]
-
-
-@functools.lru_cache(maxsize=8)
-def _open(folder: pathlib.Path, split: str) -> Any:
-  return data.open_source(folder, split)
 
 
 class Images:
@@ -125,13 +88,14 @@ class Images:
 
   def __getitem__(self, rows: Any) -> np.ndarray:
     """Reads these rows: a slice, integers, a bool mask, or one integer."""
-    chosen = self._rows[rows]
-    images = self._read(np.atleast_1d(chosen))
-    return images if np.ndim(chosen) else images[0]
+    places = self._rows[rows]
+    images = self._read(np.atleast_1d(places))
+    return images if np.ndim(places) else images[0]
 
   def take(self, rows: np.ndarray) -> "Images":
     """Chooses rows without reading them."""
-    return self._choose(self._rows[rows])
+    places = self._rows[rows]
+    return Images(self._sources, places, self.shape[1:], self._num_workers)
 
   def batches(self, schedule: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
     """Reads batches ahead of their use.
@@ -148,7 +112,7 @@ class Images:
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
     num_images = sum(map(len, schedule))
-    is_worth_it = num_images >= _MIN_IMAGES_FOR_WORKERS
+    is_worth_it = num_images >= MIN_IMAGES_FOR_WORKERS
     if self._num_workers and is_worth_it and _can_have_workers():
       if getattr(multiprocessing.current_process(), "_inheriting", False):
         # Each worker would start the script, and with it workers, again.
@@ -170,16 +134,13 @@ class Images:
         # A copy, so that the worker's shared memory is free again.
         yield np.array(batch)
 
-  def _choose(self, rows: np.ndarray) -> "Images":
-    return Images(self._sources, rows, self.shape[1:], self._num_workers)
-
   def _read(self, rows: np.ndarray) -> np.ndarray:
     images = np.empty((len(rows), *self.shape[1:]), np.uint8)
     which = np.searchsorted(self._starts, rows, side="right") - 1
     for i, source in enumerate(self._sources):
-      here = np.flatnonzero(which == i)
-      if here.size:
-        images[here] = source.read(rows[here] - self._starts[i])
+      places = np.flatnonzero(which == i)
+      if places.size:
+        images[places] = source.read(rows[places] - self._starts[i])
     return images
 
 
@@ -245,17 +206,8 @@ def load(
     num_workers = min(os.cpu_count() or 1, _MAX_WORKERS)
   checks.integer("num_workers", num_workers, at_least=0)
   opened = data.open_set(name, split, data_dir=data_dir)
-  table, shape = opened.read_table(), opened.image_shape
-  records = _Records(opened.folder, split, len(table.labels), shape)
-  images = Images([records], np.arange(len(records)), shape, num_workers)
-  return types.Dataset(
-    # Used as an array, and typed as one.
-    images=cast(np.ndarray, images),
-    labels=table.labels,
-    class_names=table.class_names,
-    ids=table.ids,
-    metadata=table.metadata,
-  )
+  rows = np.arange(len(opened))
+  return opened.dataset(Images([opened], rows, opened.image_shape, num_workers))
 
 
 def is_streamed(images: Any) -> bool:

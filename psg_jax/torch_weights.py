@@ -6,7 +6,6 @@ found in a file by its own keys, wherever they are and whatever stands beside.
 
 import os
 import pathlib
-import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,7 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
-from psg_jax import checks, torch_files, torch_layouts, torch_pickles, types
+from psg_jax import (
+  checks,
+  files,
+  torch_files,
+  torch_layouts,
+  torch_pickles,
+  types,
+)
 
 _SHORT = ("float16", "bfloat16")
 _FLOATS = (*_SHORT, "float32", "float64")
@@ -316,19 +322,9 @@ def _write(path: pathlib.Path, state: dict[str, np.ndarray]) -> None:
   """Writes beside `path`, then renames, so that no half file is ever seen."""
   # Readers in PyTorch look for this note on the origin.
   content = safetensors_numpy.save(state, metadata={"format": "pt"})
-  temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
-  try:
+  with files.replacing(path) as partial:
     # Unlike the writer of safetensors, this leaves the mode to the umask.
-    with temporary.open("xb") as file:
-      file.write(content)
-    os.replace(temporary, path)
-  except OSError as error:
-    # A full disk is told without a name.
-    raise OSError(
-      error.errno, error.strerror or str(error), str(path)
-    ) from None
-  finally:
-    temporary.unlink(missing_ok=True)
+    partial.write_bytes(content)
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -12,20 +12,17 @@ such as plain sky, are noise after any change: as near twins they may be missed.
 """
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
 import pyarrow as pa
-import scipy.fft
-import scipy.sparse
-import scipy.sparse.csgraph
-from PIL import Image
 
-from psg_jax import checks, streaming, types
+from psg_jax import checks, fingerprints, streaming, types
 
+Fingerprints = fingerprints.Fingerprints
+fingerprint = fingerprints.fingerprint
 Kind: TypeAlias = Literal["exact", "near"]
 
 # Chosen by looking at pairs. In the brain MRI set those that correlate by 0.995
@@ -37,49 +34,14 @@ Kind: TypeAlias = Literal["exact", "near"]
 MAX_DISTANCE = 6
 MIN_CORRELATION = 0.995
 
-_HASH_SIZE = 8
-# The reduced image, four times as wide as the hash, as ImageHash makes it.
-_GREY_SIZE = 32
-_READ_SIZE = 256
-# 256 x 16,384 distances fit in the cache.
-_MATCH_SIZE = (256, 16_384)
-_CONFIRM_SIZE = 8192
-_MAX_PAIRS = 1_000_000
+MATCH_SIZE = (256, 16_384)
+"""Images of two sets that are compared at once, as many as fit in the cache."""
+CONFIRM_SIZE = 8192
+"""Pairs whose images are correlated at once."""
+MAX_PAIRS = 1_000_000
 # Of two groups of equal images, above which not each is paired with each.
 _MAX_GRID = 100
 _NUM_SHOWN = 5
-_FILE_COLUMN = "sha256"
-
-
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Fingerprints:
-  """What is compared of the images of a set; about 1.2 kB an image.
-
-  Attributes:
-    ids: The ids of the data set, `[N]`.
-    pixels: SHA-256 of shape and pixels in hexadecimal, `S64` `[N]`.
-    files: SHA-256 of the files, `S64` `[N]`, empty where unknown.
-    hashes: Perceptual hashes, uint64 `[N]`.
-    greys: Reduced grey images, uint8 `[N, 32, 32]`.
-  """
-
-  ids: np.ndarray
-  pixels: np.ndarray
-  files: np.ndarray
-  hashes: np.ndarray
-  greys: np.ndarray
-
-  def __len__(self) -> int:
-    return len(self.ids)
-
-  def take(self, rows: np.ndarray) -> "Fingerprints":
-    """Returns those of these rows (integer indices or a bool mask)."""
-    return Fingerprints(
-      **{
-        field.name: getattr(self, field.name)[rows]
-        for field in dataclasses.fields(self)
-      }
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,10 +107,8 @@ class Twins:
       ],
       "groups": [[list(image) for image in group] for group in self.groups],
       "pairs": [
-        {
-          name: list(value) if isinstance(value, tuple) else value
-          for name, value in dataclasses.asdict(pair).items()
-        }
+        dataclasses.asdict(pair)
+        | {x: list(getattr(pair, x)) for x in ("between", "ids", "rows")}
         for pair in self.pairs
       ],
     }
@@ -171,43 +131,9 @@ class Twins:
     return "\n".join(lines)
 
 
-def fingerprint(dataset: types.Dataset) -> Fingerprints:
-  """Reads the images once, a few hundred at a time.
-
-  The perceptual hash is `phash` of the ImageHash library bit for bit, except
-  for images so plain or symmetric that its bits are rounding errors; a whole
-  chunk at a time it takes half the library's time.
-
-  Args:
-    dataset: Images uint8 `[N, H, W, C]`, in memory or read on demand.
-
-  Returns:
-    The fingerprints, in the order of the images.
-  """
-  pixels, hashes, greys = [], [], []
-  # Not `streaming.batches`: its processes would run a caller's program again
-  # unless it is guarded by `if __name__ == "__main__"`.
-  for start in range(0, len(dataset), _READ_SIZE):
-    chunk = dataset.images[start : start + _READ_SIZE]
-    shape = str(chunk.shape[1:]).encode()
-    pixels += [
-      hashlib.sha256(shape + image.tobytes()).hexdigest() for image in chunk
-    ]
-    greys.append(_reduce(chunk))
-    hashes.append(_hash(greys[-1]))
-  size = (_GREY_SIZE, _GREY_SIZE)
-  return Fingerprints(
-    ids=np.asarray(dataset.ids),
-    pixels=np.array(pixels, "S64"),
-    files=_files(dataset),
-    hashes=np.concatenate([np.zeros(0, np.uint64), *hashes]),
-    greys=np.concatenate([np.zeros((0, *size), np.uint8), *greys]),
-  )
-
-
-def exact_groups(fingerprints: Fingerprints) -> list[np.ndarray]:
+def exact_groups(prints: Fingerprints) -> list[np.ndarray]:
   """Returns the rows of each group of two or more exact twins in a set."""
-  (codes,) = _contents([fingerprints])
+  (codes,) = fingerprints.contents([prints])
   return _groups(codes)
 
 
@@ -250,33 +176,31 @@ def find(
     for name in names:
       checks.one_of("pairs: each name", name, parts)
   between = tuple(dict.fromkeys((a, b) for a, b in between))
-  _check_limits(max_distance, min_correlation)
+  checks.integer("max_distance", max_distance, at_least=0)
+  if max_distance > fingerprints.HASH_SIZE**2:
+    raise ValueError(f"max_distance must be at most 64, got {max_distance}")
+  checks.number("min_correlation", min_correlation, above=0, at_most=1)
   prints = {
     name: part if isinstance(part, Fingerprints) else fingerprint(part)
     for name, part in parts.items()
   }
-  codes = dict(zip(prints, _contents(list(prints.values())), strict=True))
-  found: list[Pair] = []
+  codes = dict(
+    zip(prints, fingerprints.contents(list(prints.values())), strict=True)
+  )
+  listed: list[Pair] = []
   for names in between:
-    a, b = (prints[name] for name in names)
-    a_codes, b_codes = (codes[name] for name in names)
-    exact = _equal(a_codes, b_codes)
-    # Equal images are compared as one.
-    a_rows, b_rows = _firsts(a_codes), _firsts(b_codes)
-    near = _near(a.take(a_rows), b.take(b_rows), max_distance, min_correlation)
-    near = np.stack([a_codes[a_rows[near[0]]], b_codes[b_rows[near[1]]]])
-    near = _spread(a_codes, b_codes, near[:, near[0] != near[1]])
-    kinds: tuple[tuple[Kind, np.ndarray], ...] = (
-      ("exact", exact),
-      ("near", near),
-    )
-    for kind, rows in kinds:
+    a, b = ((prints[name], codes[name]) for name in names)
+    kinds: dict[Kind, np.ndarray] = {
+      "exact": _equal(a[1], b[1]),
+      "near": _near_images(a, b, max_distance, min_correlation),
+    }
+    for kind, rows in kinds.items():
       if names[0] == names[1]:
         rows = rows[:, rows[0] < rows[1]]
-      found += _pairs(kind, names, a, b, rows)
+      listed += _pairs(kind, names, a[0], b[0], rows)
   images = [(name, str(id_)) for name in prints for id_ in prints[name].ids]
   return Twins(
-    pairs=tuple(found),
+    pairs=tuple(listed),
     between=between,
     groups=tuple(
       tuple(images[row] for row in group)
@@ -318,12 +242,12 @@ def moved_rows(
         f" {list(found.fingerprints)}"
       )
   forget, retain = (found.fingerprints[name] for name in ("forget", "retain"))
-  kinds = [_contents([forget, retain])]
+  kinds = [fingerprints.contents([forget, retain])]
   if groups is not None:
     kinds.append(
-      [np.array([groups[x] for x in each.ids]) for each in (forget, retain)]
+      [np.array([groups[x] for x in part.ids]) for part in (forget, retain)]
     )
-  everything = _join(forget, retain)
+  everything = forget + retain
   contents = np.concatenate(kinds[0])
   is_moved = np.zeros(len(retain), bool)
   newest = np.arange(len(forget))
@@ -387,9 +311,8 @@ def move(
     raise ValueError(
       f"split must retain an image, got twins of all {len(rows)} retained"
     )
-  is_moved = np.zeros(len(split.retain), bool)
-  is_moved[rows] = True
   if dataset is None:
+    is_moved = np.isin(np.arange(len(split.retain)), rows)
     return types.Split(
       forget=concatenate(split.forget, split.retain.take(rows)),
       retain=split.retain.take(~is_moved),
@@ -410,85 +333,12 @@ def move(
   )
 
 
-# Fingerprints.
-
-
-def _reduce(images: np.ndarray) -> np.ndarray:
-  """Makes grey images of 32 x 32, uint8, as ImageHash does before its hash."""
-  num_channels = images.shape[-1]
-  if num_channels not in (1, 3):
-    images = images.mean(axis=-1, keepdims=True).round().astype(np.uint8)
-  if images.shape[-1] == 1:
-    images = images[..., 0]
-  size = (_GREY_SIZE, _GREY_SIZE)
-  return np.stack(
-    [
-      np.asarray(
-        Image.fromarray(image)
-        .convert("L")
-        .resize(size, Image.Resampling.LANCZOS)
-      )
-      for image in np.ascontiguousarray(images)
-    ]
-  )
-
-
-def _hash(greys: np.ndarray) -> np.ndarray:
-  """Whether each low frequency is above their median, as 64 bits."""
-  waves = scipy.fft.dct(greys.astype(np.float64), axis=1)[:, :_HASH_SIZE]
-  waves = scipy.fft.dct(waves, axis=2)[:, :, :_HASH_SIZE]
-  waves = waves.reshape(len(greys), -1)
-  median = np.median(waves, axis=1, keepdims=True)
-  # What is equal must not differ by rounding: a plain image has but one wave.
-  bits = np.packbits(waves - median > 1e-6, axis=1)
-  return bits.view(">u8")[:, 0].astype(np.uint64)
-
-
-def _files(dataset: types.Dataset) -> np.ndarray:
-  table = dataset.metadata
-  if table is None or _FILE_COLUMN not in table.column_names:
-    return np.zeros(len(dataset), "S64")
-  values = table.column(_FILE_COLUMN).to_pylist()
-  return np.array([(value or "").lower() for value in values], "S64")
-
-
-def _contents(prints: Sequence[Fingerprints]) -> list[np.ndarray]:
-  """Numbers what images show: equal in exact twins, across all sets."""
-  pixels = np.concatenate([each.pixels for each in prints])
-  files = np.concatenate([each.files for each in prints])
-  _, codes = np.unique(pixels, return_inverse=True)
-  if (files != b"").any():
-    # Equal pixels of one pair and equal files of the next join all three.
-    _, file_codes = np.unique(files, return_inverse=True)
-    num_pixels, known = codes.max() + 1, files != b""
-    nodes = (codes[known], num_pixels + file_codes[known])
-    size = num_pixels + file_codes.max() + 1
-    graph = scipy.sparse.coo_matrix(
-      (np.ones(len(nodes[0]), bool), nodes), shape=(size, size)
-    )
-    _, joined = scipy.sparse.csgraph.connected_components(graph, directed=False)
-    codes = joined[codes]
-  ends = np.cumsum([len(each) for each in prints])
-  return np.split(codes, ends[:-1])
-
-
 def _groups(codes: np.ndarray) -> list[np.ndarray]:
   """The rows of each number that occurs twice or more, by first row."""
   order = np.argsort(codes, kind="stable")
   starts = np.flatnonzero(np.diff(codes[order])) + 1
   groups = [rows for rows in np.split(order, starts) if len(rows) > 1]
   return sorted(groups, key=lambda rows: int(rows[0]))
-
-
-def _join(a: Fingerprints, b: Fingerprints) -> Fingerprints:
-  return Fingerprints(
-    **{
-      field.name: np.concatenate(
-        [getattr(a, field.name), getattr(b, field.name)]
-      )
-      for field in dataclasses.fields(a)
-    }
-  )
 
 
 # Comparisons; each gives rows of both sets, `[2, P]`, in order.
@@ -512,7 +362,7 @@ def _spread(a: np.ndarray, b: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     pairs: Codes of both, `[2, P]`.
   """
   sides = _rows_by_code(a), _rows_by_code(b)
-  found = [np.zeros((2, 0), np.int64)]
+  matches = [np.zeros((2, 0), np.int64)]
   number = 0
   for codes in zip(*pairs.tolist(), strict=True):
     left, right = (side[code] for side, code in zip(sides, codes, strict=True))
@@ -523,17 +373,21 @@ def _spread(a: np.ndarray, b: np.ndarray, pairs: np.ndarray) -> np.ndarray:
         np.append(left, np.full(len(right) - 1, left[0])),
         np.append(np.full(len(left), right[0]), right[1:]),
       ]
-    found.append(np.stack(rows))
+    matches.append(np.stack(rows))
     number += len(rows[0])
     _check_number(number)
-  matches = np.concatenate(found, axis=1)
-  return matches[:, np.lexsort(matches[::-1])]
+  return _in_order(matches)
+
+
+def _in_order(parts: Sequence[np.ndarray]) -> np.ndarray:
+  rows = np.concatenate(parts, axis=1)
+  return rows[:, np.lexsort(rows[::-1])]
 
 
 def _rows_by_code(codes: np.ndarray) -> dict[int, np.ndarray]:
   order = np.argsort(codes, kind="stable")
-  found, starts = np.unique(codes[order], return_index=True)
-  return dict(zip(found.tolist(), np.split(order, starts[1:]), strict=False))
+  known, starts = np.unique(codes[order], return_index=True)
+  return dict(zip(known.tolist(), np.split(order, starts[1:]), strict=False))
 
 
 def _firsts(codes: np.ndarray) -> np.ndarray:
@@ -541,18 +395,36 @@ def _firsts(codes: np.ndarray) -> np.ndarray:
   return np.sort(np.unique(codes, return_index=True)[1])
 
 
+def _near_images(
+  a: tuple[Fingerprints, np.ndarray],
+  b: tuple[Fingerprints, np.ndarray],
+  max_distance: int,
+  min_correlation: float,
+) -> np.ndarray:
+  """Compares two sets with their codes; equal images are compared as one."""
+  sides = [(prints, codes, _firsts(codes)) for prints, codes in (a, b)]
+  first, second = (prints.take(rows) for prints, _, rows in sides)
+  near = _near(first, second, max_distance, min_correlation)
+  pairs = np.stack(
+    [
+      codes[rows[places]]
+      for (_, codes, rows), places in zip(sides, near, strict=True)
+    ]
+  )
+  return _spread(a[1], b[1], pairs[:, pairs[0] != pairs[1]])
+
+
 def _near(
   a: Fingerprints, b: Fingerprints, max_distance: int, min_correlation: float
 ) -> np.ndarray:
-  found = [np.zeros((2, 0), np.int64)]
+  matches = [np.zeros((2, 0), np.int64)]
   number = 0
   for rows in _candidates(a.hashes, b.hashes, max_distance):
     is_near = _correlate(a, b, rows) >= min_correlation
-    found.append(rows[:, is_near])
+    matches.append(rows[:, is_near])
     number += int(is_near.sum())
     _check_number(number)
-  matches = np.concatenate(found, axis=1)
-  return matches[:, np.lexsort(matches[::-1])]
+  return _in_order(matches)
 
 
 def _candidates(
@@ -562,7 +434,7 @@ def _candidates(
 
   Counting bits takes 1 ns a pair, a sixth of what products of ±1 take.
   """
-  height, width = _MATCH_SIZE
+  height, width = MATCH_SIZE
   for top in range(0, len(a), height):
     for left in range(0, len(b), width):
       part = a[top : top + height, None] ^ b[None, left : left + width]
@@ -571,24 +443,18 @@ def _candidates(
       yield np.stack([rows + top, columns + left])
 
 
-def _distances(
-  a: Fingerprints, b: Fingerprints, rows: np.ndarray
-) -> np.ndarray:
-  return np.bitwise_count(a.hashes[rows[0]] ^ b.hashes[rows[1]])
-
-
 def _correlate(
   a: Fingerprints, b: Fingerprints, rows: np.ndarray
 ) -> np.ndarray:
   """Correlates reduced images pair by pair; 0 where one is plain."""
-  found = [np.zeros(0, np.float32)]
-  for start in range(0, rows.shape[1], _CONFIRM_SIZE):
-    part = rows[:, start : start + _CONFIRM_SIZE]
+  correlations = [np.zeros(0, np.float32)]
+  for start in range(0, rows.shape[1], CONFIRM_SIZE):
+    part = rows[:, start : start + CONFIRM_SIZE]
     x, y = _centre(a.greys[part[0]]), _centre(b.greys[part[1]])
     products = np.einsum("pd,pd->p", x, y)
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-    found.append(products / np.maximum(norms, 1e-6))
-  return np.concatenate(found)
+    correlations.append(products / np.maximum(norms, 1e-6))
+  return np.concatenate(correlations)
 
 
 def _centre(greys: np.ndarray) -> np.ndarray:
@@ -603,7 +469,7 @@ def _pairs(
   b: Fingerprints,
   rows: np.ndarray,
 ) -> list[Pair]:
-  distances = _distances(a, b, rows)
+  distances = np.bitwise_count(a.hashes[rows[0]] ^ b.hashes[rows[1]])
   correlations = _correlate(a, b, rows)
   return [
     Pair(
@@ -635,15 +501,8 @@ def concatenate(a: types.Dataset, b: types.Dataset) -> types.Dataset:
 
 
 def _check_number(number: int) -> None:
-  if number > _MAX_PAIRS:
+  if number > MAX_PAIRS:
     raise ValueError(
-      f"parts must have at most {_MAX_PAIRS} pairs of twins, got {number}: are"
+      f"parts must have at most {MAX_PAIRS} pairs of twins, got {number}: are"
       " there plain images?"
     )
-
-
-def _check_limits(max_distance: int, min_correlation: float) -> None:
-  checks.integer("max_distance", max_distance, at_least=0)
-  if max_distance > 8 * _HASH_SIZE:
-    raise ValueError(f"max_distance must be at most 64, got {max_distance}")
-  checks.number("min_correlation", min_correlation, above=0, at_most=1)

@@ -253,7 +253,7 @@ def test_mapped_and_looped_are_the_same():
   images = jax.random.uniform(KEY, (3, 8, 8, 3))
   degrees = jnp.array([-9.0, 0.0, 12.0])
   np.testing.assert_allclose(
-    augment._map(augment.rotate_image, images, degrees),
+    augment.map_images(augment.rotate_image, images, degrees),
     jax.vmap(augment.rotate_image)(images, degrees),
     atol=1e-6,
   )
@@ -326,7 +326,7 @@ def test_boxes_are_those_of_torchvision(size):
   height, width = size
   scale, ratio = (0.8, 1.0), (3 / 4, 4 / 3)
   boxes = np.asarray(
-    augment._draw_boxes(KEY, (4000, height, width, 1), scale, ratio)
+    augment.draw_boxes(KEY, (4000, height, width, 1), scale, ratio)
   )
   top, left, h, w = boxes.T
   assert top.min() >= 0

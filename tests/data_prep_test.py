@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import base, cifar10, digits, fashion_mnist, registry, sources
+from data_prep import base, builder, cifar10, digits, fashion_mnist, sources
 from data_prep import prepare as prepare_program
-from psg_jax import data
+from psg_jax import catalog, data
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CIFAR_ZIP = ROOT.parent / "shared" / "data" / "cifar10-jpeg.zip"
@@ -216,7 +216,7 @@ def test_fashion_mnist_from_debian():
   # The top of the first image, an ankle boot, as printed in many tutorials.
   assert images[0, 4, 12:22].tolist() == [3, 0, 36, 136, 127, 62, 54, 0, 0, 0]
   builder = fashion_mnist.PsgFashionMnist(data_dir="/nowhere")
-  assert builder._find_files()["train-images-idx3-ubyte.gz"].is_file()
+  assert builder.find_files()["train-images-idx3-ubyte.gz"].is_file()
 
 
 def test_fashion_mnist_downloads(tmp_path, monkeypatch):
@@ -559,7 +559,7 @@ def test_interrupted(tmp_path, monkeypatch, error, is_overwriting):
   if is_overwriting:
     base.prepare("digits", data_dir=tmp_path)
   before = _tree_of(tmp_path)
-  original = digits._examples
+  original = digits.examples
 
   def examples(split, raw, rows):
     for number, example in enumerate(original(split, raw, rows)):
@@ -567,7 +567,7 @@ def test_interrupted(tmp_path, monkeypatch, error, is_overwriting):
         raise error("in the middle")
       yield example
 
-  monkeypatch.setattr(digits, "_examples", examples)
+  monkeypatch.setattr(digits, "examples", examples)
   with pytest.raises(error, match="in the middle"):
     base.prepare("digits", data_dir=tmp_path, is_overwriting=is_overwriting)
   assert _tree_of(tmp_path) == before
@@ -596,7 +596,7 @@ def test_interrupted_while_swapping(tmp_path, monkeypatch):
 
 def test_another_process_was_faster(tmp_path, monkeypatch):
   ready = base.prepare("digits", data_dir=tmp_path / "a").folder
-  original = digits._examples
+  original = digits.examples
 
   def examples(split, raw, rows):
     if split == "test":
@@ -605,7 +605,7 @@ def test_another_process_was_faster(tmp_path, monkeypatch):
       (target / "mark").touch()
     yield from original(split, raw, rows)
 
-  monkeypatch.setattr(digits, "_examples", examples)
+  monkeypatch.setattr(digits, "examples", examples)
   prepared = base.prepare("digits", data_dir=tmp_path / "b")
   assert not prepared.is_new
   assert (prepared.folder / "mark").exists()
@@ -636,8 +636,8 @@ def test_data_dir_is_a_file(tmp_path):
 def test_names_do_not_clash_with_tfds():
   import tensorflow_datasets as tfds
 
-  for name in registry.MODULES:
-    builder_class = registry.builder_class(name)
+  for name in catalog.BUILDERS:
+    builder_class = base.builder_class(name)
     assert builder_class.name == f"psg_{name}"
     assert tfds.builder_cls(builder_class.name) is builder_class
 
@@ -746,7 +746,7 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
   def fail(*unused, **options):
     raise RuntimeError("write() failed: No space left on device;\nwriting x")
 
-  monkeypatch.setattr(base.tfds.core, "SequentialWriter", fail)
+  monkeypatch.setattr(builder.tfds.core, "SequentialWriter", fail)
   monkeypatch.setattr(
     "sys.argv", ["prepare", "digits", "--data_dir", str(tmp_path / "new")]
   )
@@ -771,13 +771,3 @@ def test_full_output_is_one_line(prepared_digits):
   assert done.stderr.splitlines() == [
     b"error: the output cannot be written: No space left on device"
   ]
-
-
-def test_no_home(monkeypatch):
-  def fail(path):
-    raise RuntimeError("Could not determine home directory.")
-
-  monkeypatch.delenv(data.DATA_DIR_VARIABLE, raising=False)
-  monkeypatch.setattr(pathlib.Path, "expanduser", fail)
-  with pytest.raises(ValueError, match=r"data_dir \(or PSG_JAX_DATA\) must be"):
-    data.root_dir()

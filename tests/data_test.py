@@ -1,4 +1,5 @@
 import pathlib
+import pickle
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_prep import base
-from psg_jax import data, types
+from psg_jax import data, streaming, types
 from tests import fakes
 
 
@@ -137,7 +138,7 @@ def test_load_damaged(digits_dir, tmp_path):
 def test_empty_text_is_null(tmp_path, monkeypatch):
   from data_prep import digits
 
-  original = digits._examples
+  original = digits.examples
 
   def examples(split, raw, rows):
     for example in original(split, raw, rows[:3]):
@@ -152,7 +153,7 @@ def test_empty_text_is_null(tmp_path, monkeypatch):
       columns={"row": np.int64, "note": digits.tfds.features.Text()},
     )
 
-  monkeypatch.setattr(digits, "_examples", examples)
+  monkeypatch.setattr(digits, "examples", examples)
   monkeypatch.setattr(digits.PsgDigits, "_info", info)
   base.prepare("digits", data_dir=tmp_path)
   table = data.load("digits", "test", data_dir=tmp_path).metadata
@@ -168,6 +169,24 @@ def test_import_needs_no_builders():
     " assert 'tensorflow' not in sys.modules and 'tyro' not in sys.modules"
   )
   subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_data_prep_of_somebody_else_is_named(tmp_path):
+  theirs = tmp_path / "here" / "data_prep"
+  theirs.mkdir(parents=True)
+  (theirs / "__init__.py").touch()
+  code = (
+    f"import sys; sys.path.insert(0, {str(theirs.parent)!r});"
+    " from psg_jax import data\n"
+    f"try: data.load('digits', 'test', data_dir={str(tmp_path)!r})\n"
+    "except ValueError as error: print(error)"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], check=True, capture_output=True, text=True
+  )
+  assert done.stdout.startswith("name 'digits' needs psg_jax's package")
+  assert f"got the one in {theirs}" in done.stdout
+  assert done.stdout.count("\n") == 1
 
 
 @pytest.mark.parametrize("num_channels", [1, 3])
@@ -249,18 +268,31 @@ def test_open_builder_reads_what_load_reads(digits_dir):
     data.open_builder("digits", "val", data_dir=digits_dir)
 
 
-def test_open_set_reads_no_image(digits_dir, monkeypatch):
+def test_open_set_reads_what_is_asked_for(digits_dir, monkeypatch):
   loaded = data.load("digits", "test", data_dir=digits_dir)
-  monkeypatch.setattr(data, "decode_image", None)
   opened = data.open_set("digits", "test", data_dir=digits_dir)
-  assert opened.image_shape == (32, 32, 1)
-  table = opened.read_table()
-  np.testing.assert_array_equal(table.labels, loaded.labels)
-  np.testing.assert_array_equal(table.ids, loaded.ids)
-  assert table.class_names == loaded.class_names
-  assert table.metadata.equals(loaded.metadata)
-  source = data.open_source(opened.folder, "test")
-  assert source[5]["id"].decode() == loaded.ids[5]
+  assert (len(opened), opened.image_shape) == (360, (32, 32, 1))
+  rows = np.array([70, 3, 3])
+  np.testing.assert_array_equal(opened.read(rows), loaded.images[rows])
+  again = pickle.loads(pickle.dumps(opened))
+  np.testing.assert_array_equal(again.read(rows), loaded.images[rows])
+  monkeypatch.setattr(data, "decode_image", None)
+  images = streaming.Images([opened], np.arange(360), (32, 32, 1), 0)
+  dataset = opened.dataset(images)
+  np.testing.assert_array_equal(dataset.labels, loaded.labels)
+  np.testing.assert_array_equal(dataset.ids, loaded.ids)
+  assert dataset.class_names == loaded.class_names
+  assert dataset.metadata.equals(loaded.metadata)
+
+
+def test_a_set_that_is_prepared_anew_is_read_anew(tmp_path):
+  base.prepare("digits", data_dir=tmp_path)
+  opened = data.open_set("digits", "test", data_dir=tmp_path)
+  before = opened.read(np.arange(3))
+  base.prepare("digits", data_dir=tmp_path, is_overwriting=True)
+  again = data.open_set("digits", "test", data_dir=tmp_path)
+  assert again != opened
+  np.testing.assert_array_equal(again.read(np.arange(3)), before)
 
 
 def test_validation_part_is_apart_and_of_all_classes():

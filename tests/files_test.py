@@ -1,7 +1,8 @@
-"""Tests of experiments.files."""
+"""Tests of psg_jax.files, and of experiments.files, which goes on from it."""
 
 import csv
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -10,7 +11,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import cli, compare, files, jobs, read_out, report, tune
+from experiments import cli, compare, jobs, read_out, report, tune
+from experiments import files as run_files
+from psg_jax import files
 
 _TEXTS = [
   "=1+1",
@@ -75,13 +78,13 @@ def test_damaged_json_is_named(tmp_path, content, read):
 def test_what_json_lacks_is_named(tmp_path):
   path = tmp_path / "data.json"
   path.write_text('{"counts": {"test": 3}, "list": [{"x": 1}]}')
-  content = files.read_json(path)
+  content = run_files.read_json(path)
   assert content["counts"]["test"] == 3
   assert content.get("other") is None
   fails(lambda: content["classes"], f"{path} must have 'classes'")
   fails(lambda: content["counts"]["train"], f"{path} must have 'train'")
   fails(lambda: content["list"][0]["y"], f"{path} must have 'y'")
-  fails(lambda: files.read_json(tmp_path / "no.json"), "no.json")
+  fails(lambda: run_files.read_json(tmp_path / "no.json"), "no.json")
   assert jobs.read_json(tmp_path / "no.json") == {}
 
 
@@ -101,7 +104,7 @@ def test_what_json_lacks_is_named(tmp_path):
 def test_values_of_other_types_are_named(tmp_path, name, content, what):
   path = tmp_path / name
   path.write_text(json.dumps(content))
-  fails(lambda: files.read_json(path), f"{path} must have", what)
+  fails(lambda: run_files.read_json(path), f"{path} must have", what)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text"])
@@ -160,7 +163,7 @@ def test_a_disk_that_cannot_be_written_is_named(tmp_path, monkeypatch, error):
 
 
 def hold(path):
-  return files.lock(path, argument="name", hint="")
+  return run_files.lock(path, argument="name", hint="")
 
 
 def other_process(path):
@@ -209,7 +212,7 @@ def test_a_lock_that_was_removed_meanwhile_is_not_taken(tmp_path, monkeypatch):
       removed.append(pathlib.Path(file.name))
       removed[0].unlink()
 
-  monkeypatch.setattr(files.fcntl, "flock", slow)
+  monkeypatch.setattr(run_files.fcntl, "flock", slow)
   with hold(tmp_path / "a"):
     assert removed[0].is_file()
     monkeypatch.undo()
@@ -221,7 +224,7 @@ def test_a_disk_without_locks_locks_nothing(tmp_path, monkeypatch):
   def refuse(file, operation):
     raise OSError(95, "not supported")
 
-  monkeypatch.setattr(files.fcntl, "flock", refuse)
+  monkeypatch.setattr(run_files.fcntl, "flock", refuse)
   with hold(tmp_path / "a"):
     pass
   assert not list(tmp_path.iterdir())
@@ -247,3 +250,53 @@ def test_a_full_disk_can_be_locked(tmp_path, monkeypatch):
   with hold(tmp_path / "a"):
     pass
   assert not list(tmp_path.iterdir())
+
+
+def test_what_is_wrong_with_a_file_is_one_line(tmp_path):
+  def read(error):
+    with files.faults("source must be whole, got x:", OSError, KeyError):
+      raise error
+
+  start = "source must be whole, got x: "
+  fails(lambda: read(FileNotFoundError(2, "No such file", "x")), "x: No such")
+  fails(lambda: read(KeyError("a")), f"{start}KeyError: 'a'")
+  fails(lambda: read(OSError("a\n  b")), f"{start}a b")
+  fails(lambda: read(OSError()), f"{start}OSError")
+  with pytest.raises(RuntimeError):
+    read(RuntimeError("of our own making"))
+  with pytest.raises(MemoryError), files.faults("x", Exception):
+    raise MemoryError
+
+
+def test_a_text_file_is_read_without_its_mark(tmp_path):
+  path = tmp_path / "ids.txt"
+  path.write_bytes(b"\xef\xbb\xbfa\n")
+  assert files.read_text("ids", path) == "a\n"
+  fails(
+    lambda: files.read_text("ids", tmp_path / "no"), "ids must be", "No such"
+  )
+
+
+def test_a_failed_replacement_keeps_the_folder(tmp_path):
+  for name in ("new", "place"):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "file").write_text(name)
+  old = tmp_path / "old"
+  with pytest.raises(FileNotFoundError):
+    files.replace_folder(tmp_path / "no", tmp_path / "place", old)
+  assert (tmp_path / "place" / "file").read_text() == "place"
+  assert not old.exists()
+  files.replace_folder(tmp_path / "new", tmp_path / "place", old)
+  assert (tmp_path / "place" / "file").read_text() == "new"
+  assert (old / "file").read_text() == "place"
+  assert files.num_bytes(tmp_path) == 8
+
+
+def test_digests_are_those_of_bytes_and_of_json():
+  # Of b"abc", as the standard (FIPS 180-2) has it; and of b"[1, 2]".
+  assert files.digest(b"abc") == (
+    "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+  )
+  assert files.digest([1, 2]) == hashlib.sha256(b"[1, 2]").hexdigest()
+  compact = files.digest({"b": 1, "a": 2}, sort_keys=True, separators=",:")
+  assert compact == hashlib.sha256(b'{"a":2,"b":1}').hexdigest()

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import strategies as st
 
 from psg_jax import forget, types
+from psg_jax.forget import sql
 
 NAMES = ("cat", "dog", "owl")
 
@@ -491,7 +492,7 @@ def test_conditions_see_no_files(dataset, tmp_path):
 
 
 def test_conditions_have_a_time_limit(dataset, monkeypatch):
-  monkeypatch.setattr(forget, "_TIME_LIMIT", 0.3)
+  monkeypatch.setattr(sql, "TIME_LIMIT", 0.3)
   endless = (
     "(WITH RECURSIVE a AS (SELECT 1 UNION ALL SELECT 1 FROM a)"
     " SELECT count(*) FROM a) = 3"
@@ -504,8 +505,8 @@ def test_conditions_have_a_time_limit(dataset, monkeypatch):
 
 
 def test_conditions_that_heed_no_interrupt_have_one(dataset, monkeypatch):
-  monkeypatch.setattr(forget, "_TIME_LIMIT", 0.2)
-  monkeypatch.setattr(forget, "_GRACE", 0.1)
+  monkeypatch.setattr(sql, "TIME_LIMIT", 0.2)
+  monkeypatch.setattr(sql, "GRACE", 0.1)
   # One call of a function is not interrupted.
   where = "levenshtein(repeat(id, 12000), repeat('z', 12000)) = 1"
   start = time.perf_counter()
@@ -515,9 +516,9 @@ def test_conditions_that_heed_no_interrupt_have_one(dataset, monkeypatch):
 
 def test_a_condition_is_decided_once(dataset, monkeypatch):
   calls = []
-  run = forget._run
+  run = sql.run
   monkeypatch.setattr(
-    forget, "_run", lambda *args: calls.append(args[-1]) or run(*args)
+    sql, "run", lambda *args: calls.append(args[-1]) or run(*args)
   )
   request = forget.Request(where="device = 'A'")
   parts = forget.split_request(dataset, request)
@@ -533,7 +534,7 @@ def test_a_condition_is_decided_once(dataset, monkeypatch):
 
 
 def test_an_interrupt_that_comes_too_late(dataset, monkeypatch):
-  monkeypatch.setattr(forget, "_TIME_LIMIT", 0.2)
+  monkeypatch.setattr(sql, "TIME_LIMIT", 0.2)
 
   def run(connection, *args):
     # Ends between the two looks at whether it goes on.
@@ -541,7 +542,7 @@ def test_an_interrupt_that_comes_too_late(dataset, monkeypatch):
     connection.close()
     time.sleep(0.2)
 
-  monkeypatch.setattr(forget, "_run", run)
+  monkeypatch.setattr(sql, "run", run)
   fails(lambda: forget.split(dataset, where="Age = 1"), "within 0.2 s")
 
 

@@ -17,12 +17,15 @@ from PIL import Image
 
 from data_prep import (
   base,
+  builder,
+  depths,
+  image_folder,
   images,
-  naming,
+  listing,
+  metadata,
   prepare,
-  sources,
-  splits,
   tables,
+  threads,
 )
 from experiments import cli, recipes, request_page, sets
 from psg_jax import data
@@ -218,12 +221,12 @@ def test_ordered_map_is_ordered_and_looks_ahead_a_little(monkeypatch):
     started.append(item)
     return item * 2
 
-  results = images.ordered_map(function, range(1000))
+  results = threads.ordered_map(function, range(1000))
   assert [next(results) for _ in range(3)] == [(0, 0), (1, 2), (2, 4)]
   results.close()
-  limit = images._MAX_WORKERS * images._LOOK_AHEAD + 4
+  limit = threads.MAX_WORKERS * threads.LOOK_AHEAD + 4
   assert len(started) <= limit
-  assert [result for _, result in images.ordered_map(function, range(50))] == (
+  assert [result for _, result in threads.ordered_map(function, range(50))] == (
     list(range(0, 100, 2))
   )
 
@@ -233,11 +236,11 @@ def test_ordered_map_is_ordered_and_looks_ahead_a_little(monkeypatch):
 
 def test_split_is_exact_without_groups():
   labels = np.repeat([0, 1, 2], [100, 50, 10])
-  is_test = splits.choose_test(labels, [None] * 160, seed=0)
+  is_test = image_folder.choose_test(labels, [None] * 160, seed=0)
   assert np.bincount(labels[is_test]).tolist() == [20, 10, 2]
-  again = splits.choose_test(labels, [None] * 160, seed=0)
+  again = image_folder.choose_test(labels, [None] * 160, seed=0)
   np.testing.assert_array_equal(is_test, again)
-  other = splits.choose_test(labels, [None] * 160, seed=1)
+  other = image_folder.choose_test(labels, [None] * 160, seed=1)
   assert not np.array_equal(is_test, other)
 
 
@@ -246,7 +249,7 @@ def test_split_by_group():
   groups = [
     None if draw == 0 else f"p{draw}" for draw in RNG.integers(0, 120, 600)
   ]
-  is_test = splits.choose_test(labels, groups, seed=3)
+  is_test = image_folder.choose_test(labels, groups, seed=3)
   sides: dict[str, set] = {}
   for group, side in zip(groups, is_test, strict=True):
     if group is not None:
@@ -308,9 +311,18 @@ def test_same_rows_from_any_order(tmp_path):
   assert [part.ids.tolist() for part in _load(tmp_path / "c")] != ids[0]
 
 
+def test_columns_stand_in_the_order_of_the_table(tmp_path):
+  text = "file,zeta,alpha,mid\n" + "".join(f"{x},1,b,c\n" for x in _files())
+  _prepare(tmp_path, _files() | {"metadata.csv": text.encode()})
+  assert _load(tmp_path)[0].metadata.column_names == [
+    *("id", "label", "file", "height", "sha256", "width"),
+    *("zeta", "alpha", "mid"),
+  ]
+
+
 def test_more_than_one_shard(tmp_path, monkeypatch):
-  monkeypatch.setattr(base, "_EXAMPLES_PER_SHARD", 7)
-  monkeypatch.setattr(base, "_EXAMPLES_PER_WRITE", 3)
+  monkeypatch.setattr(builder, "EXAMPLES_PER_SHARD", 7)
+  monkeypatch.setattr(builder, "EXAMPLES_PER_WRITE", 3)
   files = _files(20)
   folder = _prepare(tmp_path, files).folder
   assert len(list(folder.glob("*train.array_record*"))) > 3
@@ -474,19 +486,19 @@ def test_columns_called_like_ours_in_any_case():
   assert read_table("File,file\nx,a/0.png\n").texts == {"File": ["x"]}
   table = read_table("file,Label\na/0.png,b\n")
   with pytest.raises(ValueError, match="the class folder's name"):
-    tables.check_labels(table, {"a/0.png": "a"})
+    metadata.check_labels(table, {"a/0.png": "a"})
 
 
 def test_paths_that_look_the_same_are_the_same():
   composed, decomposed = "caf\u00e9/0.png", "cafe\u0301/0.png"
   for written, named in ((composed, decomposed), (decomposed, composed)):
     table = read_table(f"file,x\n{written},1\n")
-    assert tables.match(table, [named]) == {named: 0}
+    assert metadata.match(table, [named]) == {named: 0}
     # Where both are there, the one that is written so.
-    assert tables.match(table, [composed, decomposed]) == {composed: 0}
+    assert metadata.match(table, [composed, decomposed]) == {composed: 0}
   for written, path in (("a/0.PNG", "a/0.png"), ("0.png", "long/way/0.png")):
     with pytest.raises(ValueError, match=f"did you mean '{path}'"):
-      tables.match(read_table(f"file,x\n{written},1\n"), ["b.png", path])
+      metadata.match(read_table(f"file,x\n{written},1\n"), ["b.png", path])
 
 
 def test_table_elsewhere_and_latin1(tmp_path):
@@ -701,16 +713,16 @@ def test_bad_input(tmp_path, change, options, words):
 
 def test_zip_bombs(tmp_path, monkeypatch):
   files = _files() | {"cat/9.bmp": _png(300, 300, 0, form="BMP")}
-  monkeypatch.setattr(sources, "MIN_RATIO_BYTES", 1000)
-  monkeypatch.setattr(sources, "MAX_RATIO", 5)
+  monkeypatch.setattr(listing, "MIN_RATIO_BYTES", 1000)
+  monkeypatch.setattr(listing, "MAX_RATIO", 5)
   with pytest.raises(ValueError, match=r"source .* 5 times its size.*raw\.zip"):
     _prepare(tmp_path, files)
   monkeypatch.undo()
-  monkeypatch.setattr(sources, "MAX_FILE_BYTES", 100_000)
+  monkeypatch.setattr(listing, "MAX_FILE_BYTES", 100_000)
   with pytest.raises(ValueError, match=r"at most 100,000 bytes.*cat/9\.bmp"):
     _prepare(tmp_path, files)
   monkeypatch.undo()
-  monkeypatch.setattr(sources, "MAX_TOTAL_BYTES", 100_000)
+  monkeypatch.setattr(listing, "MAX_TOTAL_BYTES", 100_000)
   with pytest.raises(ValueError, match="unpack to at most 100,000 bytes"):
     _prepare(tmp_path, files)
   assert _is_empty(tmp_path / "out")
@@ -719,7 +731,7 @@ def test_zip_bombs(tmp_path, monkeypatch):
 
 
 def test_large_file_in_a_folder_is_corrupt(tmp_path, monkeypatch):
-  monkeypatch.setattr(sources, "MAX_FILE_BYTES", 5000)
+  monkeypatch.setattr(listing, "MAX_FILE_BYTES", 5000)
   files = _files() | {"cat/9.bmp": _png(64, 64, form="BMP")}
   source = _folder(tmp_path / "raw", files)
   with pytest.raises(ValueError, match=r"1 of 11.*cat/9\.bmp.*5,000 bytes"):
@@ -729,43 +741,6 @@ def test_large_file_in_a_folder_is_corrupt(tmp_path, monkeypatch):
 
 
 # Names
-
-
-@pytest.mark.parametrize(
-  ("name", "expected"),
-  [
-    ("digits", ("digits", None, "digits", False)),
-    ("fundus", ("fundus", 224, "fundus", False)),
-    ("fundus@224", ("fundus", 224, "fundus", False)),
-    ("fundus@64", ("fundus", 64, "fundus_64", False)),
-    ("my_eyes", ("image_folder", None, "my_eyes", True)),
-    ("my_eyes_64", ("image_folder", None, "my_eyes_64", True)),
-  ],
-)
-def test_names(name, expected):
-  assert naming.parse(name) == expected
-
-
-@pytest.mark.parametrize(
-  ("name", "words"),
-  [
-    ("digits@64", "size must not be given for 'digits'.*64"),
-    ("fundus@7", "size of 'fundus' .* 8 to 4096, got '7'"),
-    ("fundus@", "size of 'fundus' .* got ''"),
-    ("fundus@6x", "got '6x'"),
-    ("my_eyes@64", "name must be one of .* a size follows, got 'my_eyes@64'"),
-    ("fundus_64", "name must be one of .*'fundus_64'"),
-    ("Fundus", "did you mean 'fundus'"),
-    ("../fundus", "name must be one of"),
-  ],
-)
-def test_names_bad(tmp_path, name, words):
-  for function in (
-    naming.parse,
-    lambda name: data.load(name, "train", data_dir=tmp_path),
-  ):
-    with pytest.raises(ValueError, match=words):
-      function(name)
 
 
 def test_listed_names(tmp_path):
@@ -992,8 +967,9 @@ def test_names_in_zips(tmp_path, names):
       entry = zipfile.ZipInfo("x")
       entry.filename = name
       archive.writestr(entry, b"" if name.endswith("\\") else _png())
-  tree = sources.list_files(path)
-  assert tree.paths == ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png")
+  tree = listing.list_files(path)
+  paths = ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
+  assert list(tree.entries) == paths
   assert tree.folders == {"cat", "dog"}
   assert tree.read("dog/1.png").startswith(b"\x89PNG")
   assert tree.read("dog/1.png", 4) == b"\x89PNG"
@@ -1044,7 +1020,7 @@ def test_other_archives_are_named(tmp_path):
     (locked, "source must be a zip without a password"),
   ):
     with pytest.raises(ValueError, match=words):
-      sources.list_files(source)
+      listing.list_files(source)
 
 
 # Prepared again
@@ -1178,7 +1154,7 @@ def _tiff(pixels, **options) -> bytes:
 
 def _grey(*contents):
   """The first channel of each, scaled by the range of all."""
-  ranges = images.set_ranges(filter(None, map(images.value_range, contents)))
+  ranges = depths.set_ranges(filter(None, map(images.value_range, contents)))
   return [
     data.decode_image(
       images.encode(each, size=8, fit="crop", ranges=ranges).png

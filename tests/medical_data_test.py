@@ -11,7 +11,7 @@ import pydicom
 import pytest
 from PIL import Image
 
-from data_prep import base, brain_tumor_mri, dicom, images
+from data_prep import base, brain_tumor_mri, depths, dicom, images
 from psg_jax import data
 
 RAW = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -285,7 +285,7 @@ _HOUNSFIELD = {"RescaleSlope": 2, "RescaleIntercept": -1024}
 
 
 def _decoded(*contents, window="file"):
-  ranges = images.set_ranges(
+  ranges = depths.set_ranges(
     found
     for content in contents
     if (found := images.value_range(content, window=window))

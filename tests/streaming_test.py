@@ -102,7 +102,7 @@ def test_concatenation_of_disk_and_memory(pair):
 
 def test_worker_processes_keep_the_order(data_dir, pair, monkeypatch):
   memory, _ = pair
-  monkeypatch.setattr(streaming, "_MIN_IMAGES_FOR_WORKERS", 1)
+  monkeypatch.setattr(streaming, "MIN_IMAGES_FOR_WORKERS", 1)
   disk = streaming.load("digits", "train", data_dir=data_dir, num_workers=2)
   plan = [np.arange(i, i + 4) for i in range(0, 36, 4)]
   found = np.concatenate(list(streaming.batches(disk.images, plan)))
@@ -331,7 +331,7 @@ def test_bad_number_of_parts():
 
 def test_threads_read_where_no_process_can_start(data_dir, monkeypatch):
   disk = streaming.load("digits", "train", data_dir=data_dir, num_workers=2)
-  schedule = [np.arange(2)] * (streaming._MIN_IMAGES_FOR_WORKERS // 2)
+  schedule = [np.arange(2)] * (streaming.MIN_IMAGES_FOR_WORKERS // 2)
 
   def forbid(*args, **kwargs):
     raise AssertionError("a process was started")

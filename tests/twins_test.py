@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from sklearn import datasets
 
-from psg_jax import twins, types
+from psg_jax import fingerprints, twins, types
 
 FASHION = pathlib.Path(
   "/usr/share/datasets/fashion-mnist/t10k-images-idx3-ubyte.gz"
@@ -234,9 +234,9 @@ def test_blocks_do_not_matter(garments, monkeypatch):
   lighter = (garments // 2).astype(np.uint8)
   expected = kinds(garments[:60], lighter[:90])
   assert len(expected) >= 60
-  monkeypatch.setattr(twins, "_READ_SIZE", 7)
-  monkeypatch.setattr(twins, "_MATCH_SIZE", (11, 13))
-  monkeypatch.setattr(twins, "_CONFIRM_SIZE", 5)
+  monkeypatch.setattr(fingerprints, "READ_SIZE", 7)
+  monkeypatch.setattr(twins, "MATCH_SIZE", (11, 13))
+  monkeypatch.setattr(twins, "CONFIRM_SIZE", 5)
   assert kinds(garments[:60], lighter[:90]) == expected
 
 
@@ -287,7 +287,7 @@ def test_few_images(pictures, num_images):
 
 @pytest.mark.parametrize("num_images", [3, 30])
 def test_blank_images_cost_what_images_do(pictures, num_images, monkeypatch):
-  monkeypatch.setattr(twins, "_MAX_PAIRS", 100)
+  monkeypatch.setattr(twins, "MAX_PAIRS", 100)
   blank = np.zeros((num_images, *pictures.shape[1:]), np.uint8)
   parts = {
     "forget": make_dataset(np.concatenate([blank, pictures[:2]])),
@@ -395,7 +395,7 @@ def test_moving_checks_its_arguments(pictures, monkeypatch):
     twins.move(other)
   with pytest.raises(ValueError, match="dataset must be what was split"):
     twins.move(split, dataset=dataset.take([0, 1]))
-  monkeypatch.setattr(twins, "_MAX_PAIRS", 3)
+  monkeypatch.setattr(twins, "MAX_PAIRS", 3)
   same = make_dataset(pictures[[0, 0]])
   with pytest.raises(ValueError, match="at most 3 pairs of twins, got 4"):
     twins.find({"a": same, "b": same})
