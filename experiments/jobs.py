@@ -41,8 +41,8 @@ from experiments import (
   recipes,
   requests,
   sets,
-  yardstick_page,
 )
+from experiments.pages import yardstick as yardstick_page
 from psg_jax import (
   augment,
   boundary,

@@ -24,7 +24,8 @@ from data_prep import (
   splits,
   tables,
 )
-from experiments import cli, recipes, request_page, sets
+from experiments import cli, recipes, sets
+from experiments.pages import request as request_page
 from psg_jax import data
 
 RNG = np.random.default_rng(0)

@@ -81,6 +81,7 @@ class Resolved(NamedTuple):
   """What a method is called with.
 
   Attributes:
+    method: Its name.
     arguments: Keyword arguments.
     record: The same as numbers and text, for JSON.
     settings: Whose values they are, of `SETTINGS`.
@@ -88,6 +89,7 @@ class Resolved(NamedTuple):
     note: What to know of them, or None.
   """
 
+  method: str
   arguments: dict[str, Any]
   record: dict[str, Any]
   settings: str
@@ -244,7 +246,9 @@ def resolve(
       # The authors repair at half the rate.
       half = rates._replace(learning_rate=rates.learning_rate / 2)
       arguments["repair_optimizer"] = _optimizer(half)
-  return Resolved(arguments, record, settings, dict(overrides or {}), note)
+  return Resolved(
+    method, arguments, record, settings, dict(overrides or {}), note
+  )
 
 
 def _literal(text: str) -> Any:

@@ -1,0 +1,217 @@
+"""What pages are made of: figures in words, cells, rows and tables."""
+
+import datetime
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+NOT_AVAILABLE = "not available"
+REFERENCE = "reference"
+"""Of a model that others are compared with, in place of a figure."""
+PARTS = {
+  "train_forget": "forget, training",
+  "test_forget": "forget, test",
+  "train_retain": "retain, training",
+  "test_retain": "retain, test",
+}
+"""The parts of the data in words."""
+
+Show = Callable[[Any], str | None]
+
+
+class Cell(NamedTuple):
+  """A cell of a table.
+
+  Attributes:
+    text: What it says.
+    note: What is read where a pointer rests on it.
+    style: Names of CSS classes; of a head, that of the dot before it.
+  """
+
+  text: str
+  note: str | None = None
+  style: str = ""
+
+
+class Row(NamedTuple):
+  """A row: its head, its cells, and its CSS classes."""
+
+  head: Cell
+  cells: list[Cell]
+  style: str = ""
+
+  def led_by(self, value: Any) -> "Row":
+    """Returns the row with one more cell before the others."""
+    return self._replace(cells=[as_cell(value), *self.cells])
+
+
+class Group(NamedTuple):
+  """Rows under a name, with a note beside it."""
+
+  rows: list[Row]
+  name: str = ""
+  note: str = ""
+
+
+class Table(NamedTuple):
+  """A table: a head for each column, that of the rows first, and groups."""
+
+  heads: list[Cell]
+  groups: list[Group]
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+  """Returns a table of words, the first of each row its head."""
+  lines = [
+    Row(as_cell(head), [as_cell(x) for x in cells]) for head, *cells in rows
+  ]
+  return Table([Cell(x) for x in heads], [Group(lines)])
+
+
+def as_cell(value: Any) -> Cell:
+  """Returns a cell as it is, and anything else as the text of one."""
+  if isinstance(value, Cell):
+    return value
+  # Markup stays what it is.
+  return Cell(value if isinstance(value, str) else str(value))
+
+
+def cell(
+  value: Any, show: Show = str, note: str | None = None, style: str = ""
+) -> Cell:
+  """Returns a figure as a cell.
+
+  Args:
+    value: The figure; None for one that is not available.
+    show: Its text; None from it, too, says that it is not available.
+    note: The reason, or what to know.
+    style: Names of CSS classes.
+  """
+  text = None if value is None else show(value)
+  if text is None:
+    return Cell(NOT_AVAILABLE, note or None, f"{style} none".strip())
+  return Cell(text, note or None, style)
+
+
+class Models(NamedTuple):
+  """Figures of models, each found by the names on the way to it."""
+
+  figures: Mapping[str, Mapping[str, Any]]
+
+  def get(self, model: str, *path: Any) -> Any:
+    """Returns a figure, or None where a part of its path is missing."""
+    value: Any = self.figures.get(model)
+    for key in path:
+      if isinstance(value, Mapping):
+        value = value.get(key)
+      elif isinstance(value, Sequence) and key < len(value):
+        value = value[key]
+      else:
+        return None
+    return value
+
+  def known(self, *path: Any) -> dict[str, Any]:
+    """Returns a figure by model, of those that have it."""
+    values = {model: self.get(model, *path) for model in self.figures}
+    return {name: value for name, value in values.items() if value is not None}
+
+  def row(
+    self,
+    head: Cell | str,
+    *path: Any,
+    show: Show | None = None,
+    instead: Mapping[str, str] | None = None,
+  ) -> Row:
+    """Returns a row with a figure of each model.
+
+    Args:
+      head: The name of the row.
+      *path: The way to the figure.
+      show: Its text, by default a percentage.
+      instead: Words by model that has no figure by its nature.
+    """
+    cells = []
+    for model in self.figures:
+      if instead and model in instead:
+        text = instead[model]
+        style = f"{model} none" if text in ("", REFERENCE) else model
+        cells.append(Cell(text, style=style))
+      else:
+        figure = self.get(model, *path)
+        cells.append(cell(figure, show or percent, style=model))
+    return Row(as_cell(head), cells)
+
+  def heads(self) -> dict[str, Cell]:
+    """Returns the heads of the columns, by model."""
+    return {x: Cell(x.capitalize(), style=x) for x in self.figures}
+
+  def table(self, groups: list[Group], *heads: str) -> Table:
+    """Returns rows of these models as a table, after these heads."""
+    return Table([*map(Cell, heads), *self.heads().values()], groups)
+
+
+def percent(value: float | None) -> str:
+  """Formats a share, one decimal."""
+  return _finite(value, lambda x: f"{100 * x:.1f}%")
+
+
+def seconds(value: float | None) -> str:
+  """Formats a time, three digits or whole minutes and seconds."""
+
+  def text(x: float) -> str:
+    if x < 9.995:
+      return f"{x:.2f} s"
+    if x < 99.95:
+      return f"{x:.1f} s"
+    minutes, rest = divmod(round(x), 60)
+    if minutes < 60:
+      return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+  return _finite(value, text)
+
+
+def number(value: float | None) -> str:
+  """Formats a distance or a divergence, three significant digits."""
+  return _finite(value, lambda x: f"{x:.3g}" if x < 1000 else f"{x:.0f}")
+
+
+def ratio(value: float | None) -> str:
+  """Formats how many times something is as large, two digits."""
+  return _finite(value, lambda x: f"{x:.1f}×" if x < 9.95 else f"{x:.0f}×")
+
+
+def decimals(value: float | None) -> str:
+  """Formats a figure with three decimals."""
+  return NOT_AVAILABLE if value is None else f"{value:.3f}"
+
+
+def counts(values: Iterable[int | None]) -> str:
+  """Formats the sizes of parts, as of a sum."""
+  return " + ".join(NOT_AVAILABLE if n is None else f"{n:,}" for n in values)
+
+
+def words(value: Any) -> str:
+  """Formats what may be missing."""
+  return NOT_AVAILABLE if value is None else str(value)
+
+
+def date(value: Any) -> str:
+  """Formats a moment, to the minute."""
+  try:
+    moment = datetime.datetime.fromisoformat(value)
+  except (TypeError, ValueError):
+    return words(value)
+  return moment.strftime("%Y-%m-%d %H:%M %Z").strip()
+
+
+def first_few(names: Sequence[str], most: int) -> list[str]:
+  """Returns names, or of too many the first and how many more there are."""
+  hidden = len(names) - most
+  return [*names[:most], f"{hidden} more"] if hidden > 0 else list(names)
+
+
+def _finite(value: float | None, text: Callable[[float], str]) -> str:
+  if value is None:
+    return NOT_AVAILABLE
+  return text(value) if math.isfinite(value) else "not finite"
