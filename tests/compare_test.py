@@ -289,7 +289,7 @@ def test_page(run_dir):
     )
   )
   assert retrained < original < psg
-  assert '<span class="no">diverged</span>' in page
+  assert re.search(r'class="verdict no"[^>]*>diverged<', page)
   assert re.search(r'class="none"[^>]*>not available<', page)
   assert page.count("<svg") >= 6
   assert "is nearest, then" in page

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments import attack, files, jobs
-from experiments.pages import figures, panels, request, tables
+from experiments.pages import distributions, figures, panels, request, tables
 from psg_jax import ulira
 
 STEPS = ("train", "unlearn", "predict", "attack")
@@ -20,11 +20,6 @@ _ROLES = {
   "unlearned": "unlearned",
   "control": "retrained",
 }
-_ROC = (
-  "U-LiRA",
-  "never trained, but called unlearned",
-  "unlearned, and called so",
-)
 
 
 def statements(audit: Mapping[str, Any]) -> list[str]:
@@ -181,13 +176,13 @@ def _panels(
   audit: Mapping[str, Any], results: attack.Figures
 ) -> dict[str, list[figures.Panel]]:
   seconds = {name: audit["seconds"][name] for name in STEPS}
-  titles = {name: name.capitalize() for name in STEPS}
-  tile = panels.Tile.of("Time, compiling included", "", seconds, is_time=True)
-  klom = {
-    _TITLES[side]: (values, figures.COLORS[_ROLES[side]])
-    for side, values in results.klom.items()
-  }
-  share = "share of images, %"
+  steps = distributions.Cast(
+    {name: name.capitalize() for name in STEPS}, {"unlearn": "unlearned"}
+  )
+  title = "Time, compiling included"
+  tile = panels.Tile.of(title, "", seconds, is_time=True)
+  klom = {_TITLES[x]: (y, _color(x)) for x, y in results.klom.items()}
+  labels = ("KLOM", "KL divergence, nats", "share of images, %")
   return {
     "roc": [_roc(results)],
     "scores": [
@@ -195,18 +190,27 @@ def _panels(
       for side in attack.SIDES[:2]
       if side in results.attacks
     ],
-    "klom": [panels.distributions("KLOM", "KL divergence, nats", share, klom)],
-    "time": [panels.times(tile, titles, {"unlearn": "unlearned"})],
+    "klom": [distributions.histograms(*labels, klom)],
+    "time": [distributions.times(tile, steps)],
   }
+
+
+def _color(side: str) -> str:
+  return figures.COLORS[_ROLES[side]]
 
 
 def _roc(results: attack.Figures) -> figures.Panel:
   """The panel of the comparison, with words for this attack."""
   curves = {_ROLES[x]: (y.fpr, y.tpr) for x, y in results.attacks.items()}
-  names = {_ROLES[side]: title for side, title in _TITLES.items()}
-  roles = {role: role for role in curves}
-  most = max(x.num_negatives for x in results.attacks.values())
-  panel = panels.roc(curves, names, roles, most, _ROC)
+  titles = {_ROLES[side]: title for side, title in _TITLES.items()}
+  panel = distributions.roc(
+    curves,
+    distributions.Cast(titles, {role: role for role in curves}),
+    max(x.num_negatives for x in results.attacks.values()),
+    title="U-LiRA",
+    xlabel="never trained, but called unlearned",
+    ylabel="unlearned, and called so",
+  )
   alt = "ROC curves of U-LiRA, AUC " + ", ".join(
     f"{_TITLES[side]} {x.auc:.3f}" for side, x in results.attacks.items()
   )
@@ -218,13 +222,12 @@ def _scores(side: str, result: ulira.AttackResult) -> figures.Panel:
   ours, others = "trained on the image", "never trained on it"
   if side == "unlearned":
     ours, others = "unlearned the image", "never had it"
-  kinds = {
-    ours: (result.positive_scores, figures.COLORS[_ROLES[side]]),
-    others: (result.negative_scores, figures.COLORS["retrained"]),
-  }
-  return panels.distributions(
+  return distributions.histograms(
     f"Likelihood ratios, {_TITLES[side].lower()} models",
     "log likelihood ratio, nats",
     "share of pairs, %",
-    kinds,
+    {
+      ours: (result.positive_scores, _color(side)),
+      others: (result.negative_scores, _color("control")),
+    },
   )

@@ -1,7 +1,7 @@
 """The page and the printed table of a comparison."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import markupsafe
@@ -9,7 +9,14 @@ import numpy as np
 
 from experiments import files
 from experiments.comparison import recipes
-from experiments.pages import figures, panels, request, tables, yardstick
+from experiments.pages import (
+  distributions,
+  figures,
+  panels,
+  request,
+  tables,
+  yardstick,
+)
 
 _REFERENCES = ("retrained", "original")
 _ARROWS = {"up": "↑", "down": "↓", "as_retrained": "≈"}
@@ -34,7 +41,6 @@ _VERDICTS = {
   "diverged": "no",
   "cannot tell": "open",
 }
-_VERDICT = markupsafe.Markup('<span class="{}">{}</span>')
 _METHOD = markupsafe.Markup("{} <code>{}</code>")
 
 Results = Mapping[str, Any]
@@ -92,58 +98,34 @@ def build(
 
 def text_table(results: Results) -> str:
   """Returns the short table as text, the retrained model first."""
-  heads = [title.lower() for title, _ in _short_heads(results)]
-  rows, models = [["", *heads, "verdict"]], _models(results)
-  for model, row in zip(models, _short_rows(results), strict=True):
-    cells = [x.text + "*" * (x.style == "best") for x in row.cells]
-    rows.append([model, *cells, _verdict(results, model)])
-  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  lines = [
-    "  ".join(
-      cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
-      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  ]
+  table = _short_table(results)
+  lines = [["", *(cell.text.lower() for cell in table.heads[1:])]]
+  for model, row in zip(_models(results), table.groups[0].rows, strict=True):
+    cells = (cell.text + "*" * (cell.style == "best") for cell in row.cells)
+    lines.append([model, *cells])
+  text = [tables.aligned(lines)]
   if any(results["best"].values()):
-    lines.append("* surely better than every other method, given the seeds")
+    text.append("* surely better than every other method, given the seeds")
   compiled = "without" if _time_name(results) != "seconds" else "with"
-  lines.append(f"times are {compiled} compiling, and without evaluation")
-  return "\n".join(
-    [*lines, *yardstick_sentences(results), *statements(results)]
-  )
+  text.append(f"times are {compiled} compiling, and without evaluation")
+  return "\n".join([*text, *yardstick_sentences(results), *statements(results)])
 
 
 def markdown(results: Results) -> str:
   """Returns the short table and our place in Markdown, to be quoted."""
-  rows = [
-    [
-      f"**{row.head.text}**" if row.style == "ours" else row.head.text,
-      *(f"**{x.text}**" if x.style == "best" else x.text for x in row.cells),
-      _verdict(results, model),
-    ]
-    for model, row in zip(_models(results), _short_rows(results), strict=True)
-  ]
-  heads = [f"{title} {arrow}" for title, arrow in _short_heads(results)]
-  lines = _markdown(["", *heads, "as retrained?"], rows)
-  lines += ["", *yardstick_sentences(results), *statements(results)]
+  table = _short_table(results)
+  lines = [["", *(cell.text for cell in table.heads[1:])]]
+  for row in table.groups[0].rows:
+    is_bold = [row.style == "ours", *(x.style == "best" for x in row.cells)]
+    cells = zip((row.head, *row.cells), is_bold, strict=True)
+    lines.append([f"**{x.text}**" if bold else x.text for x, bold in cells])
+  text = [tables.markdown(lines), ""]
+  text += [*yardstick_sentences(results), *statements(results)]
   places = standing(results)
   if places:
-    heads = ["", "by", "place", "first", "behind the first"]
-    lines += ["", *_markdown(heads, places)]
-  return "\n".join([*lines, ""])
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-  lines = [
-    "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-    for row in (heads, *rows)
-  ]
-  return [
-    lines[0].replace("|  |", "| |"),
-    f"|{'---|' * len(heads)}",
-    *lines[1:],
-  ]
+    heads = ("", "by", "place", "first", "behind the first")
+    text += ["", tables.markdown([heads, *places])]
+  return "\n".join([*text, ""])
 
 
 def standing(results: Results) -> list[tuple[str, ...]]:
@@ -335,59 +317,36 @@ def _short_columns(results: Results) -> dict[str, str]:
   return columns
 
 
-def _short_heads(results: Results) -> list[tuple[str, str]]:
-  """The titles of the short table's columns, and what is ideal."""
-  info = results["metrics"]
-  return [
-    *((x.title, x.arrow) for x in yardstick.columns(_measured(results))),
-    *(
-      (title, _ARROWS[info[name]["direction"]])
-      for name, title in _short_columns(results).items()
-    ),
-  ]
-
-
 def _measured(results: Results) -> Mapping[str, Any]:
   """What the yardstick measured, by model."""
   models: Mapping[str, Any] = (results.get("yardstick") or {}).get("models", {})
   return models
 
 
-def _short_rows(results: Results) -> list[tables.Row]:
-  """Methods as rows, the yardstick and the columns that matter most."""
+def _short_table(results: Results) -> tables.Table:
+  """Methods as rows, the yardstick, what matters most, and the verdict."""
   measured, columns = _measured(results), _short_columns(results)
   leading = yardstick.columns(measured)
+  arrows = {x: _ARROWS[results["metrics"][x]["direction"]] for x in columns}
+  heads = [f"{column.title} {column.arrow}".strip() for column in leading]
+  heads += [f"{title} {arrows[name]}" for name, title in columns.items()]
   rows = []
   for model in _models(results):
     style = "ours" if model in recipes.OURS else ""
     if model in _REFERENCES:
       style = f"reference {model}"
     paper = results["methods"].get(model, {}).get("paper")
+    record = results["verification"].get(model)
+    verdict = tables.Cell("", style="verdict")
+    if record is not None:
+      color = f"verdict {_VERDICTS[record['verdict']]}"
+      verdict = tables.Cell(record["verdict"], _why(record) or None, color)
     cells = [column.cell(measured.get(model)) for column in leading]
     cells += [_cell(results, model, name) for name in columns]
     head = tables.Cell(_title(results, model), paper)
-    rows.append(tables.Row(head, cells, style))
-  return rows
-
-
-def _short_table(results: Results) -> tables.Table:
-  """The short table with the verdict."""
-  rows = []
-  for model, row in zip(_models(results), _short_rows(results), strict=True):
-    record = results["verification"].get(model)
-    cell = tables.Cell("", style="verdict")
-    if record is not None:
-      name = record["verdict"]
-      text = _VERDICT.format(_VERDICTS[name], name)
-      cell = tables.Cell(text, _why(record) or None, "verdict")
-    rows.append(row._replace(cells=[*row.cells, cell]))
-  heads = [f"{title} {arrow}" for title, arrow in _short_heads(results)]
-  columns = ("Method", *heads, "As retrained?")
-  return tables.Table([tables.Cell(x) for x in columns], [tables.Group(rows)])
-
-
-def _verdict(results: Results, model: str) -> str:
-  return str(results["verification"].get(model, {}).get("verdict", ""))
+    rows.append(tables.Row(head, [*cells, verdict], style))
+  heads = ["Method", *heads, "As retrained?"]
+  return tables.Table([tables.Cell(x) for x in heads], [tables.Group(rows)])
 
 
 def _why(record: Mapping[str, Any]) -> str:
@@ -468,16 +427,10 @@ def _methods(results: Results) -> tables.Table:
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
-  sizes, stated = results["data"]["counts"], results["compare"]
-  config = results["config"]
-
-  def pair(split: str) -> str:
-    return tables.counts([sizes[f"train_{split}"], sizes[f"test_{split}"]])
-
+  config, stated = results["config"], results["compare"]
   return [
     ("Recipe", config["job"]["recipe"]),
-    ("To forget (training + test)", pair("forget")),
-    ("To keep (training + test)", pair("retain")),
+    *request.sizes(results["data"]),
     ("Training seeds", f"{stated['seeds']}, from {config['job']['seed']}"),
     ("Unlearning seeds each", str(stated["unlearn_seeds"])),
     ("Hyper-parameters", stated["settings"]),
@@ -488,39 +441,35 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 def _panels(
   results: Results, losses: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, list[figures.Panel]]:
-  roles = panels.roles(shown_models(results))
   titles = {model: _title(results, model) for model in _models(results)}
+  cast = distributions.Cast.of(titles, shown_models(results))
   return {
-    "scatter": _scatter(results, titles, roles),
+    "scatter": _scatter(results, cast),
     "losses": [
-      panels.losses(titles[model], roles[model], by_split)
+      distributions.losses(titles[model], cast.roles[model], by_split)
       for model, by_split in losses.items()
     ],
-    "attack": _attack(results, titles, roles),
-    "time": _times(results, titles, roles),
+    "attack": _attack(results, cast),
+    "time": _times(results, cast),
   }
 
 
-def _scatter(
-  results: Results, titles: Mapping[str, str], roles: Mapping[str, str]
-) -> list[figures.Panel]:
+def _scatter(results: Results, cast: distributions.Cast) -> list[figures.Panel]:
   none = {"mean": None}
   for split, part in _FORGET_SPLITS.items():
     names = (f"accuracy_{split}", "accuracy_test_retain")
     points = {}
-    for model in titles:
+    for model in cast.titles:
       forget, retain = (results["summary"][model].get(x, none) for x in names)
       if forget["mean"] is not None and retain["mean"] is not None:
         sds = (forget["sd"] or 0.0, retain["sd"] or 0.0)
-        points[model] = panels.Point(forget["mean"], retain["mean"], *sds)
+        points[model] = (forget["mean"], retain["mean"], *sds)
     if points:
-      return [panels.scatter(points, titles, roles, part)]
+      return [distributions.scatter(points, cast, part)]
   return []
 
 
-def _attack(
-  results: Results, titles: Mapping[str, str], roles: Mapping[str, str]
-) -> list[figures.Panel]:
+def _attack(results: Results, cast: distributions.Cast) -> list[figures.Panel]:
   """Draws the curves of the first seed."""
   first = results["config"]["job"]["seed"]
   attacks = {
@@ -528,23 +477,28 @@ def _attack(
     for row in results["rows"]
     if row["seed"] == first and not row["unlearn_seed"]
   }
-  attacks = {model: x for model, x in attacks.items() if x.get("roc")}
-  if not attacks:
-    return []
-  num_samples = list(attacks.values())[-1]["num_samples"]
-  curves = {m: (x["roc"]["fpr"], x["roc"]["tpr"]) for m, x in attacks.items()}
-  return [panels.roc(curves, titles, roles, num_samples)]
+  known = {model: x for model, x in attacks.items() if x.get("roc")}
+  return [
+    distributions.roc(
+      {model: (x["roc"]["fpr"], x["roc"]["tpr"]) for model, x in known.items()},
+      cast,
+      num_samples,
+      title="Membership attack on the loss",
+      xlabel="unseen images called members",
+      ylabel="members found",
+    )
+    for num_samples in [x["num_samples"] for x in known.values()][-1:]
+  ]
 
 
-def _times(
-  results: Results, titles: Mapping[str, str], roles: Mapping[str, str]
-) -> list[figures.Panel]:
+def _times(results: Results, cast: distributions.Cast) -> list[figures.Panel]:
   name = _time_name(results)
-  means = {x: results["summary"][x][name]["mean"] for x in titles}
-  means.pop("original", None)
+  means = {
+    model: results["summary"][model][name]["mean"]
+    for model in cast.titles
+    if model != "original"
+  }
   known = {model: mean for model, mean in means.items() if mean is not None}
-  if not known:
-    return []
   title = results["metrics"][name]["title"]
   tile = panels.Tile.of(title, "", known, is_time=True)
-  return [panels.times(tile, titles, roles)]
+  return [distributions.times(tile, cast)] if known else []

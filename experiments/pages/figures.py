@@ -41,6 +41,8 @@ COLORS = {
   "forget": "#c2307a",
   "retain": "#0b8f6a",
 }
+DASHES = (0, (4, 1.5))
+"""The line style of the retrained model."""
 MAX_EMBEDDED = 600
 _STYLE: Any = {
   "font.family": "sans-serif",

@@ -69,6 +69,21 @@ def criteria(data: Mapping[str, Any]) -> list[tuple[str, str]]:
   return [(name, _CODE.format(text)) for name, text in pairs.items() if text]
 
 
+def sizes(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+  """Returns how many images are forgotten and kept, in training and test."""
+
+  def text(split: str) -> str:
+    parts = (data["counts"].get(f"{x}_{split}") for x in ("train", "test"))
+    return " + ".join(
+      tables.NOT_AVAILABLE if n is None else f"{n:,}" for n in parts
+    )
+
+  return [
+    ("To forget (training + test)", text("forget")),
+    ("To keep (training + test)", text("retain")),
+  ]
+
+
 def source(data: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Returns what became of every file that the data set was prepared from.
 

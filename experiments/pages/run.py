@@ -195,14 +195,9 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-  def sizes(split: str) -> str:
-    parts = (f"{side}_{split}" for side in ("train", "test"))
-    return tables.counts(run.data["counts"].get(part) for part in parts)
-
   return [
     ("Recipe", tables.words(run.job.get("recipe"))),
-    ("To forget (training + test)", sizes("forget")),
-    ("To keep (training + test)", sizes("retain")),
+    *request.sizes(run.data),
     ("Seed", tables.words(run.job.get("seed"))),
     ("Written", tables.date(run.config.get("created"))),
   ]

@@ -186,11 +186,6 @@ def decimals(value: float | None) -> str:
   return NOT_AVAILABLE if value is None else f"{value:.3f}"
 
 
-def counts(values: Iterable[int | None]) -> str:
-  """Formats the sizes of parts, as of a sum."""
-  return " + ".join(NOT_AVAILABLE if n is None else f"{n:,}" for n in values)
-
-
 def words(value: Any) -> str:
   """Formats what may be missing."""
   return NOT_AVAILABLE if value is None else str(value)
@@ -203,6 +198,27 @@ def date(value: Any) -> str:
   except (TypeError, ValueError):
     return words(value)
   return moment.strftime("%Y-%m-%d %H:%M %Z").strip()
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+  """Returns rows as lines, all columns but the outermost to the right."""
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  outer = (0, len(widths) - 1)
+  lines = [
+    "  ".join(
+      cell.ljust(width) if i in outer else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  ]
+  return "\n".join(lines)
+
+
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+  """Returns rows as a table in Markdown, the first its heads."""
+  cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+  head, *lines = [f"| {' | '.join(row)} |" for row in cells]
+  return "\n".join([head, f"|{'---|' * len(cells[0])}", *lines])
 
 
 def first_few(names: Sequence[str], most: int) -> list[str]:
