@@ -132,12 +132,7 @@ class Plan(NamedTuple):
   def by_pair(self, values: np.ndarray, *, is_trained: bool) -> np.ndarray:
     """Takes from each pair the model trained on an image, or the other one.
 
-    Args:
-      values: float `[M, T]`.
-      is_trained: Whether the one trained on it.
-
-    Returns:
-      float `[M / 2, T]`.
+    From float `[M, T]` come float `[M / 2, T]`.
     """
     first = self.is_trained[::2] == is_trained
     return np.where(first, values[::2], values[1::2])
@@ -151,9 +146,6 @@ class Plan(NamedTuple):
       logits: float `[M, T + test, K]`, of the models before unlearning.
       unlearned: Likewise, after it.
       labels: int `[T]`, of the audited images.
-
-    Returns:
-      float `[M / 2, T]` by kind of model.
     """
     before, after = (
       ulira.logit_confidence(part[:, : len(labels)], labels)
@@ -189,13 +181,7 @@ def main() -> None:
 
 
 def run(options: Options) -> pathlib.Path:
-  """Audits; see the program's options.
-
-  Args:
-    options: The options.
-
-  Returns:
-    The path of the page.
+  """Audits; see the program's options. Returns the path of the page.
 
   Raises:
     ValueError: If an option is wrong; nothing is written then.
@@ -346,14 +332,8 @@ def _sizes(options: Options, num_pool: int, num_train: int) -> tuple[int, int]:
 def draw(options: Options, context: jobs.Context) -> Plan:
   """Draws the audited images, and the other images of each model.
 
-  All models have as many of both, so that one compiled program serves all.
-
-  Args:
-    options: The options.
-    context: The job's.
-
-  Returns:
-    The plan; the same for the same seed.
+  All models have as many of both, so that one compiled program serves all. The
+  plan is the same for the same seed.
   """
   rng = np.random.default_rng(options.seed)
   ids = np.asarray(context.train.ids)
@@ -494,20 +474,7 @@ def unlearn(
   store: cells.Store,
   index: int,
 ) -> None:
-  """Unlearns from one model, and keeps its logits.
-
-  Args:
-    context: The job of the model.
-    seed: Of the audit.
-    resolved: The method and its arguments.
-    variables: The model's.
-    images: `[T + test, H, W, C]`, what logits are kept of.
-    store: Where.
-    index: The number of the model.
-
-  Raises:
-    ValueError: If the method refuses its arguments.
-  """
+  """Unlearns from the model `index`, and keeps its logits of images."""
   key = jax.random.fold_in(jax.random.key(seed), 1)
   record: dict[str, Any] = {"model": index, "step": None, "reason": None}
   logits: dict[str, Any] = {}

@@ -74,13 +74,6 @@ def unlearn(
 ) -> Unlearned:
   """Unlearns once.
 
-  Args:
-    context: The job.
-    resolved: The method and its arguments.
-    variables: The original model's.
-    key: A key.
-    show_progress: Whether the method shows a bar.
-
   Raises:
     FloatingPointError: If it diverges.
     ValueError: If the method refuses its arguments.
@@ -157,26 +150,17 @@ def predict(
     variables: A model's.
     splits: The parts.
     feature_splits: Those of them whose features are wanted.
-
-  Returns:
-    Logits and features, by part.
   """
   logits, features = {}, {}
-  options: dict[str, Any] = {
-    "batch_size": context.job.eval_batch_size,
-    "mesh": context.mesh,
-  }
-  parts = context.parts
+  model, batch_size = context.model, context.job.eval_batch_size
+  options: Any = {"batch_size": batch_size, "mesh": context.mesh}
   for name in splits:
-    images = parts[name].images
+    data = (variables, context.parts[name].images)
     if name in feature_splits:
-      logits[name], features[name] = inference.predict_both(
-        context.model, variables, images, **options
-      )
+      both = inference.predict_both(model, *data, **options)
+      logits[name], features[name] = both
     else:
-      logits[name] = inference.predict(
-        context.model.apply, variables, images, **options
-      )
+      logits[name] = inference.predict(model.apply, *data, **options)
   return logits, features
 
 
@@ -186,16 +170,13 @@ def figures(
   model: metrics.Outputs,
   others: Mapping[str, metrics.Outputs],
 ) -> dict[str, Any]:
-  """Computes metrics.
+  """Computes metrics, as `metrics.compute`, of a model.
 
   Args:
     context: The job.
     names: Names of metrics.
     model: The model in question.
     others: Any of `original`, `retrained` and `random`.
-
-  Returns:
-    As `metrics.compute`.
   """
   parts, column = context.parts, next(iter(context.asked.columns), None)
   inputs = metrics.Inputs(

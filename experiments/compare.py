@@ -98,13 +98,7 @@ def main() -> None:
 
 
 def run(options: Options) -> pathlib.Path:
-  """Compares; see the program's options.
-
-  Args:
-    options: The options.
-
-  Returns:
-    The path of the page.
+  """Compares; see the program's options. Returns the path of the page.
 
   Raises:
     ValueError: If an option is wrong; nothing is written then.
@@ -185,14 +179,7 @@ def num_references(context: jobs.Context, options: Options) -> int:
 
   Five, and three where training is slow: where it takes more than 10⁸ pixels,
   of all retained images and epochs. Six epochs of 12,000 images of 28 pixels a
-  side take half of that.
-
-  Args:
-    context: The job.
-    options: The options.
-
-  Returns:
-    The number asked for, or by default no fewer than training seeds.
+  side take half of that. By default no fewer than training seeds.
   """
   if not options.retrained:
     return 0
@@ -256,34 +243,6 @@ def _own_fields() -> list[str]:
   ]
 
 
-class _Clock:
-  """Estimates the time left from what has been measured."""
-
-  def __init__(self, todo: Sequence[runs.Cell]) -> None:
-    self._num_models = len({cell.seed for cell in todo})
-    self._left = [cell.method for cell in todo]
-    self._models: list[float] = []
-    self._cells: dict[str, list[float]] = {}
-
-  def models(self, seconds: float) -> None:
-    """Notes that the models of a seed are there."""
-    self._num_models -= 1
-    self._models.append(seconds)
-
-  def cell(self, method: str, seconds: float) -> str:
-    """Notes a finished cell, and returns the time left, if any, in words."""
-    self._left.remove(method)
-    if not self._left:
-      return ""
-    self._cells.setdefault(method, []).append(seconds)
-    every = [x for times in self._cells.values() for x in times]
-    left = sum(
-      float(np.mean(self._cells.get(method, every))) for method in self._left
-    )
-    left += self._num_models * float(np.mean(self._models or [0.0]))
-    return f"; about {tables.seconds(left)} left"
-
-
 def _run_all(
   context: jobs.Context,
   options: Options,
@@ -293,23 +252,19 @@ def _run_all(
   """Runs the cells that are missing; returns the models of each seed."""
   every = _cells(options)
   todo = [x for x in every if not x.store(context.run_dir).is_done()]
-  clock = _Clock(todo)
+  begin = time.perf_counter()
   started: set[str] = set()
   references = {}
-  num_done = len(every) - len(todo)
   for seed in range(options.seed, options.seed + options.seeds):
     missing = [cell for cell in todo if cell.seed == seed]
     at_seed = reference_models.at_seed(context, seed)
-    start = time.perf_counter()
     reference = reference_models.reference(
       at_seed, needs_variables=bool(missing)
     )
     references[seed] = reference._replace(variables={})
     if missing:
-      clock.models(time.perf_counter() - start)
       others = reference_models.outputs(at_seed, reference, options.metrics)
     for cell in missing:
-      start = time.perf_counter()
       record = runs.run(
         at_seed,
         cell,
@@ -321,9 +276,11 @@ def _run_all(
         compiles=cell.method not in started,
       )
       started.add(cell.method)
-      num_done += 1
-      left = clock.cell(cell.method, time.perf_counter() - start)
-      line = f"[{num_done}/{len(every)}] {_line(cell, record)}{left}"
+      num_left = len(todo) - todo.index(cell) - 1
+      taken = (time.perf_counter() - begin) / (len(todo) - num_left)
+      line = f"[{len(every) - num_left}/{len(every)}] {_line(cell, record)}"
+      if num_left:
+        line += f"; about {tables.seconds(num_left * taken)} left"
       print(line, flush=True)
   for seed in range(options.seed, options.seed + num_retrained):
     if seed not in references:
@@ -477,25 +434,14 @@ def _losses(
 
 
 def to_csv(results: Mapping[str, Any]) -> str:
-  """Returns one line a cell and metric.
+  """Returns one line a cell and metric, with the columns `summary.COLUMNS`.
 
-  Args:
-    results: The content of `results.json`.
-
-  Returns:
-    Text with the columns `model`, `seed`, `unlearn_seed` (empty for the
-    original and the retrained model), `metric`, `value` (empty where it is not
-    available) and `not_available`, the reason. The figures of the yardstick,
-    which are of all seeds together, follow without either seed.
+  The original and the retrained model have no `unlearn_seed`; the figures of
+  the yardstick, which are of all seeds together, follow without either seed.
   """
-  table = summary.tidy(results["rows"])
-  return files.to_csv(
-    [
-      summary.COLUMNS,
-      *table.itertuples(index=False, name=None),
-      *verdicts.csv_rows(results.get("yardstick")),
-    ]
-  )
+  rows = summary.tidy(results["rows"]).itertuples(index=False, name=None)
+  measured = verdicts.csv_rows(results.get("yardstick"))
+  return files.to_csv([summary.COLUMNS, *rows, *measured])
 
 
 if __name__ == "__main__":

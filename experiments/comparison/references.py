@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import cells, files, jobs
-from psg_jax import checkpoints, inference, metrics, types
+from psg_jax import checkpoints, metrics, types
 
 MODELS = ("retrained", "original")
 
@@ -55,9 +55,6 @@ def reference(
     context: The job at the seed.
     needs_variables: Whether to restore what is finished.
     is_alone: Whether the seed has a retrained model and no original.
-
-  Returns:
-    The models.
   """
   steps = {} if is_alone else {"original": jobs.original}
   if context.job.retrained:
@@ -87,20 +84,15 @@ def _warm_seconds(history: Sequence[Mapping[str, Any]]) -> float | None:
 def outputs(
   context: jobs.Context, reference: Reference, names: Sequence[str]
 ) -> dict[str, metrics.Outputs]:
-  """Returns what metrics take of the references, and what costs more.
-
-  Args:
-    context: The job at the seed.
-    reference: The models, with their variables.
-    names: Metrics.
-  """
-  outputs = {
-    name: output._replace(
-      features=_features(context, reference, names, name),
-      params=reference.variables[name]["params"],
+  """Returns what metrics take of the references, and what costs more."""
+  outputs = {}
+  for name, output in reference.outputs().items():
+    variables = reference.variables[name]
+    splits = needed_splits(names, f"{name}.features.")
+    features = cells.predict(context.of(name), variables, splits, splits)[1]
+    outputs[name] = output._replace(
+      features=features or None, params=variables["params"]
     )
-    for name, output in reference.outputs().items()
-  }
   splits = needed_splits(names, "random.logits.")
   if splits:
     fresh = context.model.init(
@@ -117,22 +109,6 @@ def needed_splits(names: Sequence[str], prefix: str) -> tuple[str, ...]:
   """Returns the parts that metrics need something of."""
   needs = {need for name in names for need in metrics.find(name).needs}
   return tuple(split for split in metrics.SPLITS if prefix + split in needs)
-
-
-def _features(
-  context: jobs.Context, reference: Reference, names: Sequence[str], role: str
-) -> dict[str, np.ndarray] | None:
-  """Features of the parts that are needed, of a model with known logits."""
-  return {
-    split: inference.predict(
-      context.of(role).model.features,
-      reference.variables[role],
-      context.parts[split].images,
-      batch_size=context.job.eval_batch_size,
-      mesh=context.mesh,
-    )
-    for split in needed_splits(names, f"{role}.features.")
-  } or None
 
 
 def rows(

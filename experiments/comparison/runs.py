@@ -127,17 +127,7 @@ def complete(
   names: Sequence[str],
   reference: references.Reference,
 ) -> dict[str, Any]:
-  """Computes metrics that a finished cell lacks, from its logits.
-
-  Args:
-    context: The job.
-    record: Of the cell.
-    names: The metrics that it is to have.
-    reference: The models of its training seed.
-
-  Returns:
-    The record, which is kept.
-  """
+  """Computes metrics that a finished cell lacks, from its logits."""
   missing = [x for x in names if x not in record.get("metrics", names)]
   if missing:
     store = Cell.of(record).store(context.run_dir)
@@ -161,11 +151,8 @@ def figures(
   if record["compiles"]:
     reason = "the first run of a method in a process compiles it"
     warm = {"value": None, "reason": reason}
-  times = ({"value": record["seconds"]}, warm)
-  return {
-    **{name: record["metrics"][name] for name in names},
-    **dict(zip(SECONDS, times, strict=True)),
-  }
+  times = dict(zip(SECONDS, ({"value": record["seconds"]}, warm), strict=True))
+  return {name: record["metrics"][name] for name in names} | times
 
 
 def _accuracies(

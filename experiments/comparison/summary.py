@@ -115,6 +115,29 @@ def losses(
   return (values - target).abs().dropna(how="all")
 
 
+def ranking(losses: pd.DataFrame) -> pd.DataFrame:
+  """Orders methods, and compares each with the first.
+
+  Args:
+    losses: Of `losses`.
+
+  Returns:
+    A row a method, the best first: `mean`, and `low` and `high`, the interval
+    of the paired difference to the first over training seeds, in which more is
+    worse; NaN for fewer than two seeds.
+  """
+  means = losses.mean(axis=1).sort_values(kind="stable")
+  gaps = [
+    interval((losses.loc[model] - losses.loc[means.index[0]]).dropna().tolist())
+    for model in means.index
+  ]
+  none = (math.nan, math.nan)
+  bounds = np.reshape([gap or none for gap in gaps], (-1, 2))
+  return pd.DataFrame(
+    {"mean": means, "low": bounds[:, 0], "high": bounds[:, 1]}
+  )
+
+
 def best(losses: pd.DataFrame) -> list[str]:
   """Returns the method that is surely better than every other.
 
@@ -128,16 +151,10 @@ def best(losses: pd.DataFrame) -> list[str]:
     Its name, and of those that equal it at every seed; none where the interval
     does not decide, or there are fewer than two seeds.
   """
-  if len(losses) < 2:
-    return []
-  first = losses.mean(axis=1).idxmin()
-  gaps = {model: _gap(losses, model, first) for model in losses.index}
-  equal = [model for model, gap in gaps.items() if gap == (0.0, 0.0)]
-  is_open = any(
-    gap is None or (gap[0] <= 0 and model not in equal)
-    for model, gap in gaps.items()
-  )
-  return [] if is_open or len(equal) == len(losses) else equal
+  order = ranking(losses)
+  is_equal = (order["low"] == 0) & (order["high"] == 0)
+  is_decided = (is_equal | (order["low"] > 0)).all() and not is_equal.all()
+  return list(order.index[is_equal]) if is_decided else []
 
 
 def nearest(
@@ -166,9 +183,9 @@ def nearest(
       break
   else:
     return None
-  order = _order(ranked)[:2]
-  figures = {model: summary[model][name] for model in order}
-  gap = _gap(ranked, order[1], order[0]) if len(order) == 2 else None
+  order = ranking(ranked)[:2]
+  figures = {model: summary[model][name] for model in order.index}
+  gap = _gap(order.iloc[-1]) if len(order) > 1 else None
   return {
     "statistic": statistic,
     "split": split,
@@ -183,7 +200,7 @@ def nearest(
       }
       for model, figure in figures.items()
     ],
-    "gap": None if gap is None else list(gap),
+    "gap": gap,
     "is_decided": gap is not None and gap[0] > 0,
   }
 
@@ -217,34 +234,26 @@ def standing(
         break
     else:
       continue
-    order, means = _order(ranked), ranked.mean(axis=1)
-    gap = _gap(ranked, method, order[0])
-    is_first = bool(means[method] == means[order[0]])
+    order = ranking(ranked)
+    place, gap = order.loc[method], _gap(order.loc[method])
+    is_first = bool(place["mean"] == order["mean"].iloc[0])
     places.append(
       {
         "method": method,
         "metric": name,
-        "rank": 1 if is_first else 1 + order.index(method),
+        "rank": 1 if is_first else 1 + order.index.get_loc(method),
         "num_methods": len(order),
-        "first": order[0],
-        "gap": None if gap is None else list(gap),
+        "first": order.index[0],
+        "gap": gap,
         "is_within": is_first or (gap is not None and gap[0] <= 0),
       }
     )
   return places
 
 
-def _order(losses: pd.DataFrame) -> list[str]:
-  """The methods, the best first."""
-  return list(losses.mean(axis=1).sort_values(kind="stable").index)
-
-
-def _gap(
-  losses: pd.DataFrame, model: str, first: Any
-) -> tuple[float, float] | None:
-  """The interval of a paired difference, over the seeds that both have."""
-  difference = losses.loc[model] - losses.loc[first]
-  return interval(difference.dropna().tolist())
+def _gap(place: pd.Series) -> list[float] | None:
+  """The interval of a row of `ranking`; None where there is none."""
+  return None if math.isnan(place["low"]) else place[["low", "high"]].tolist()
 
 
 def _number(value: float) -> float | None:

@@ -37,8 +37,8 @@ def gather(
 
   Args:
     context: The job.
-    results: The records of all cells.
-    models: The original and retrained models of each seed.
+    results: The records of the cells.
+    models: The original and retrained models by seed.
   """
   by_model: dict[str, dict[int, list[dict[str, np.ndarray]]]] = {
     "original": {
@@ -80,14 +80,14 @@ def gather(
 def measure(
   logits: Logits, rows: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any] | None:
-  """Measures the original and all methods; see `psg_jax.yardstick`.
+  """Measures the original and all methods, as `judgement.assess`.
 
   Args:
     logits: Of `gather`.
     rows: The figures of the references and of the cells.
 
   Returns:
-    As `judgement.assess`; None without a retrained model.
+    None without a retrained model.
   """
   if logits.retrained is None:
     return None

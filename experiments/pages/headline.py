@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.pages import tables, yardstick
-from psg_jax import forget, judgement
+from psg_jax import checks, forget, judgement
 
 _FAILED = "is still mostly in"
 _MODELS = ("original", "retrained", "unlearned")
@@ -128,11 +128,13 @@ def _subject(data: Mapping[str, Any]) -> str:
   """Describes the forget request, to begin or continue a sentence."""
   request = data.get("request", {})
   names = [f"“{class_name(data, label)}”" for label in forget_classes(data)]
-  names = tables.first_few(names, 3 if len(names) > 4 else 4)
   where = request.get("where")
   if names:
     text = "class " if len(names) == 1 else "classes "
-    text += " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    if len(names) > 4:
+      text += checks.few(names)
+    else:
+      text += " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
     text += f" where {where}" if where else ""
   elif where:
     text = f"the part where {where}"

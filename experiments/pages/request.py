@@ -200,9 +200,9 @@ def _counts(values: Mapping[str, Mapping[str, int]]) -> list[tables.Row]:
       tables.Cell(f"{kept:,}"),
     ]
     rows.append(tables.Row(tables.Cell(name), cells))
-  for more in tables.first_few(order, _NUM_ROWS)[_NUM_ROWS:]:
-    blank = tables.Cell("")
-    rows.append(tables.Row(tables.Cell(f"and {more}"), [blank, blank]))
+  if len(order) > _NUM_ROWS:
+    more = tables.Cell(f"and {len(order) - _NUM_ROWS} more")
+    rows.append(tables.Row(more, 2 * [tables.Cell("")]))
   return rows
 
 

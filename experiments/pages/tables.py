@@ -221,12 +221,6 @@ def markdown(rows: Iterable[Sequence[str]]) -> str:
   return "\n".join([head, f"|{'---|' * len(cells[0])}", *lines])
 
 
-def first_few(names: Sequence[str], most: int) -> list[str]:
-  """Returns names, or of too many the first and how many more there are."""
-  hidden = len(names) - most
-  return [*names[:most], f"{hidden} more"] if hidden > 0 else list(names)
-
-
 def _finite(value: float | None, text: Callable[[float], str]) -> str:
   if value is None:
     return NOT_AVAILABLE
