@@ -339,6 +339,7 @@ def _collect(
   logits = verdicts.gather(context, records, references)
   return {
     **{x: jobs.read_json(folder / f"{x}.json") for x in _RECORDS},
+    "titles": _titles(options, references),
     "methods": {
       name: {
         "title": baselines.find(name).title,
@@ -361,6 +362,15 @@ def _collect(
       {k: x for k, x in record.items() if k != "metrics"} for record in records
     ],
   }
+
+
+def _titles(
+  options: Options, references: Mapping[int, reference_models.Reference]
+) -> dict[str, str]:
+  """The names of all models, in the order of tables."""
+  logits = references[options.seed].logits
+  first = {x: x.capitalize() for x in reference_models.MODELS if x in logits}
+  return first | {x: baselines.find(x).title for x in options.methods}
 
 
 def _statistics(

@@ -660,6 +660,7 @@ def test_markdown_rows_have_as_many_cells_as_the_head():
         }
       ]
     },
+    "titles": {"psg": "PSG"},
     "methods": {"psg": {"title": "PSG", "paper": ""}},
     "metrics": {"kl": {"title": "KL(retrained || model)", "direction": "down"}},
     "summary": {},

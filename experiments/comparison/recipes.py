@@ -65,7 +65,7 @@ class Recipe(NamedTuple):
 
   Attributes:
     paper: The optimiser of its paper, or None for one without.
-    default: The optimiser for small runs.
+    default: The optimiser for small runs; None for the same.
     options: Further arguments for small runs.
     pool: What a pass of it goes over, from which follows how many fit in the
       budget; None where passes are not counted.
@@ -107,25 +107,21 @@ RECIPES: dict[str, Recipe] = {
   "psg_soft": Recipe(),
   "psg_released": Recipe(_CHEN, Rates(1e-4), pool="forget"),
   "retrain": Recipe(),
-  "finetune": Recipe(Rates(0.04, 0.0), Rates(0.04, 0.0), pool="retain"),
+  "finetune": Recipe(Rates(0.04, 0.0), pool="retain"),
   # The loss has no bound: with statistics frozen, and no BatchNorm to hold the
   # activations, it overflows within 20 steps.
-  "gradient_ascent": Recipe(
-    Rates(1e-4, 0.9, 5e-4), Rates(1e-4, 0.9, 5e-4), {"batch_size": 64}
-  ),
-  "neggrad": Recipe(_FINETUNE, _FINETUNE, pool="paired"),
-  "neggrad_plus": Recipe(_FINETUNE, _FINETUNE, pool="paired"),
-  "random_labels": Recipe(_LABELS, _LABELS, pool="mixed"),
-  "l1_sparse": Recipe(_LABELS, _LABELS, pool="retain"),
-  "cf_k": Recipe(_FINETUNE, _FINETUNE, pool="retain"),
+  "gradient_ascent": Recipe(Rates(1e-4, 0.9, 5e-4), options={"batch_size": 64}),
+  "neggrad": Recipe(_FINETUNE, pool="paired"),
+  "neggrad_plus": Recipe(_FINETUNE, pool="paired"),
+  "random_labels": Recipe(_LABELS, pool="mixed"),
+  "l1_sparse": Recipe(_LABELS, pool="retain"),
+  "cf_k": Recipe(_FINETUNE, pool="retain"),
   # New layers need more than finetuning does.
   "eu_k": Recipe(_FINETUNE, Rates(0.01), pool="retain"),
   "scrub": Recipe(_SCRUB, Rates(3e-3, 0.9, 5e-4), pool="scrub"),
   "scrub_r": Recipe(_SCRUB, Rates(3e-3, 0.9, 5e-4), pool="scrub"),
   "bad_teacher": Recipe(Rates(1e-4, None), Rates(1e-3, None), pool="mixed"),
-  "salun": Recipe(
-    Rates(0.013, 0.9, 5e-4), Rates(0.013, 0.9, 5e-4), pool="mixed"
-  ),
+  "salun": Recipe(Rates(0.013, 0.9, 5e-4), pool="mixed"),
   # A class of ten is 1 / alpha of the images, of which "all" chooses nothing.
   "ssd": Recipe(options={"reference": "retain"}),
   "unsir": Recipe(Rates(0.02, None), Rates(5e-3, None)),
@@ -150,41 +146,37 @@ def parse(given: Sequence[str]) -> dict[str, dict[str, Any]]:
     ValueError: If a text is not of this form, or a method or an argument does
       not exist.
   """
-  found: dict[str, dict[str, Any]] = {}
+  overrides: dict[str, dict[str, Any]] = {}
   for text in given:
-    place, is_given, value = text.partition("=")
+    place, is_given, literal = text.partition("=")
     method, has_dot, argument = place.partition(".")
     if not (is_given and has_dot):
       raise ValueError(f"set must be METHOD.ARGUMENT=VALUE, got {text!r}")
     baselines.find(method)
     checks.one_of(f"the argument in set of {method}", argument, names(method))
+    name, value = f"{place} in set", _literal(literal)
     if argument == "learning_rate":
-      checks.number(f"{place} in set", _literal(value), above=0)
+      checks.number(name, value, above=0)
     elif argument in _RATES:
       most = 1.0 if argument == "momentum" else None
-      checks.number(
-        f"{place} in set", _literal(value), at_least=0, at_most=most
-      )
+      checks.number(name, value, at_least=0, at_most=most)
     if argument in ("num_epochs", "batch_size"):
-      checks.integer(f"{place} in set", _literal(value), at_least=1)
-    found.setdefault(method, {})[argument] = _literal(value)
-  return found
+      checks.integer(name, value, at_least=1)
+    overrides.setdefault(method, {})[argument] = value
+  return overrides
 
 
 def names(method: str) -> tuple[str, ...]:
   """Returns the arguments of a method that can be set."""
   fn: Any = baselines.find(method).fn
   # What these pass on is not in their own signatures.
-  further: dict[str, Any] = {
+  inner: dict[str, Any] = {
     **dict.fromkeys(OURS, (unlearning.unlearn, boundary.Search)),
     "scrub_r": (baselines.find("scrub").fn,),
   }
-  functions = [fn, *further.get(method, ())]
-  parameters = {
-    name: None
-    for each in functions
-    for name in inspect.signature(each).parameters
-  }
+  functions = [fn, *inner.get(method, ())]
+  signatures = (inspect.signature(function) for function in functions)
+  parameters = dict.fromkeys(x for y in signatures for x in y.parameters)
   rates = _RATES if "optimizer" in parameters else ()
   return (*(x for x in parameters if x not in _RESERVED), *rates)
 
@@ -214,9 +206,10 @@ def resolve(
   baselines.find(method)
   # A method that was added later has the values of its own.
   recipe = RECIPES.get(method, Recipe())
-  rates = recipe.paper if settings == "paper" else recipe.default
+  is_paper = settings == "paper"
+  rates = recipe.paper if is_paper else recipe.default or recipe.paper
   options, further, note = _further(method, context)
-  if settings == "default" and method not in (*OURS, "retrain"):
+  if not is_paper and method not in (*OURS, "retrain"):
     options |= {**recipe.options, **_budget(method, recipe, context)}
   if method in OURS:
     rates = _job_rates(context.job.unlearning)
@@ -237,7 +230,7 @@ def resolve(
     record["target"] = context.job.unlearning.target
   arguments = {**options, **further}
   # SCRUB's own optimiser has a schedule, which these rates begin with.
-  is_own = settings == "paper" and method.startswith("scrub") and not is_changed
+  is_own = is_paper and method.startswith("scrub") and not is_changed
   if rates is not None:
     record |= {k: v for k, v in rates._asdict().items() if v is not None}
   if rates is not None and not is_own:
@@ -291,16 +284,10 @@ def _further(
       return {**options, **_soft(context)}, further, None
     return options, further, _aim(context)
   if method == "retrain":
-    options = {
-      "num_epochs": job.training.num_epochs,
-      "batch_size": job.training.batch_size,
-      "schedule": job.training.schedule,
-    }
-    return (
-      options,
-      {"augment_fn": jobs.augment_fn(job.training.augmentation)},
-      None,
-    )
+    names = ("num_epochs", "batch_size", "schedule")
+    options = {name: getattr(job.training, name) for name in names}
+    augment_fn = jobs.augment_fn(job.training.augmentation)
+    return options, {"augment_fn": augment_fn}, None
   if method == "psg_released":
     mean, std = jobs.standardisation(job, context.train)
     return {}, {"model_mean": mean, "model_std": std}, None
@@ -342,11 +329,8 @@ def _rewinding(
     return {"reference_error": 1.0}, {}, None
   parts = context.parts
   name = "test_forget" if len(parts["test_forget"]) else "test_retain"
-  return (
-    {},
-    {"validation": parts[name]},
-    f"chooses its pass by {name}: no validation images are set apart",
-  )
+  note = f"chooses its pass by {name}: no validation images are set apart"
+  return {}, {"validation": parts[name]}, note
 
 
 def _budget(

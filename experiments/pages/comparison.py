@@ -65,6 +65,7 @@ def build(
   """
   config, measured = results["config"], results.get("yardstick")
   num_methods = len(results["methods"])
+  heads = {x: tables.Cell(title) for x, title in results["titles"].items()}
   path = folder / "compare.html"
   files.write_page(
     path,
@@ -76,12 +77,12 @@ def build(
     facts=[*_facts(results), *request.criteria(results["data"])],
     short=_short_table(results),
     reasons=[
-      (_title(results, method), record["verdict"], why)
+      (results["titles"][method], record["verdict"], why)
       for method, record in results["verification"].items()
       if (why := _why(record))
     ],
     standing=_standing(results),
-    yardstick=measured and yardstick.table(measured, _heads(results)),
+    yardstick=measured and yardstick.table(measured, heads),
     verdicts=_yardstick_verdicts(results),
     full=_full_table(results),
     missing=_missing(results),
@@ -100,7 +101,7 @@ def text_table(results: Results) -> str:
   """Returns the short table as text, the retrained model first."""
   table = _short_table(results)
   lines = [["", *(cell.text.lower() for cell in table.heads[1:])]]
-  for model, row in zip(_models(results), table.groups[0].rows, strict=True):
+  for model, row in zip(results["titles"], table.groups[0].rows, strict=True):
     cells = (cell.text + "*" * (cell.style == "best") for cell in row.cells)
     lines.append([model, *cells])
   text = [tables.aligned(lines)]
@@ -141,10 +142,10 @@ def standing(results: Results) -> list[tuple[str, ...]]:
       gap += ", may be chance" if place["is_within"] else ""
     rows.append(
       (
-        _title(results, place["method"]),
+        results["titles"][place["method"]],
         _measure(results, place["metric"]),
         f"{place['rank']} of {place['num_methods']}",
-        _title(results, place["first"]),
+        results["titles"][place["first"]],
         gap,
       )
     )
@@ -178,7 +179,7 @@ def yardstick_sentences(results: Results) -> list[str]:
     return []
   models = record["models"]
   lines = [
-    f"{_title(results, name)}: {models[name]['sentence']}"
+    f"{results['titles'][name]}: {models[name]['sentence']}"
     for name in recipes.OURS
     if name in models
   ]
@@ -246,25 +247,10 @@ def _place(
 ) -> str:
   is_share = nearest["statistic"] == "agreement"
   show = tables.percent if is_share else tables.decimals
-  text = f"{_title(results, place['method'])} ({show(place['mean'])}"
+  text = f"{results['titles'][place['method']]} ({show(place['mean'])}"
   if place["interval"] is not None:
     text += f" [{', '.join(map(show, place['interval']))}]"
   return text + ("" if is_share else " nats") + ")"
-
-
-def _title(results: Results, model: str) -> str:
-  if model in _REFERENCES:
-    return model.capitalize()
-  return str(results["methods"][model]["title"])
-
-
-def _models(results: Results) -> list[str]:
-  references = [x for x in _REFERENCES if x in results["summary"]]
-  return [*references, *results["methods"]]
-
-
-def _heads(results: Results) -> dict[str, tables.Cell]:
-  return {x: tables.Cell(_title(results, x)) for x in _models(results)}
 
 
 def _measure(results: Results, name: str) -> str:
@@ -331,7 +317,7 @@ def _short_table(results: Results) -> tables.Table:
   heads = [f"{column.title} {column.arrow}".strip() for column in leading]
   heads += [f"{title} {arrows[name]}" for name, title in columns.items()]
   rows = []
-  for model in _models(results):
+  for model in results["titles"]:
     style = "ours" if model in recipes.OURS else ""
     if model in _REFERENCES:
       style = f"reference {model}"
@@ -343,7 +329,7 @@ def _short_table(results: Results) -> tables.Table:
       verdict = tables.Cell(record["verdict"], _why(record) or None, color)
     cells = [column.cell(measured.get(model)) for column in leading]
     cells += [_cell(results, model, name) for name in columns]
-    head = tables.Cell(_title(results, model), paper)
+    head = tables.Cell(results["titles"][model], paper)
     rows.append(tables.Row(head, [*cells, verdict], style))
   heads = ["Method", *heads, "As retrained?"]
   return tables.Table([tables.Cell(x) for x in heads], [tables.Group(rows)])
@@ -356,8 +342,8 @@ def _why(record: Mapping[str, Any]) -> str:
 def _yardstick_verdicts(results: Results) -> list[tuple[str, str, str]]:
   models = _measured(results)
   return [
-    (_title(results, name), models[name]["verdict"], models[name]["sentence"])
-    for name in _models(results)
+    (results["titles"][name], models[name]["verdict"], models[name]["sentence"])
+    for name in results["titles"]
     if "verdict" in models.get(name, ())
   ]
 
@@ -370,10 +356,10 @@ def _standing(results: Results) -> tables.Table | None:
 
 def _full_table(results: Results) -> tables.Table:
   """Metrics as rows, models as columns, the retrained one first."""
-  models = _models(results)
+  models = results["titles"]
   heads = [
-    tables.Cell(_title(results, x), style=x if x in _REFERENCES else "")
-    for x in models
+    tables.Cell(title, style=x if x in _REFERENCES else "")
+    for x, title in models.items()
   ]
   rows = [
     tables.Row(
@@ -387,13 +373,13 @@ def _full_table(results: Results) -> tables.Table:
 
 def _missing(results: Results) -> list[str]:
   """Says once why figures are missing, and of whom."""
-  models = _models(results)
+  models = results["titles"]
   lacking: dict[str, dict[str, None]] = {}
   for model in models:
     for name, figure in results["summary"][model].items():
       if figure["reason"] is not None and name != "seconds_without_compiling":
         names = lacking.setdefault(figure["reason"], {})
-        names[_title(results, model)] = None
+        names[results["titles"][model]] = None
   return [
     f"{'All' if len(names) == len(models) else ', '.join(names)}: {reason}."
     for reason, names in lacking.items()
@@ -409,7 +395,7 @@ def _diagnoses(results: Results) -> tables.Table:
       verdict = cell["diagnosis"]["verdict"]
       text = "{evidence}: {advice}".format(**cell["diagnosis"]["findings"][0])
     method = cell["method"]
-    rows.setdefault(method, (_title(results, method), verdict, text))
+    rows.setdefault(method, (results["titles"][method], verdict, text))
   return tables.table(
     ("Method", "Finding", "Evidence and advice"), rows.values()
   )
@@ -441,7 +427,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 def _panels(
   results: Results, losses: Mapping[str, Mapping[str, np.ndarray]]
 ) -> dict[str, list[figures.Panel]]:
-  titles = {model: _title(results, model) for model in _models(results)}
+  titles = results["titles"]
   cast = distributions.Cast.of(titles, shown_models(results))
   return {
     "scatter": _scatter(results, cast),
