@@ -150,9 +150,8 @@ def _table(audit: Mapping[str, Any]) -> tables.Table:
     row("Accuracy on audited images", "≈ {}", "accuracy", "audited"),
     row("Accuracy on test images", "↑ 1", "accuracy", "test"),
   ]
-  heads = [tables.Cell("Measure"), tables.Cell("Ideal")]
-  heads += [tables.Cell(_TITLES[x], style=_ROLES[x]) for x in attack.SIDES]
-  return tables.Table(heads, [tables.Group(rows)])
+  heads = (tables.Cell(_TITLES[x], style=_ROLES[x]) for x in attack.SIDES)
+  return tables.table(("Measure", "Ideal", *heads), rows)
 
 
 def _facts(

@@ -32,16 +32,18 @@ _ATTACKS = {
 }
 
 
-def attacks(models: tables.Models) -> list[tables.Group]:
+def attacks(
+  models: tables.Models,
+) -> dict[tuple[str, str], list[tables.Row]]:
   """Returns the membership attacks as a group, or none where none were made."""
   if not models.known("membership"):
-    return []
+    return {}
   rows = [
     models.row(title, "membership", name, "value", show=tables.decimals)
     for name, title in _ATTACKS.items()
   ]
   title = "Membership attacks: forget images in training or not"
-  return [tables.Group(rows, title, attack_ideal(models))]
+  return {(title, attack_ideal(models)): rows}
 
 
 def attack_ideal(models: tables.Models) -> str:
@@ -118,18 +120,15 @@ def read_out(
     )
     for part, name in _PARTS.items()
   ]
-  groups = [
-    tables.Group(
-      [
-        models.row(class_name, "clinical", name, "per_class", label)
-        for label, class_name in enumerate(class_names)
-      ],
-      title,
-    )
+  groups = {
+    title: [
+      models.row(class_name, "clinical", name, "per_class", label)
+      for label, class_name in enumerate(class_names)
+    ]
     for name, title in _BY_CLASS.items()
-  ]
+  }
   return {
-    "summary": models.table([tables.Group(rows)], "Measure"),
+    "summary": models.table(rows, "Measure"),
     "missed": _missed(models, class_names),
     "by_class": models.table(groups, "Class"),
     "reasons": reasons(models),
@@ -232,4 +231,4 @@ def _missed(
     if known[label]["num_images"]
   ]
   title = "Missed (false negatives), test ↓"
-  return models.table([tables.Group(rows)], title, "Images")
+  return models.table(rows, title, "Images")

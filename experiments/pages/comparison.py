@@ -331,8 +331,7 @@ def _short_table(results: Results) -> tables.Table:
     cells += [_cell(results, model, name) for name in columns]
     head = tables.Cell(results["titles"][model], paper)
     rows.append(tables.Row(head, [*cells, verdict], style))
-  heads = ["Method", *heads, "As retrained?"]
-  return tables.Table([tables.Cell(x) for x in heads], [tables.Group(rows)])
+  return tables.table(("Method", *heads, "As retrained?"), rows)
 
 
 def _why(record: Mapping[str, Any]) -> str:
@@ -362,13 +361,13 @@ def _full_table(results: Results) -> tables.Table:
     for x, title in models.items()
   ]
   rows = [
-    tables.Row(
-      tables.Cell(_measure(results, name)),
-      [_cell(results, model, name) for model in models],
-    )
+    [
+      _measure(results, name),
+      *(_cell(results, model, name) for model in models),
+    ]
     for name in results["metrics"]
   ]
-  return tables.Table([tables.Cell("Measure"), *heads], [tables.Group(rows)])
+  return tables.table(("Measure", *heads), rows)
 
 
 def _missing(results: Results) -> list[str]:
@@ -379,7 +378,7 @@ def _missing(results: Results) -> list[str]:
     for name, figure in results["summary"][model].items():
       if figure["reason"] is not None and name != "seconds_without_compiling":
         names = lacking.setdefault(figure["reason"], {})
-        names[results["titles"][model]] = None
+        names[models[model]] = None
   return [
     f"{'All' if len(names) == len(models) else ', '.join(names)}: {reason}."
     for reason, names in lacking.items()

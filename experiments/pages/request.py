@@ -30,7 +30,7 @@ def asked(data: Mapping[str, Any]) -> dict[str, Any] | None:
   preview = data["preview"]
   whole = {"forget": preview["num_forget"], "retain": preview["num_retain"]}
   counts = {"Images": {"all": whole}, "By class": preview["classes"]}
-  counts |= {f"By {name}": each for name, each in preview["columns"].items()}
+  counts |= {f"By {name}": x for name, x in preview["columns"].items()}
   heads = ("Training images", "Forget", "Retain")
   return {
     "criteria": criteria(data),
@@ -38,9 +38,8 @@ def asked(data: Mapping[str, Any]) -> dict[str, Any] | None:
     "images": [
       (name, f"{count:,}") for name, count in data.get("images", {}).items()
     ],
-    "preview": tables.Table(
-      [tables.Cell(head) for head in heads],
-      [tables.Group(_counts(each), name) for name, each in counts.items()],
+    "preview": tables.table(
+      heads, {name: _counts(x) for name, x in counts.items()}
     ),
     "notes": _notes(data),
     "hashes": [
@@ -167,17 +166,16 @@ def by_column(models: tables.Models) -> tables.Table:
     A group for each column and side, the largest values first.
   """
   first = next(iter(models.figures))
-  groups = []
+  groups = {}
   for side, title in _SIDES.items():
     for column, values in (models.get(first, "by", side) or {}).items():
       largest = sorted(values, key=lambda x: -values[x]["count"])[:_NUM_ROWS]
-      rows = [
+      groups[f"{title} by {column}"] = [
         models.row(value, "by", side, column, value, "accuracy").led_by(
           values[value]["count"]
         )
         for value in largest
       ]
-      groups.append(tables.Group(rows, f"{title} by {column}"))
   return models.table(groups, "Group", "Images")
 
 
@@ -186,23 +184,19 @@ def encode(image: np.ndarray, max_side: int) -> str:
   return figures.data_uri(image / np.float32(255), max_side=max_side)
 
 
-def _counts(values: Mapping[str, Mapping[str, int]]) -> list[tables.Row]:
+def _counts(values: Mapping[str, Mapping[str, int]]) -> list[list[Any]]:
   """The values with most images to forget, and how many are left out."""
   order = sorted(
     values, key=lambda x: (-values[x]["forget"], -values[x]["retain"])
   )
-  rows = []
+  rows: list[list[Any]] = []
   for name in order[:_NUM_ROWS]:
     forgotten, kept = values[name]["forget"], values[name]["retain"]
     style = "forget" if forgotten else ""
-    cells = [
-      tables.Cell(f"{forgotten:,}", style=style),
-      tables.Cell(f"{kept:,}"),
-    ]
-    rows.append(tables.Row(tables.Cell(name), cells))
+    cell = tables.Cell(f"{forgotten:,}", style=style)
+    rows.append([name, cell, f"{kept:,}"])
   if len(order) > _NUM_ROWS:
-    more = tables.Cell(f"and {len(order) - _NUM_ROWS} more")
-    rows.append(tables.Row(more, 2 * [tables.Cell("")]))
+    rows.append([f"and {len(order) - _NUM_ROWS} more", "", ""])
   return rows
 
 

@@ -153,6 +153,7 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
   title, outcome = headline.headline(run.job, data, models)
   measured = models.get("unlearned", "yardstick")
   forgotten = headline.forget_classes(data)
+  diagnosis = models.get("unlearned", "diagnosis")
   path = folder / "report.html"
   files.write_page(
     path,
@@ -175,16 +176,14 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
     distance=headline.distance(data, models),
     clinical=clinical.read_out(models, names),
     flips=clinical.flips(run.flips, run.flip_images, models),
-    judgement=models.figures.get("unlearned", {})
-    if models.get("unlearned", "diagnosis")
-    else None,
+    judgement=diagnosis and models.figures["unlearned"],
     yardstick=measured and yardstick.table(measured, models.heads()),
     has_distances=headline.verdict(models) is not None,
     non_members=clinical.non_members(models),
     examples=examples,
     relabelling=_relabelling(run),
     comparison=models.table(_comparison(run), "Measure"),
-    classes=models.table([_classes(run, names, forgotten)], "Class"),
+    classes=models.table(_classes(run, names, forgotten), "Class"),
     num_classes=len(names),
     has_forget_classes=bool(forgotten),
     pictures=pictures,
@@ -231,30 +230,29 @@ def _tiles(run: Run) -> list[panels.Tile]:
   ]
 
 
-def _comparison(run: Run) -> list[tables.Group]:
-  """Returns the groups of the comparison, with a cell for each model."""
+def _comparison(run: Run) -> dict[tuple[str, str], list[tables.Row]]:
+  """Returns the rows of the comparison by the name and note of their group."""
   models, is_compared = run.models, run.has_reference
 
-  def group(
-    name: str, note: str, key: str, show: tables.Show, **options: Any
-  ) -> tables.Group:
-    rows = [
+  def rows(key: str, show: tables.Show, **options: Any) -> list[tables.Row]:
+    return [
       models.row(text[:1].upper() + text[1:], key, part, show=show, **options)
       for part, text in tables.PARTS.items()
     ]
-    return tables.Group(rows, name, note)
 
   ideal = "ideal: as retrained" if is_compared else "retain: ↑ high"
-  accuracy = group("Accuracy", ideal, "accuracy", tables.percent)
-  accuracy.rows.append(models.row("All, test", "accuracy", "test"))
-  groups = [accuracy]
-  if is_compared and len(models.figures) > 1:
-    groups += [
-      group(name, note, key, show, instead={"retrained": tables.REFERENCE})
-      for key, (name, note, show) in _COMPARED.items()
+  groups = {
+    ("Accuracy", ideal): [
+      *rows("accuracy", tables.percent),
+      models.row("All, test", "accuracy", "test"),
     ]
-  groups += clinical.attacks(models)
-  return [*groups, tables.Group(_time_rows(models), "Time", "↓ short")]
+  }
+  if is_compared and len(models.figures) > 1:
+    reference = {"retrained": tables.REFERENCE}
+    for key, (name, note, show) in _COMPARED.items():
+      groups[name, note] = rows(key, show, instead=reference)
+  groups |= clinical.attacks(models)
+  return {**groups, ("Time", "↓ short"): _time_rows(models)}
 
 
 def _time_rows(models: tables.Models) -> list[tables.Row]:
@@ -293,19 +291,17 @@ def _relabelling(run: Run) -> list[tuple[str, str]]:
 
 def _classes(
   run: Run, names: Sequence[str], forgotten: Sequence[int]
-) -> tables.Group:
+) -> list[tables.Row]:
   heads = [
     tables.Cell(f"{name} (forget)", style="forget")
     if label in forgotten
-    else tables.Cell(name)
+    else name
     for label, name in enumerate(names)
   ]
-  return tables.Group(
-    [
-      run.models.row(head, "per_class_accuracy", label)
-      for label, head in enumerate(heads)
-    ]
-  )
+  return [
+    run.models.row(head, "per_class_accuracy", label)
+    for label, head in enumerate(heads)
+  ]
 
 
 def _examples(run: Run) -> dict[str, Any] | None:
@@ -438,13 +434,7 @@ def _options(run: Run) -> tables.Table:
     "Options": _flatten(run.job),
     "Versions": _flatten(config.get("versions", {})),
   }
-  table = tables.table(("Name", "Value"), ())
-  return table._replace(
-    groups=[
-      tables.table((), rows).groups[0]._replace(name=name)
-      for name, rows in groups.items()
-    ]
-  )
+  return tables.table(("Name", "Value"), groups)
 
 
 def _flatten(tree: Any, prefix: str = "") -> list[tuple[str, str]]:

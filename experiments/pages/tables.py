@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
   def led_by(self, value: Any) -> "Row":
     """Returns the row with one more cell before the others."""
-    return self._replace(cells=[as_cell(value), *self.cells])
+    return self._replace(cells=[_as_cell(value), *self.cells])
 
 
 class Group(NamedTuple):
@@ -60,16 +60,29 @@ class Table(NamedTuple):
   groups: list[Group]
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
-  """Returns a table of words, the first of each row its head."""
-  lines = [
-    Row(as_cell(head), [as_cell(x) for x in cells]) for head, *cells in rows
-  ]
-  return Table([Cell(x) for x in heads], [Group(lines)])
+def table(heads: Iterable[Any], rows: Any) -> Table:
+  """Returns a table.
+
+  Args:
+    heads: Cells, or their text; that of the rows first.
+    rows: Rows, or the cells of each or their text, its head first; where there
+      are several groups, by the name of each, or its name and note.
+  """
+  groups = []
+  for key, lines in (rows if isinstance(rows, Mapping) else {"": rows}).items():
+    words = (key,) if isinstance(key, str) else key
+    groups.append(Group([_as_row(line) for line in lines], *words))
+  return Table([_as_cell(head) for head in heads], groups)
 
 
-def as_cell(value: Any) -> Cell:
-  """Returns a cell as it is, and anything else as the text of one."""
+def _as_row(value: Any) -> Row:
+  if isinstance(value, Row):
+    return value
+  head, *cells = map(_as_cell, value)
+  return Row(head, cells)
+
+
+def _as_cell(value: Any) -> Cell:
   if isinstance(value, Cell):
     return value
   # Markup stays what it is.
@@ -139,15 +152,15 @@ class Models(NamedTuple):
       else:
         figure = self.get(model, *path)
         cells.append(cell(figure, show or percent, style=model))
-    return Row(as_cell(head), cells)
+    return Row(_as_cell(head), cells)
 
   def heads(self) -> dict[str, Cell]:
     """Returns the heads of the columns, by model."""
     return {x: Cell(x.capitalize(), style=x) for x in self.figures}
 
-  def table(self, groups: list[Group], *heads: str) -> Table:
+  def table(self, rows: Any, *heads: str) -> Table:
     """Returns rows of these models as a table, after these heads."""
-    return Table([*map(Cell, heads), *self.heads().values()], groups)
+    return table([*heads, *self.heads().values()], rows)
 
 
 def percent(value: float | None) -> str:

@@ -99,10 +99,9 @@ def table(
     "levels": "Level: standard deviations from the references’ mean",
     "attacks": f"Attacks: AUC, * outside what {known}",
   }
-  groups = [tables.Group(rows(key), name) for key, name in names.items()]
-  return tables.Table(
-    [tables.Cell("Measure"), *heads.values()], [x for x in groups if x.rows]
-  )
+  groups = {name: rows(key) for key, name in names.items()}
+  filled = {name: lines for name, lines in groups.items() if lines}
+  return tables.table(("Measure", *heads.values()), filled)
 
 
 def sentences(record: Mapping[str, Any]) -> list[str]:
