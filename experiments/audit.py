@@ -193,8 +193,8 @@ def run(options: Options) -> pathlib.Path:
   overrides = check(options)
   context = jobs.prepare(options)
   print(jobs.announce(context))
-  stated = {name: getattr(options, name) for name in _PLAN_FIELDS}
-  jobs.write_json(context.run_dir / "options.json", stated)
+  settled = {name: getattr(options, name) for name in _PLAN_FIELDS}
+  jobs.write_json(context.run_dir / "options.json", settled)
   plan = draw(options, context)
   variables, history = _ensemble(context, options, plan)
   start = time.perf_counter()
@@ -304,10 +304,9 @@ def _check_pool(options: Options) -> None:
   if options.num_train is not None:
     checks.integer("num_train", options.num_train, at_least=1)
     train = data.subset(train, min(options.num_train, len(train)))
-  asked = requests.ask(
-    dataclasses.replace(options, twins="ignore"), train, test
-  )
-  _sizes(options, len(asked.split.forget), len(train))
+  job = dataclasses.replace(options, twins="ignore")
+  num_pool = len(requests.ask(job, train, test).split.forget)
+  _sizes(options, num_pool, len(train))
 
 
 def _sizes(options: Options, num_pool: int, num_train: int) -> tuple[int, int]:
@@ -341,17 +340,17 @@ def draw(options: Options, context: jobs.Context) -> Plan:
   num_targets, num_others = _sizes(options, len(pool), len(ids))
   targets = np.sort(rng.permutation(pool)[:num_targets])
   others = np.setdiff1d(np.arange(len(ids)), targets)
-  chosen = [
-    np.sort(rng.permutation(others)[:num_others])
-    for _ in range(options.num_models // 2)
+  num_pairs = options.num_models // 2
+  rows = [
+    np.sort(rng.permutation(others)[:num_others]) for _ in range(num_pairs)
   ]
   test = np.sort(rng.permutation(len(context.test))[:_MAX_TEST])
-  first = [
+  halves = [
     np.isin(np.arange(num_targets), rng.permutation(num_targets)[::2])
-    for _ in chosen
+    for _ in range(num_pairs)
   ]
-  is_trained = np.stack([half for each in first for half in (each, ~each)])
-  return Plan(targets, is_trained, np.repeat(chosen, 2, 0), test)
+  is_trained = np.stack([x for half in halves for x in (half, ~half)])
+  return Plan(targets, is_trained, np.repeat(rows, 2, 0), test)
 
 
 def _ensemble(
@@ -359,10 +358,10 @@ def _ensemble(
 ) -> tuple[types.Variables, list[dict[str, Any]]]:
   """Trains the models, or finds them in the run."""
   name = "ensemble"
-  found = checkpoints.run_checkpoints(context.run_dir)
-  if name in found:
-    variables: Any = checkpoints.restore(found[name])
-    return variables, checkpoints.metadata(found[name])["history"]
+  finished = checkpoints.run_checkpoints(context.run_dir)
+  if name in finished:
+    variables: Any = checkpoints.restore(finished[name])
+    return variables, checkpoints.metadata(finished[name])["history"]
   is_sharded = options.mode == "sharded"
   variables, history = ensembles.train(
     context.model,
@@ -386,11 +385,11 @@ def of_model(context: jobs.Context, plan: Plan, index: int) -> jobs.Context:
     context.train.take(plan.targets[plan.is_trained[index]]),
     context.train.take(plan.others[index]),
   )
-  own = context._replace(asked=context.asked._replace(split=split))
-  target = jobs.stop_target(own)
+  of_split = context._replace(asked=context.asked._replace(split=split))
+  target = jobs.stop_target(of_split)
   unlearning = dataclasses.replace(context.job.unlearning, target=target)
   job = dataclasses.replace(context.job, unlearning=unlearning)
-  return own._replace(job=job)
+  return of_split._replace(job=job)
 
 
 def _resolve(
@@ -403,12 +402,12 @@ def _resolve(
 
   They and the sizes are all that a compiled update depends on.
   """
-  own = of_model(context, plan, 0)
+  first = of_model(context, plan, 0)
   resolved = method_recipes.resolve(
-    options.method_name, own, settings=options.settings, overrides=overrides
+    options.method_name, first, settings=options.settings, overrides=overrides
   )
   if cells.is_aimed(resolved):
-    resolved.record["target"] = own.job.unlearning.target
+    resolved.record["target"] = first.job.unlearning.target
   path = context.run_dir / "unlearned" / resolved.method / "arguments.json"
   before = jobs.read_json(path) or None
   difference = cells.change(before, resolved.record)
@@ -443,9 +442,9 @@ def _unlearn_all(
   with progress.bar(title, num_models, unit="model", is_shown=True) as bar:
     for index, store in enumerate(stores):
       if not store.is_done():
-        own = jax.tree.map(lambda x, i=index: x[i], variables)
+        model = jax.tree.map(lambda x, i=index: x[i], variables)
         job = of_model(context, plan, index)
-        unlearn(job, options.seed, resolved, own, images, store, index)
+        unlearn(job, options.seed, resolved, model, images, store, index)
       bar.advance(1)
   records = [store.read() for store in stores]
   done = [record for record in records if record["reason"] is None]

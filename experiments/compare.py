@@ -115,9 +115,9 @@ def run(options: Options) -> pathlib.Path:
   context = jobs.prepare(options)
   print(jobs.announce(context))
   folder = context.run_dir
-  stated = {field: getattr(options, field) for field in _own_fields()}
-  stated["references"] = num_references(context, options)
-  jobs.write_json(folder / "compare.json", stated)
+  settled = {name: getattr(options, name) for name in _added_fields()}
+  settled["references"] = num_references(context, options)
+  jobs.write_json(folder / "compare.json", settled)
   resolved = {
     method: method_recipes.resolve(
       method,
@@ -128,7 +128,7 @@ def run(options: Options) -> pathlib.Path:
     for method in options.methods
   }
   _check_arguments(folder, options, resolved)
-  references = _run_all(context, options, resolved, stated["references"])
+  references = _run_all(context, options, resolved, settled["references"])
   results = _collect(context, options, resolved, references)
   jobs.write_json(folder / "results.json", results)
   files.write_text(folder / "results.csv", to_csv(results))
@@ -234,13 +234,9 @@ def _check_arguments(
       )
 
 
-def _own_fields() -> list[str]:
-  inherited = recipes.Job.__dataclass_fields__
-  return [
-    field.name
-    for field in dataclasses.fields(Options)
-    if field.name not in inherited
-  ]
+def _added_fields() -> list[str]:
+  names = [field.name for field in dataclasses.fields(Options)]
+  return [x for x in names if x not in recipes.Job.__dataclass_fields__]
 
 
 def _run_all(
@@ -250,8 +246,8 @@ def _run_all(
   num_retrained: int,
 ) -> dict[int, reference_models.Reference]:
   """Runs the cells that are missing; returns the models of each seed."""
-  every = _cells(options)
-  todo = [x for x in every if not x.store(context.run_dir).is_done()]
+  total = _cells(options)
+  todo = [x for x in total if not x.store(context.run_dir).is_done()]
   begin = time.perf_counter()
   started: set[str] = set()
   references = {}
@@ -278,7 +274,7 @@ def _run_all(
       started.add(cell.method)
       num_left = len(todo) - todo.index(cell) - 1
       taken = (time.perf_counter() - begin) / (len(todo) - num_left)
-      line = f"[{len(every) - num_left}/{len(every)}] {_line(cell, record)}"
+      line = f"[{len(total) - num_left}/{len(total)}] {_line(cell, record)}"
       if num_left:
         line += f"; about {tables.seconds(num_left * taken)} left"
       print(line, flush=True)
@@ -344,10 +340,10 @@ def _collect(
       name: {
         "title": baselines.find(name).title,
         "paper": baselines.find(name).paper,
-        "arguments": each.record,
-        "note": each.note,
+        "arguments": x.record,
+        "note": x.note,
       }
-      for name, each in resolved.items()
+      for name, x in resolved.items()
     },
     **_statistics(rows, options),
     "verification": {
@@ -384,9 +380,9 @@ def _statistics(
     "summary": means,
     "best": {
       name: summary.best(
-        summary.losses(means, name, each["direction"], each["ideal"])
+        summary.losses(means, name, x["direction"], x["ideal"])
       )
-      for name, each in info.items()
+      for name, x in info.items()
     },
     "nearest": [
       summary.nearest(means, "kl_divergence", is_share=False),
@@ -438,8 +434,8 @@ def _losses(
     if len(context.parts[split])
   }
   return {
-    model: {x: metrics.label_losses(each[x], labels[x]) for x in labels}
-    for model, each in logits.items()
+    model: {x: metrics.label_losses(values[x], labels[x]) for x in labels}
+    for model, values in logits.items()
   }
 
 

@@ -208,7 +208,7 @@ def resolve(
   recipe = RECIPES.get(method, Recipe())
   is_paper = settings == "paper"
   rates = recipe.paper if is_paper else recipe.default or recipe.paper
-  options, further, note = _further(method, context)
+  options, objects, note = _of_job(method, context)
   if not is_paper and method not in (*OURS, "retrain"):
     options |= {**recipe.options, **_budget(method, recipe, context)}
   if method in OURS:
@@ -228,12 +228,12 @@ def resolve(
   if method in OURS and "target_accuracy" not in options and _aim(context):
     # The accuracy to stop at follows from each original model.
     record["target"] = context.job.unlearning.target
-  arguments = {**options, **further}
+  arguments = {**options, **objects}
   # SCRUB's own optimiser has a schedule, which these rates begin with.
-  is_own = is_paper and method.startswith("scrub") and not is_changed
+  is_scheduled = is_paper and method.startswith("scrub") and not is_changed
   if rates is not None:
     record |= {k: v for k, v in rates._asdict().items() if v is not None}
-  if rates is not None and not is_own:
+  if rates is not None and not is_scheduled:
     arguments["optimizer"] = _optimizer(rates)
     if method == "unsir":
       # The authors repair at half the rate.
@@ -272,17 +272,17 @@ def _adam(learning_rate: float) -> optax.GradientTransformation:
   return optax.adam(learning_rate)
 
 
-def _further(
+def _of_job(
   method: str, context: jobs.Context
 ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
   """Arguments of the job: for the record, and beside it, and what to know."""
   job = context.job
   if method in OURS:
     options = jobs.unlearn_options(context)
-    further = {"search_fn": options.pop("search_fn")}
+    objects = {"search_fn": options.pop("search_fn")}
     if method == "psg_soft":
-      return {**options, **_soft(context)}, further, None
-    return options, further, _aim(context)
+      return {**options, **_soft(context)}, objects, None
+    return options, objects, _aim(context)
   if method == "retrain":
     names = ("num_epochs", "batch_size", "schedule")
     options = {name: getattr(job.training, name) for name in names}

@@ -66,8 +66,8 @@ def reference(
     if name not in finished or needs_variables or not path.is_file():
       variables[name] = step(context)
     if not path.is_file():
-      own = context.of(name)
-      files.save_arrays(path, cells.predict(own, variables[name])[0])
+      predicted, _ = cells.predict(context.of(name), variables[name])
+      files.save_arrays(path, predicted)
     logits[name] = files.read_arrays(path)
   records = jobs.read_json(context.run_dir / "history.json")
   seconds = {name: records[f"{name}_seconds"] for name in steps}
@@ -130,25 +130,25 @@ def rows(
     As `summary` takes them, with the times of training.
   """
   rows: list[dict[str, Any]] = []
-  every = list(references.values())
-  originals = [x.logits["original"] for x in every if "original" in x.logits]
+  models = list(references.values())
+  originals = [x.logits["original"] for x in models if "original" in x.logits]
   for model in MODELS:
     for place, (seed, reference) in enumerate(references.items()):
       if model not in reference.logits:
         continue
       others = reference.outputs()
-      own = others[model]
+      output = others[model]
       # Further references are compared with one of the originals.
       original = originals[place % len(originals)]
       others.setdefault("original", metrics.Outputs(original))
       if model == "original":
-        own = own._replace(seconds=None)
-      elif len(every) > 1:
-        other = every[(place + 1) % len(every)].logits[model]
-        others[model] = metrics.Outputs(other, seconds=own.seconds)
+        output = output._replace(seconds=None)
+      elif len(models) > 1:
+        other = models[(place + 1) % len(models)].logits[model]
+        others[model] = metrics.Outputs(other, seconds=output.seconds)
       else:
         del others[model]
-      figures = cells.figures(context, names, own, others)
+      figures = cells.figures(context, names, output, others)
       if model not in others:
         figures |= _alone(names)
       figures["seconds"] = {"value": reference.seconds[model]}

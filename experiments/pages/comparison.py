@@ -412,13 +412,13 @@ def _methods(results: Results) -> tables.Table:
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
-  config, stated = results["config"], results["compare"]
+  config, options = results["config"], results["compare"]
   return [
     ("Recipe", config["job"]["recipe"]),
     *request.sizes(results["data"]),
-    ("Training seeds", f"{stated['seeds']}, from {config['job']['seed']}"),
-    ("Unlearning seeds each", str(stated["unlearn_seeds"])),
-    ("Hyper-parameters", stated["settings"]),
+    ("Training seeds", f"{options['seeds']}, from {config['job']['seed']}"),
+    ("Unlearning seeds each", str(options["unlearn_seeds"])),
+    ("Hyper-parameters", options["settings"]),
     ("Written", tables.date(config["created"])),
   ]
 

@@ -157,8 +157,8 @@ def histograms(
     kinds: Values of any shape, and their colour, by name.
   """
   flat = {name: (x.ravel(), color) for name, (x, color) in kinds.items()}
-  every = np.concatenate([x for x, _ in flat.values()])
-  low, high = np.percentile(every, (1, 99))
+  values = np.concatenate([x for x, _ in flat.values()])
+  low, high = np.percentile(values, (1, 99))
   bins = np.linspace(low, max(high, low + 1e-6), 31)
 
   def draw(axes: panels.Axes) -> None:

@@ -238,8 +238,8 @@ def choose_embedded(
   retain = rng.permutation(np.flatnonzero(~is_forget))
   share = round(max_points * len(forget) / len(is_forget))
   num_forget = min(len(forget), max(share, max_points // 6))
-  chosen = [forget[:num_forget], retain[: max_points - num_forget]]
-  return np.sort(np.concatenate(chosen))
+  rows = [forget[:num_forget], retain[: max_points - num_forget]]
+  return np.sort(np.concatenate(rows))
 
 
 def amplification(images: np.ndarray, moved: np.ndarray) -> float:

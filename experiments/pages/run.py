@@ -325,8 +325,8 @@ def _examples(run: Run) -> dict[str, Any] | None:
       f"The difference, amplified {factor:g} times",
     )
     sources = (
-      figures.data_uri(each[i], max_side=max_side)
-      for each in (images, moved, amplified)
+      figures.data_uri(kind[i], max_side=max_side)
+      for kind in (images, moved, amplified)
     )
     distance = tables.number(float(run.examples["distance"][i]))
     is_crossed = run.examples["is_crossed"][i]
