@@ -45,24 +45,12 @@ DEFAULT_METRICS = (
     for name in ("agreement", "kl_divergence")
     for split in summary.SPLITS
   ),
-  "mia_loss_auc",
-  "mia_loss_tpr_at_0.01_fpr",
-  "mia_confidence_auc",
-  "mia_entropy_auc",
-  "mia_modified_entropy_auc",
-  "mia_logistic",
-  "tug_of_war",
-  "js_divergence_test_forget",
-  "js_divergence_test_retain",
-  "activation_distance_test_forget",
-  "activation_distance_test_retain",
-  "sensitivity",
-  "specificity",
-  "auroc",
-  "calibration_error",
-  "worst_subgroup",
-  "false_negatives",
-  "harmed_test_retain",
+  *("mia_loss_auc", "mia_loss_tpr_at_0.01_fpr", "mia_confidence_auc"),
+  *("mia_entropy_auc", "mia_modified_entropy_auc", "mia_logistic"),
+  *("tug_of_war", "js_divergence_test_forget", "js_divergence_test_retain"),
+  *(f"activation_distance_test_{x}" for x in ("forget", "retain")),
+  *("sensitivity", "specificity", "auroc", "calibration_error"),
+  *("worst_subgroup", "false_negatives", "harmed_test_retain"),
   "run_time_efficiency",
 )
 # Of the run folder, which the results repeat.
@@ -374,7 +362,7 @@ def _statistics(
 ) -> dict[str, Any]:
   """What follows from the figures of all rows."""
   means = summary.summarise(summary.tidy(rows))
-  info = _info([*options.metrics, *runs.SECONDS])
+  info = _info(options.metrics)
   return {
     "metrics": info,
     "summary": means,
@@ -397,13 +385,8 @@ def _statistics(
 
 def _info(names: Sequence[str]) -> dict[str, dict[str, Any]]:
   """The title of each metric, its direction and its ideal."""
-  titles = ("Time, compiling included", "Time, compiled before")
-  times = dict(zip(runs.SECONDS, titles, strict=True))
   info: dict[str, dict[str, Any]] = {}
   for name in names:
-    if name in times:
-      info[name] = {"title": times[name], "direction": "down", "ideal": 0.0}
-      continue
     metric = metrics.find(name)
     # JSON has no infinity.
     is_finite = isinstance(metric.ideal, str) or math.isfinite(metric.ideal)
@@ -412,6 +395,9 @@ def _info(names: Sequence[str]) -> dict[str, dict[str, Any]]:
       "direction": metric.direction,
       "ideal": metric.ideal if is_finite else None,
     }
+  titles = ("Time, compiling included", "Time, compiled before")
+  for name, title in zip(runs.SECONDS, titles, strict=True):
+    info[name] = {"title": title, "direction": "down", "ideal": 0.0}
   return info
 
 

@@ -1,6 +1,7 @@
 """What pages are made of: figures in words, cells, rows and tables."""
 
 import datetime
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -163,40 +164,53 @@ class Models(NamedTuple):
     return table([*heads, *self.heads().values()], rows)
 
 
-def percent(value: float | None) -> str:
+def _finite(show: Callable[[float], str]) -> Callable[[float | None], str]:
+  """Says of a figure, too, that there is none, or that it is not finite."""
+
+  @functools.wraps(show)
+  def text(value: float | None) -> str:
+    if value is None:
+      return NOT_AVAILABLE
+    return show(value) if math.isfinite(value) else "not finite"
+
+  return text
+
+
+@_finite
+def percent(value: float) -> str:
   """Formats a share, one decimal."""
-  return _finite(value, lambda x: f"{100 * x:.1f}%")
+  return f"{100 * value:.1f}%"
 
 
-def seconds(value: float | None) -> str:
+@_finite
+def seconds(value: float) -> str:
   """Formats a time, three digits or whole minutes and seconds."""
-
-  def text(x: float) -> str:
-    if x < 9.995:
-      return f"{x:.2f} s"
-    if x < 99.95:
-      return f"{x:.1f} s"
-    minutes, rest = divmod(round(x), 60)
-    if minutes < 60:
-      return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-  return _finite(value, text)
+  if value < 9.995:
+    return f"{value:.2f} s"
+  if value < 99.95:
+    return f"{value:.1f} s"
+  minutes, rest = divmod(round(value), 60)
+  if minutes < 60:
+    return f"{minutes} min {rest} s"
+  return f"{minutes // 60} h {minutes % 60} min"
 
 
-def number(value: float | None) -> str:
+@_finite
+def number(value: float) -> str:
   """Formats a distance or a divergence, three significant digits."""
-  return _finite(value, lambda x: f"{x:.3g}" if x < 1000 else f"{x:.0f}")
+  return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def ratio(value: float | None) -> str:
+@_finite
+def ratio(value: float) -> str:
   """Formats how many times something is as large, two digits."""
-  return _finite(value, lambda x: f"{x:.1f}×" if x < 9.95 else f"{x:.0f}×")
+  return f"{value:.1f}×" if value < 9.95 else f"{value:.0f}×"
 
 
-def decimals(value: float | None) -> str:
+@_finite
+def decimals(value: float) -> str:
   """Formats a figure with three decimals."""
-  return NOT_AVAILABLE if value is None else f"{value:.3f}"
+  return f"{value:.3f}"
 
 
 def words(value: Any) -> str:
@@ -232,9 +246,3 @@ def markdown(rows: Iterable[Sequence[str]]) -> str:
   cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
   head, *lines = [f"| {' | '.join(row)} |" for row in cells]
   return "\n".join([head, f"|{'---|' * len(cells[0])}", *lines])
-
-
-def _finite(value: float | None, text: Callable[[float], str]) -> str:
-  if value is None:
-    return NOT_AVAILABLE
-  return text(value) if math.isfinite(value) else "not finite"
