@@ -60,10 +60,12 @@ def test_few_rows_of_a_preview_are_shown(count, last):
     "request": {"where": "a < b"},
     "request_sha256": "",
     "forget_ids_sha256": "",
-    "preview": {"num_forget": 1, "num_retain": 2, "columns": {}},
+    "preview": {"num_forget": 1, "num_retain": 2},
   }
-  data["preview"]["classes"] = values
-  page = request.asked(data)
+  data["preview"] |= {"classes": values, "columns": {"class": {}}}
+  page = request.overview(data)
+  names = [group.name for group in page["preview"].groups]
+  assert names == ["Images", "By class", "By class"]
   assert page["preview"].groups[1].rows[-1].head.text == last
   # What users wrote is text.
   assert page["criteria"] == [("where", "<code>a &lt; b</code>")]

@@ -15,7 +15,7 @@ _SIDES = {"test": "Test images", "train": "Training images"}
 _CODE = markupsafe.Markup("<code>{}</code>")
 
 
-def asked(data: Mapping[str, Any]) -> dict[str, Any] | None:
+def overview(data: Mapping[str, Any]) -> dict[str, Any] | None:
   """Returns the request and its preview, or None for a run without them.
 
   Args:
@@ -29,7 +29,9 @@ def asked(data: Mapping[str, Any]) -> dict[str, Any] | None:
     return None
   preview = data["preview"]
   whole = {"forget": preview["num_forget"], "retain": preview["num_retain"]}
-  counts = {"Images": {"all": whole}, "By class": preview["classes"]}
+  counts: dict[Any, Any] = {"Images": {"all": whole}}
+  # A column may be called class, too: its key is another.
+  counts[("By class",)] = preview["classes"]
   counts |= {f"By {name}": x for name, x in preview["columns"].items()}
   heads = ("Training images", "Forget", "Retain")
   return {
@@ -55,13 +57,11 @@ def criteria(data: Mapping[str, Any]) -> list[tuple[str, str]]:
     return []
   request, names = data["request"], data["class_names"]
   numbers = forget.class_indices(names, request.get("classes") or [])
-  part = request.get("fraction", 1.0)
+  part, num_ids = request.get("fraction", 1.0), request.get("num_ids")
   pairs = {
     "classes": ", ".join(names[number] for number in numbers),
     "where": request.get("where"),
-    "ids": f"a list of {request.get('num_ids') or 0:,}"
-    if request.get("num_ids")
-    else None,
+    "ids": num_ids and f"a list of {num_ids:,}",
     "fraction": None if part == 1 else f"{part:g}, seed {request['seed']}",
     "whole groups of": request.get("group"),
   }

@@ -169,7 +169,7 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
     facts=_facts(run),
     has_reference=run.has_reference,
     tiles=tiles,
-    request=request.asked(data),
+    request=request.overview(data),
     source=request.source(data),
     twins=request.twins(data, run.twins),
     by_column=request.by_column(models),
