@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.pages import tables, yardstick
+from experiments.pages import figures, tables, yardstick
 from psg_jax import checks, forget, judgement
 
 _FAILED = "is still mostly in"
-_MODELS = ("original", "retrained", "unlearned")
 _VERDICTS = {
   judgement.AS_RETRAINED: "as near as another retraining",
   judgement.NOT_RETRAINED: "not as a retrained model",
@@ -146,7 +145,7 @@ def _subject(data: Mapping[str, Any]) -> str:
 
 
 def _accuracies(models: tables.Models, split: str) -> list[float | None]:
-  return [models.get(model, "accuracy", split) for model in _MODELS]
+  return [models.get(model, "accuracy", split) for model in figures.MODELS]
 
 
 def _verb(models: tables.Models) -> str:

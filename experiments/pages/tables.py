@@ -118,7 +118,7 @@ class Models(NamedTuple):
     for key in path:
       if isinstance(value, Mapping):
         value = value.get(key)
-      elif isinstance(value, Sequence) and key < len(value):
+      elif isinstance(value, list) and key in range(len(value)):
         value = value[key]
       else:
         return None
