@@ -72,13 +72,11 @@ def summarise(table: pd.DataFrame) -> dict[str, dict[str, dict[str, Any]]]:
   return summary
 
 
-def interval(
-  values: Sequence[float], *, confidence: float = CONFIDENCE
-) -> tuple[float, float] | None:
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
   """Returns Student's interval of a mean; None for fewer than two values."""
   if len(values) < 2:
     return None
-  width = scipy.stats.t.isf((1 - confidence) / 2, len(values) - 1)
+  width = scipy.stats.t.isf((1 - CONFIDENCE) / 2, len(values) - 1)
   half = width * np.std(values, ddof=1) / math.sqrt(len(values))
   return float(np.mean(values) - half), float(np.mean(values) + half)
 

@@ -463,17 +463,18 @@ def _attack(results: Results, cast: distributions.Cast) -> list[figures.Panel]:
     if row["seed"] == first and not row["unlearn_seed"]
   }
   known = {model: x for model, x in attacks.items() if x.get("roc")}
-  return [
-    distributions.roc(
-      {model: (x["roc"]["fpr"], x["roc"]["tpr"]) for model, x in known.items()},
-      cast,
-      num_samples,
-      title="Membership attack on the loss",
-      xlabel="unseen images called members",
-      ylabel="members found",
-    )
-    for num_samples in [x["num_samples"] for x in known.values()][-1:]
-  ]
+  if not known:
+    return []
+  rates = {m: (x["roc"]["fpr"], x["roc"]["tpr"]) for m, x in known.items()}
+  panel = distributions.roc(
+    rates,
+    cast,
+    list(known.values())[-1]["num_samples"],
+    title="Membership attack on the loss",
+    xlabel="unseen images called members",
+    ylabel="members found",
+  )
+  return [panel]
 
 
 def _times(results: Results, cast: distributions.Cast) -> list[figures.Panel]:

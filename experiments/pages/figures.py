@@ -168,7 +168,7 @@ def render_svg(panel: Panel, name: str) -> markupsafe.Markup:
 
 
 def save_png(
-  panels: Sequence[Panel], path: pathlib.Path, *, num_columns: int = 3
+  panels: Sequence[Panel], path: pathlib.Path, *, num_columns: int
 ) -> None:
   """Writes panels into one PNG file, on white.
 
@@ -192,12 +192,11 @@ def save_png(
     _write_png(figure, path)
 
 
-def embed(features: np.ndarray, *, seed: int = 0) -> np.ndarray | None:
-  """Computes a t-SNE map.
+def embed(features: np.ndarray) -> np.ndarray | None:
+  """Computes a t-SNE map, the same each time.
 
   Args:
     features: float `[N, D]`.
-    seed: Makes it repeatable.
 
   Returns:
     float `[N, 2]`; None where there is no map, for fewer than 5 images,
@@ -211,7 +210,7 @@ def embed(features: np.ndarray, *, seed: int = 0) -> np.ndarray | None:
     perplexity=min(30.0, (len(features) - 1) / 3),
     init="pca" if features.shape[1] > 1 else "random",
     max_iter=750,
-    random_state=seed,
+    random_state=0,
   )
   # Threads gain nothing on so few points, and lose much on a busy machine.
   with threadpoolctl.threadpool_limits(limits=1):
@@ -219,21 +218,20 @@ def embed(features: np.ndarray, *, seed: int = 0) -> np.ndarray | None:
 
 
 def choose_embedded(
-  is_forget: np.ndarray, *, max_points: int = MAX_EMBEDDED, seed: int = 0
+  is_forget: np.ndarray, *, max_points: int = MAX_EMBEDDED
 ) -> np.ndarray:
   """Chooses the images to map; rare forget images are not thinned out.
 
   Args:
     is_forget: bool `[M]`.
     max_points: The most images.
-    seed: Makes it repeatable.
 
   Returns:
     int `[N]` indices in ascending order, `N <= max_points`.
   """
   if len(is_forget) <= max_points:
     return np.arange(len(is_forget))
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   forget = rng.permutation(np.flatnonzero(is_forget))
   retain = rng.permutation(np.flatnonzero(~is_forget))
   share = round(max_points * len(forget) / len(is_forget))

@@ -99,27 +99,26 @@ def read(folder: pathlib.Path) -> Run:
   metrics = files.read_json(folder / "metrics.json")
   metrics = {name: metrics[name] for name in figures.MODELS if name in metrics}
   if not metrics:
-    names = ", ".join(figures.MODELS)
     raise ValueError(
-      f"metrics.json must have one of {names}, got none in {folder}"
+      f"metrics.json must have one of {', '.join(figures.MODELS)}, got none in"
+      f" {folder}"
     )
 
-  def arrays(
-    name: str, *names: str, is_there: bool | None = None
-  ) -> dict[str, np.ndarray] | None:
-    is_there = (folder / name).is_file() if is_there is None else is_there
-    return files.read_arrays(folder / name, *names) if is_there else None
+  def arrays(name: str, *names: str) -> dict[str, np.ndarray] | None:
+    path = folder / name
+    return files.read_arrays(path, *names) if path.is_file() else None
 
-  examples = (
-    *("images", "boundary", "old_labels", "new_labels"),
-    *("distance", "is_crossed"),
-  )
+  examples = None
+  if "unlearned" in metrics:
+    names = ("images", "boundary", "old_labels", "new_labels")
+    path = folder / "examples.npz"
+    examples = files.read_arrays(path, *names, "distance", "is_crossed")
   run = Run(
     config=files.read_json(folder / "config.json"),
     models=tables.Models(metrics),
     history=files.read_json(folder / "history.json"),
     data=files.read_json(folder / "data.json"),
-    examples=arrays("examples.npz", *examples, is_there="unlearned" in metrics),
+    examples=examples,
     features=files.read_arrays(folder / "features.npz", "labels", "is_forget"),
     twins=arrays("twins.npz", "left", "right"),
     flips=read_out.read_flips(folder),
