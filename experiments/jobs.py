@@ -83,6 +83,8 @@ _RETAINED = "retained images"
 _GREAT_LOSS = 0.05
 # A long epoch is also kept between its ends.
 _SAVE_SECONDS = 120.0
+# Of epochs that take less, not each is kept: the last, and one in so long.
+EPOCH_SAVE_SECONDS = 5.0
 _PACKAGES = (
   "jax",
   "jaxlib",
@@ -428,16 +430,13 @@ def unlearned(
     mesh=context.mesh,
   )
   seconds = time.perf_counter() - start
-  found = output.relabelling
+  relabelling = output.relabelling
+  assert relabelling is not None  # This method searches.
   files.save_arrays(
     context.run_dir / "relabelling.npz",
     {
       "ids": np.asarray(context.split.forget.ids),
-      "labels": found.labels,
-      "logits": found.logits,
-      "is_crossed": found.is_crossed,
-      "distance": found.distance,
-      "num_steps": found.num_steps,
+      **dataclasses.asdict(relabelling),
     },
   )
   _save_examples(context, original_variables)
@@ -833,7 +832,9 @@ def _trained(
     # Of an epoch that was gone on with, also what came before.
     record["seconds"] += clock.before
     history.append(record)
-    save(state)
+    is_last = len(history) == options.num_epochs
+    if is_last or time.monotonic() - clock.saved > EPOCH_SAVE_SECONDS:
+      save(state)
     clock.before, clock.start = 0.0, time.monotonic()
 
   def keep_within(state: training.TrainState) -> None:

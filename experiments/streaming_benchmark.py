@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import cli
-from psg_jax import checks, streaming, training
+from psg_jax import batches, checks, streaming
 
 _SAMPLE_SECONDS = 0.5
 
@@ -77,7 +77,7 @@ def measure(options: Options, copies: int) -> dict[str, Any]:
     num_workers=options.num_workers,
   )
   images = streaming.concatenate([dataset.images] * copies)
-  rows, is_real = training.shuffled_rows(
+  rows, is_real = batches.shuffled_rows(
     jax.random.key(options.seed), len(images), options.batch_size
   )
   plan = [each[real] for each, real in zip(rows, is_real, strict=True)]

@@ -34,8 +34,8 @@ _FUNCTIONS = {
 _MODULES = (
   *("augment", "baselines", "boundary", "checkpoints", "data", "diagnosis"),
   *("ensembles", "evaluation", "forget", "inference", "metrics", "models"),
-  *("parallel", "streaming", "torch_weights", "training", "twins", "types"),
-  *("ulira", "unlearning", "verification", "yardstick"),
+  *("parallel", "relearning", "streaming", "torch_weights", "training"),
+  *("twins", "types", "ulira", "unlearning", "verification", "yardstick"),
 )
 
 __all__ = ["evaluate", "fit", "search", "split", "unlearn"]

@@ -6,15 +6,17 @@ paper's released code, with its quirks, to reproduce its numbers.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from psg_jax import checks, types
+from psg_jax import checks, released_code, search_inputs, types
+
+SearchOutput = search_inputs.SearchOutput
+sample_keys = search_inputs.sample_keys
+released_code_search = released_code.search
 
 NOISES: dict[str, Callable[..., jax.Array]] = {
   "normal": jax.random.normal,
@@ -29,35 +31,9 @@ DISTANCE_TERMS = ("penalty", "reward")
 
 # The exponential schedule of the distance weight falls to 1/e in these steps.
 _EXPONENTIAL_STEPS = 10.0
-_GREY_LEVELS = 255.0
 
 # δ; logits, gradient and log-odds at the point; steps taken.
 _Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
-
-
-@types.pytree
-class SearchOutput:
-  """Where the search ended for each image.
-
-  Attributes:
-    images: `[B, H, W, C]`, the last point visited, in the image's type and
-      units.
-    labels: int32 `[B]`, the class reached; where nothing was crossed, the
-      runner-up class at the last point.
-    logits: float32 `[B, K]` at the last point.
-    is_crossed: bool `[B]`, whether the predicted class there differs from the
-      label given.
-    distance: float32 `[B]`, from the image to the last point, in the norm of
-      the search and in pixel units.
-    num_steps: int32 `[B]`, steps taken; 0 where the image was already across.
-  """
-
-  images: jax.Array
-  labels: jax.Array
-  logits: jax.Array
-  is_crossed: jax.Array
-  distance: jax.Array
-  num_steps: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,9 +110,11 @@ class Search:
       checks.number("max_distance", self.max_distance, above=0)
     if self.confidence is not None:
       checks.number("confidence", self.confidence, at_least=0, below=1)
-    _check_bounds(self.bounds)
+    search_inputs.check_bounds(self.bounds)
     low, high = self.bounds
-    is_plain = _is_zero(self.distance_weight) and _is_zero(self.noise_scale)
+    is_plain = search_inputs.is_zero(
+      self.distance_weight
+    ) and search_inputs.is_zero(self.noise_scale)
     object.__setattr__(self, "bounds", (float(low), float(high)))
     object.__setattr__(self, "is_plain", is_plain)
 
@@ -165,14 +143,23 @@ class Search:
     Raises:
       ValueError: If an argument is of the wrong shape, type or range.
     """
-    images, labels = _checked(apply_fn, variables, images, labels, self.bounds)
-    dtype = _working_type(images)
+    images, labels = search_inputs.checked(
+      apply_fn, variables, images, labels, self.bounds
+    )
+    dtype = search_inputs.working_type(images)
     typed = {
-      name: _to_type(value, jnp.int32 if name == "num_steps" else dtype)
+      name: search_inputs.to_type(
+        value, jnp.int32 if name == "num_steps" else dtype
+      )
       for name in _NUMBERS
       if (value := getattr(self, name)) is not None
     }
-    return Prepared(images, labels, _keys(key, len(images)), _with(self, typed))
+    return Prepared(
+      images,
+      labels,
+      search_inputs.keys_of(key, len(images)),
+      _with(self, typed),
+    )
 
 
 _NUMBERS = (
@@ -313,227 +300,6 @@ class Prepared(NamedTuple):
   search: Search
 
 
-def _check_bounds(bounds: tuple[float, float]) -> None:
-  try:
-    low, high = map(float, bounds)
-    is_good = math.isfinite(high - low) and low < high
-  except (TypeError, ValueError):
-    is_good = False
-  if not is_good:
-    raise ValueError(
-      f"bounds must be two numbers, finite and increasing, got {bounds!r}"
-    )
-
-
-def _checked(
-  apply_fn: types.ApplyFn,
-  variables: types.Variables,
-  images: jax.Array,
-  labels: jax.Array,
-  bounds: tuple[float, float] = (0.0, 1.0),
-) -> tuple[jax.Array, jax.Array]:
-  """Returns images and labels as arrays that this network can be asked of."""
-  if isinstance(images, np.ndarray):
-    # As they are on the device, but where nothing loses a NaN.
-    images = images.astype(jax.dtypes.canonicalize_dtype(images.dtype))
-  else:
-    images = jnp.asarray(images)
-  checks.images(images, bounds=bounds)
-  num_classes = checks.logits(
-    apply_fn, variables, images.shape[1:], images.dtype
-  )
-  if not isinstance(labels, jax.Array):
-    # Before numbers of 64 bits lose half of them.
-    labels = np.asarray(labels)
-  checks.labels(labels, len(images), num_classes)
-  return jnp.asarray(images), jnp.asarray(labels)
-
-
-def _working_type(images: jax.Array) -> jnp.dtype:
-  """The images' type, or float32: half precision would lose small steps."""
-  return jnp.promote_types(images.dtype, jnp.float32)
-
-
-def _to_type(value: Any, dtype: Any) -> jax.typing.ArrayLike:
-  """Makes a number of this type, with no axes, on the host where it is known.
-
-  Else it would change the type of what the loop carries.
-  """
-  if checks.is_traced(value):
-    return jnp.reshape(value, ()).astype(dtype)
-  number = np.asarray(value).reshape(())
-  if jnp.issubdtype(dtype, jnp.integer):
-    number = np.minimum(number, jnp.iinfo(dtype).max)
-  # By name, for those who forbid transfers that nobody asked for.
-  return jax.device_put(number.astype(dtype))
-
-
-def sample_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
-  """Returns one key a row, `fold_in(key, row)`.
-
-  A sample's noise then depends on its row alone, not on the batch that it is
-  searched in or on the number of devices.
-  """
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-
-
-def _keys(key: jax.Array, num_images: int) -> jax.Array:
-  """Returns one key an image, of one key or as they are."""
-  checks.key(key)
-  if key.ndim and key.shape != (num_images,):
-    raise ValueError(
-      f"key must be one key or one an image, got {list(key.shape)} keys for"
-      f" {num_images} images"
-    )
-  return key if key.ndim else sample_keys(key, jnp.arange(num_images))
-
-
-def released_code_search(
-  apply_fn: types.ApplyFn,
-  variables: types.Variables,
-  images: jax.Array,
-  labels: jax.Array,
-  key: jax.Array,
-  *,
-  model_mean: float | Sequence[float],
-  model_std: float | Sequence[float],
-  attack_mean: float | Sequence[float] = (0.4914, 0.4822, 0.2265),
-  attack_std: float | Sequence[float] = (0.2023, 0.1994, 0.2010),
-  step_size: float | jax.Array = 0.1,
-  distance_weight: float | jax.Array = 0.0,
-  noise_scale: float | jax.Array = 0.0,
-) -> SearchOutput:
-  """Takes the single step of the released code, quirks included.
-
-  The released code de-normalises the network's input `u` with constants of
-  its own, whatever the data was normalised with, and works on
-  `p = u attack_std + attack_mean`:
-
-      p' = round(clip(p + ε sign(g + λ (u - p) + γ z), 0, 1))
-
-  with `g` the gradient of the batch's mean loss, so that λ acts through the
-  difference of the two normalisations alone and γ is large relative to `g`.
-  The label is the class predicted there, even where it is still `y`: such
-  images have `is_crossed` False, and unlike `search` keep that class.
-
-  Args:
-    apply_fn: The network in inference mode.
-    variables: Its variables, frozen.
-    images: float `[B, H, W, C]` in [0, 1].
-    labels: int `[B]`.
-    key: One typed key, or one an image `[B]`.
-    model_mean: The network's own standardisation, one value or one a channel.
-    model_std: As `model_mean`, positive.
-    attack_mean: What the attack assumes instead; of more values than there are
-      channels the first are used.
-    attack_std: As `attack_mean`, positive.
-    step_size: `ε`, in the attack's pixel units, positive.
-    distance_weight: `λ`, 0 or more.
-    noise_scale: `γ`, 0 or more.
-
-  Returns:
-    The points and classes. `images` is in the units of the argument and may
-    leave [0, 1], as the two normalisations differ; `distance` is the L∞
-    distance in the attack's pixel units.
-
-  Raises:
-    ValueError: If an argument is of the wrong shape, type or range.
-
-  References:
-    Chen et al., Boundary Unlearning, CVPR 2023; Nahass et al., 2025.
-  """
-  images, labels = _checked(apply_fn, variables, images, labels)
-  scalars = {
-    "step_size": step_size,
-    "distance_weight": distance_weight,
-    "noise_scale": noise_scale,
-  }
-  for name, value in scalars.items():
-    checks.one_value(name, value)
-  checks.number("step_size", step_size, above=0)
-  checks.number("distance_weight", distance_weight, at_least=0)
-  checks.number("noise_scale", noise_scale, at_least=0)
-  checks.number("model_std", model_std, above=0)
-  checks.number("attack_std", attack_std, above=0)
-  num_channels, num_images = images.shape[-1], len(images)
-  keys = _keys(key, num_images)
-  if not num_images:
-    # Networks need not take a batch of none, whose mean loss is none either.
-    images, labels = (
-      jnp.zeros((1, *x.shape[1:]), x.dtype) for x in (images, labels)
-    )
-    keys = sample_keys(jax.random.key(0), labels)
-  output: SearchOutput = _jitted_released_code_search(
-    apply_fn,
-    variables,
-    images,
-    labels,
-    keys,
-    _channels("model_mean", model_mean, num_channels),
-    _channels("model_std", model_std, num_channels),
-    _channels("attack_mean", attack_mean, num_channels),
-    _channels("attack_std", attack_std, num_channels),
-    *(_to_type(x, _working_type(images)) for x in scalars.values()),
-  )
-  return output if num_images else jax.tree.map(lambda x: x[:0], output)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _jitted_released_code_search(
-  apply_fn: types.ApplyFn, *arguments: Any
-) -> SearchOutput:
-  fn = functools.partial(_released_code_search, apply_fn)
-  return _on_automatic_axes(fn, *arguments)
-
-
-def _released_code_search(
-  apply_fn: types.ApplyFn,
-  variables: types.Variables,
-  images: jax.Array,
-  labels: jax.Array,
-  keys: jax.Array,
-  model_mean: jax.Array,
-  model_std: jax.Array,
-  attack_mean: jax.Array,
-  attack_std: jax.Array,
-  step_size: jax.Array,
-  distance_weight: jax.Array,
-  noise_scale: jax.Array,
-) -> SearchOutput:
-  dtype = _working_type(images)
-  normalised = (images.astype(dtype) - model_mean) / model_std
-  pixels = normalised * attack_std + attack_mean
-
-  def to_images(pixels: jax.Array) -> jax.Array:
-    moved = (pixels - attack_mean) / attack_std * model_std + model_mean
-    return moved.astype(images.dtype)
-
-  def mean_loss(pixels: jax.Array) -> jax.Array:
-    logits = apply_fn(variables, to_images(pixels))
-    return jax.vmap(_cross_entropy)(logits, labels).mean()
-
-  def draw(key: jax.Array) -> jax.Array:
-    return jax.random.normal(key, pixels.shape[1:], pixels.dtype)
-
-  direction = (
-    jax.grad(mean_loss)(pixels)
-    + distance_weight * (normalised - pixels)
-    + noise_scale * jax.vmap(draw)(keys)
-  )
-  moved = jnp.clip(pixels + step_size * jnp.sign(direction), 0.0, 1.0)
-  moved = _round_to_grey_levels(moved)
-  logits = apply_fn(variables, to_images(moved))
-  reached = jnp.argmax(logits, -1).astype(jnp.int32)
-  return SearchOutput(
-    images=to_images(moved),
-    labels=reached,
-    logits=logits,
-    is_crossed=reached != labels,
-    distance=jnp.abs(moved - pixels).max((1, 2, 3)),
-    num_steps=jnp.ones_like(reached),
-  )
-
-
 def search_batch(
   apply_fn: types.ApplyFn,
   variables: types.Variables,
@@ -558,32 +324,18 @@ def search_batch(
 
     return jax.vmap(search_one)(images, labels, keys)
 
-  return _on_automatic_axes(search_all, variables, images, labels, keys, search)
-
-
-def _on_automatic_axes(
-  fn: Callable[..., SearchOutput],
-  variables: types.Variables,
-  images: jax.Array,
-  *others: Any,
-) -> SearchOutput:
-  """Calls `fn`; on a mesh with Explicit axes the compiler shards the inside.
-
-  The network then need not name the sharding of anything that it computes.
-  """
-  for leaf in jax.tree.leaves((images, variables, others)):
-    mesh = jax.typeof(leaf).sharding.mesh
-    if jax.sharding.AxisType.Explicit in mesh.axis_types:
-      spec = jax.typeof(images).sharding.spec
-      rows = jax.sharding.PartitionSpec(spec[0] if spec else None)
-      fn = jax.sharding.auto_axes(
-        fn, out_sharding=jax.sharding.NamedSharding(mesh, rows)
-      )
-      break
-  return fn(variables, images, *others)
+  return search_inputs.on_automatic_axes(
+    search_all, variables, images, labels, keys, search
+  )
 
 
 _jitted_search_batch = jax.jit(search_batch, static_argnums=0)
+
+
+def num_programs() -> int:
+  """Returns how many programs of searches were compiled in this process."""
+  compiled: Any = _jitted_search_batch
+  return int(compiled._cache_size())
 
 
 def _search_one(
@@ -595,12 +347,14 @@ def _search_one(
   search: Search,
 ) -> SearchOutput:
   """Searches from one image `[H, W, C]`."""
-  given_type, image = image.dtype, image.astype(_working_type(image))
+  given_type = image.dtype
+  image = image.astype(search_inputs.working_type(image))
 
   def point(delta: jax.Array) -> jax.Array:
     moved = image + delta
     if search.is_rounded:
-      moved = jnp.clip(_round_to_grey_levels(moved), *search.bounds)
+      moved = search_inputs.round_to_grey_levels(moved)
+      moved = jnp.clip(moved, *search.bounds)
     return moved
 
   def log_odds(at: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -617,46 +371,15 @@ def _search_one(
     )
     return logits, gradient, odds
 
-  def direction(
-    delta: jax.Array, gradient: jax.Array, odds: jax.Array, step: jax.Array
-  ) -> jax.Array:
-    if search.is_plain:
-      return gradient
-    weight = search.distance_weight * _distance_decay(
-      search.distance_decay,
-      step.astype(delta.dtype),
-      jnp.asarray(search.num_steps),
-    )
-    sign = -1.0 if search.distance_term == "penalty" else 1.0
-    draw = NOISES[search.noise](
-      jax.random.fold_in(key, step), delta.shape, delta.dtype
-    )
-    others = sign * weight * delta + search.noise_scale * draw
-    # ∇CE = (1 - p_y) ∇(log-odds), and 1 - p_y is the sigmoid of the log-odds.
-    # Dividing by it keeps the sign where it vanishes.
-    share = jnp.maximum(jax.nn.sigmoid(odds), jnp.finfo(odds.dtype).tiny)
-    return gradient + others / share
-
   def is_running(carry: _Carry) -> jax.Array:
     _, logits, _, _, step = carry
-    is_done = jnp.argmax(logits) != label
-    if search.confidence is not None:
-      is_done |= jax.nn.softmax(logits)[label] <= search.confidence
-    return ~is_done & (step < search.num_steps)
+    return ~_is_done(search, logits, label) & (step < search.num_steps)
 
   def advance(carry: _Carry) -> _Carry:
     delta, _, gradient, odds, step = carry
     step = step + 1
-    size = search.step_size
-    if search.step_decay == "sqrt":
-      size = search.step_size / jnp.sqrt(step.astype(delta.dtype))
-    delta = delta + size * _unit(
-      direction(delta, gradient, odds, step), search.norm
-    )
-    if search.max_distance is not None:
-      delta = _project(delta, search.max_distance, search.norm)
-    # Clipping moves each pixel towards the image: it stays in the ball.
-    delta = jnp.clip(image + delta, *search.bounds) - image
+    direction = _direction(search, key, delta, gradient, odds, step)
+    delta = _moved(search, image, delta, direction, step)
     return delta, *evaluate(delta), step
 
   start = jnp.zeros_like(image)
@@ -679,20 +402,65 @@ def _search_one(
   )
 
 
-def _cross_entropy(logits: jax.Array, label: jax.Array) -> jax.Array:
-  return jax.nn.logsumexp(logits) - _at(logits, label)
+def _is_done(search: Search, logits: jax.Array, label: jax.Array) -> jax.Array:
+  """Whether the image is across, or no longer sure of its class."""
+  is_done = jnp.argmax(logits) != label
+  if search.confidence is not None:
+    is_done |= jax.nn.softmax(logits)[label] <= search.confidence
+  return is_done
+
+
+def _direction(
+  search: Search,
+  key: jax.Array,
+  delta: jax.Array,
+  gradient: jax.Array,
+  odds: jax.Array,
+  step: jax.Array,
+) -> jax.Array:
+  """The direction of a step, which has the sign of `∇CE - λ_t δ + γ z_t`."""
+  if search.is_plain:
+    return gradient
+  weight = search.distance_weight * _distance_decay(
+    search.distance_decay,
+    step.astype(delta.dtype),
+    jnp.asarray(search.num_steps),
+  )
+  sign = -1.0 if search.distance_term == "penalty" else 1.0
+  draw = NOISES[search.noise](
+    jax.random.fold_in(key, step), delta.shape, delta.dtype
+  )
+  others = sign * weight * delta + search.noise_scale * draw
+  # ∇CE = (1 - p_y) ∇(log-odds), and 1 - p_y is the sigmoid of the log-odds.
+  # Dividing by it keeps the sign where it vanishes.
+  share = jnp.maximum(jax.nn.sigmoid(odds), jnp.finfo(odds.dtype).tiny)
+  return gradient + others / share
+
+
+def _moved(
+  search: Search,
+  image: jax.Array,
+  delta: jax.Array,
+  direction: jax.Array,
+  step: jax.Array,
+) -> jax.Array:
+  """Takes a step, back into the ball and into the bounds of pixels."""
+  size = search.step_size
+  if search.step_decay == "sqrt":
+    size = search.step_size / jnp.sqrt(step.astype(delta.dtype))
+  delta = delta + size * _unit(direction, search.norm)
+  if search.max_distance is not None:
+    delta = _project(delta, search.max_distance, search.norm)
+  # Clipping moves each pixel towards the image: it stays in the ball.
+  return jnp.clip(image + delta, *search.bounds) - image
 
 
 def _log_odds_against(logits: jax.Array, label: jax.Array) -> jax.Array:
   """Returns `log((1 - p_y) / p_y)`, which grows with the loss."""
   is_label = jnp.arange(len(logits)) == label
-  return jax.nn.logsumexp(logits, where=~is_label) - _at(logits, label)
-
-
-def _at(logits: jax.Array, label: jax.Array) -> jax.Array:
-  """Returns `logits[label]`, also where JAX will not gather: sharded arrays."""
-  is_label = jnp.arange(len(logits)) == label
-  return jnp.where(is_label, logits, 0).sum()
+  return jax.nn.logsumexp(logits, where=~is_label) - search_inputs.at(
+    logits, label
+  )
 
 
 def _distance_decay(
@@ -733,23 +501,3 @@ def _project(
   # The guard keeps 0 / 0 out; a zero vector is in every ball.
   length = jnp.maximum(_length(delta, norm), jnp.finfo(delta.dtype).tiny)
   return delta * jnp.minimum(1.0, radius / length)
-
-
-def _round_to_grey_levels(images: jax.Array) -> jax.Array:
-  return jnp.round(images * _GREY_LEVELS) / _GREY_LEVELS
-
-
-def _is_zero(value: float | jax.Array) -> bool:
-  """Whether a value is known to be 0 when the program is built."""
-  return isinstance(value, (int, float)) and value == 0
-
-
-def _channels(
-  name: str, values: float | Sequence[float], num_channels: int
-) -> jax.Array:
-  given = jnp.asarray(values, jnp.float32).reshape(-1)[:num_channels]
-  if len(given) not in (1, num_channels):
-    raise ValueError(
-      f"{name} must be one value or {num_channels}, got {values}"
-    )
-  return jnp.broadcast_to(given, (num_channels,))

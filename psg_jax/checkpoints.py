@@ -10,6 +10,8 @@ A checkpoint is written beside its place and renamed. What a killed process has
 left there is found by all that read, and cleared away by the next `save`.
 """
 
+import contextlib
+import glob
 import hashlib
 import json
 import os
@@ -17,7 +19,7 @@ import pathlib
 import re
 import shutil
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import chex
@@ -29,12 +31,12 @@ from orbax.checkpoint import v1 as ocp
 
 from psg_jax import checks
 
-# The first had no digests.
 _FORMAT = 2
-_FORMATS = (1, _FORMAT)
+_FORMATS = (1, _FORMAT)  # The first had no digests.
 _MARKER = "orbax.checkpoint"
+_EMPTY = {"empty": np.zeros(1, np.uint8)}  # Orbax takes no empty tree.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_BESIDE = re.compile(r"\.(.*)\.(?:saving|replaced)")
+_BESIDE = re.compile(r"^\.(.*)\.(?:saving|replaced)$")
 _SCALARS: dict[str, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
   "bool": (lambda value: "01"[value], lambda text: text == "1"),
   "int": (str, int),
@@ -123,33 +125,24 @@ def save(
     raise ValueError(
       f"metadata must be what JSON can hold, got {metadata!r}: {error}"
     ) from None
-  if folder.exists() and not (folder / _MARKER).is_file() and overwrite:
-    raise ValueError(
-      f"path {str(folder)!r} is not a checkpoint and is not overwritten"
-    )
-  if not overwrite and (
-    folder.exists() or (_beside(folder, "replaced") / _MARKER).is_file()
-  ):
-    raise ValueError(
-      f"path {str(folder)!r} exists already (overwrite=True replaces it)"
-    )
+  start = f"path {str(folder)!r}"
+  if overwrite and folder.exists() and not _is_checkpoint(folder):
+    raise ValueError(f"{start} is not a checkpoint and is not overwritten")
+  is_taken = folder.exists() or _is_checkpoint(_beside(folder, "replaced"))
+  if is_taken and not overwrite:
+    raise ValueError(f"{start} exists already (overwrite=True replaces it)")
   arrays = {
     leaf.stored_name: _to_stored(leaf, value)
     for leaf, value in zip(leaves, values, strict=True)
     if leaf.is_stored
   }
   digests = {name: _digest(value) for name, value in arrays.items()}
-  content = {
-    "psg_jax": _FORMAT,
-    "leaves": [
-      list(leaf._replace(digest=digests.get(leaf.stored_name, "")))
-      for leaf in leaves
-    ],
-    "metadata": user,
-  }
-  # Orbax takes no empty tree.
-  arrays = arrays or {"empty": np.zeros(1, np.uint8)}
-  _write(folder, arrays, {**content, "digest": _content_digest(content)})
+  content: dict[str, Any] = {"psg_jax": _FORMAT, "metadata": user}
+  content["leaves"] = [
+    [*leaf[:-1], digests.get(leaf.stored_name, "")] for leaf in leaves
+  ]
+  content["digest"] = _content_digest(content)
+  _write(folder, arrays or _EMPTY, content)
 
 
 def restore(
@@ -174,7 +167,10 @@ def restore(
       values than were saved; the line names the first such leaf.
   """
   folder = _find(_absolute(path))
-  leaves = [_parse(leaf) for leaf in _content(folder)["leaves"]]
+  leaves = [
+    _Leaf(tuple(path), kind, dtype, tuple(shape), *rest)
+    for path, kind, dtype, shape, *rest in _content(folder)["leaves"]
+  ]
   placed, places = leaves, [None] * len(leaves)
   if target is not None:
     placed, places = _describe(target, "target")
@@ -187,7 +183,8 @@ def restore(
     for leaf, place, like in zip(leaves, placed, places, strict=True)
     if leaf.is_stored
   }
-  arrays = _load(folder, abstract or {"empty": np.zeros(1, np.uint8)})
+  with _reading(folder):
+    arrays = ocp.load(folder, abstract or _EMPTY)
   _check_values(folder, leaves, arrays)
   values = [
     _from_stored(leaf, place.container, like, arrays.get(leaf.stored_name))
@@ -209,7 +206,7 @@ def metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def exists(path: str | os.PathLike[str]) -> bool:
   """Whether `restore` would find a checkpoint."""
-  return (_find(_absolute(path)) / _MARKER).is_file()
+  return _is_checkpoint(_find(_absolute(path)))
 
 
 def has_any(folder: str | os.PathLike[str]) -> bool:
@@ -236,7 +233,7 @@ def remove(
   _barrier(f"{folder}: found")
   if jax.process_index() == 0:
     _tidy(folder)
-    if (folder / _MARKER).is_file():
+    if _is_checkpoint(folder):
       _delete(folder, folder)
   _barrier(f"{folder}: removed")
 
@@ -249,18 +246,16 @@ def run_checkpoints(
   Raises:
     ValueError: If there is no such folder.
   """
-  folder = _absolute(run_dir, "run_dir")
-  if not folder.is_dir():
-    raise ValueError(f"run_dir must be a folder, got {str(folder)!r}")
-  folder /= "checkpoints"
-  names = set()
-  for marker in folder.glob(f"*/{_MARKER}"):
-    name = marker.parent.name
-    if hidden := _BESIDE.fullmatch(name):
-      name = hidden[1]
-    if _NAME.fullmatch(name):
-      names.add(name)
-  return {name: _find(folder / name) for name in sorted(names)}
+  folder = _absolute(run_dir, "run_dir") / "checkpoints"
+  if not folder.parent.is_dir():
+    raise ValueError(f"run_dir must be a folder, got {str(folder.parent)!r}")
+  markers = folder.glob(f"*/{_MARKER}")
+  names = {_BESIDE.sub(r"\1", marker.parent.name) for marker in markers}
+  return {
+    name: _find(folder / name)
+    for name in sorted(names)
+    if _NAME.fullmatch(name)
+  }
 
 
 def save_run(
@@ -304,11 +299,11 @@ def restore_run(
   Raises:
     ValueError: As in `restore`; for an unknown name, with those that exist.
   """
-  found = run_checkpoints(run_dir)
-  if not found:
+  paths = run_checkpoints(run_dir)
+  if not paths:
     raise ValueError(f"run_dir {str(run_dir)!r} has no checkpoints")
-  checks.one_of("name", name, found)
-  return restore(found[name], target=target)
+  checks.one_of("name", name, paths)
+  return restore(paths[name], target=target)
 
 
 def _absolute(
@@ -326,17 +321,14 @@ def _describe(
   """Lists the leaves of a tree, with their values."""
   if checks.is_traced(tree):
     raise ValueError(f"{argument} must hold values, got arrays being traced")
-  paths, _ = jax.tree_util.tree_flatten_with_path(tree)
-  leaves, values, seen = [], [], set()
-  for keys, value in paths:
+  leaves: dict[tuple[str, ...], _Leaf] = {}
+  entries = jax.tree_util.tree_leaves_with_path(tree)
+  for keys, value in entries:
     path = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
     leaf = _describe_leaf(path, value, argument)
-    if path in seen:
+    if leaves.setdefault(path, leaf) is not leaf:
       raise ValueError(f"{argument} has two leaves with the path {leaf.name}")
-    seen.add(path)
-    leaves.append(leaf)
-    values.append(value)
-  return leaves, values
+  return list(leaves.values()), [value for _, value in entries]
 
 
 def _describe_leaf(path: tuple[str, ...], value: Any, argument: str) -> _Leaf:
@@ -367,25 +359,18 @@ def _describe_leaf(path: tuple[str, ...], value: Any, argument: str) -> _Leaf:
   return leaf
 
 
-def _parse(stored: list[Any]) -> _Leaf:
-  path, kind, dtype, shape, *rest = stored
-  return _Leaf(tuple(path), kind, dtype, tuple(shape), *rest)
-
-
 def _check_same(
   folder: pathlib.Path, saved: list[_Leaf], target: list[_Leaf]
 ) -> None:
   """Raises ValueError for the first leaf in which the target differs."""
-  have = {leaf.path: leaf for leaf in saved}
-  want = {leaf.path: leaf for leaf in target}
+  have, want = ({x.path: x for x in leaves} for leaves in (saved, target))
   start = f"path {str(folder)!r} does not match target: "
   for leaf in target:
-    if leaf.path not in have:
+    stored = have.get(leaf.path)
+    if stored is None:
       raise ValueError(f"{start}it has no leaf {leaf.name}, due as {leaf}")
-    if str(leaf) != str(have[leaf.path]):
-      raise ValueError(
-        f"{start}leaf {leaf.name} is {have[leaf.path]}, due as {leaf}"
-      )
+    if str(leaf) != str(stored):
+      raise ValueError(f"{start}leaf {leaf.name} is {stored}, due as {leaf}")
   for leaf in saved:
     if leaf.path not in want:
       raise ValueError(f"{start}it has a leaf {leaf.name} too much, {leaf}")
@@ -420,9 +405,8 @@ def _sharding(like: Any) -> jax.sharding.Sharding | None:
 
   The sharding in the checkpoint is no answer: its devices may not be there.
   """
-  if not getattr(like, "committed", True):
-    return None
-  return getattr(like, "sharding", None)
+  is_placed = getattr(like, "committed", True)
+  return getattr(like, "sharding", None) if is_placed else None
 
 
 def _from_stored(leaf: _Leaf, container: str, like: Any, stored: Any) -> Any:
@@ -439,10 +423,8 @@ def _from_stored(leaf: _Leaf, container: str, like: Any, stored: Any) -> Any:
       f"path has a damaged leaf {leaf.name}: it is {stored.dtype}"
       f" {list(stored.shape)}, listed as {leaf}"
     )
-  if container == "scalar":
-    return stored[()]
-  if container == "numpy":
-    return stored
+  if container in ("scalar", "numpy"):
+    return stored[()] if container == "scalar" else stored
   sharding = _sharding(like)
   # Arrays with a sharding came onto it as they were read; this is for others.
   return jax.device_put(stored, sharding) if sharding else jnp.asarray(stored)
@@ -452,13 +434,13 @@ def _nest(leaves: list[_Leaf], values: list[Any]) -> chex.ArrayTree:
   """Puts leaves into dictionaries of dictionaries by their paths."""
   root: dict[str, Any] = {}
   for leaf, value in zip(leaves, values, strict=True):
-    if not leaf.path:
-      return value
     node = root
-    for part in leaf.path[:-1]:
+    # The state itself, where it is a leaf, has no path.
+    *parts, last = ("", *leaf.path)
+    for part in parts:
       node = node.setdefault(part, {})
-    node[leaf.path[-1]] = value
-  return root
+    node[last] = value
+  return root.get("", {})
 
 
 def _write(
@@ -516,33 +498,29 @@ def _beside(folder: pathlib.Path, step: str) -> pathlib.Path:
   return folder.with_name(f".{folder.name}.{step}")
 
 
+def _is_checkpoint(folder: pathlib.Path) -> bool:
+  return (folder / _MARKER).is_file()
+
+
 def _find(folder: pathlib.Path) -> pathlib.Path:
   """Returns where the checkpoint of a path is; the path where there is none.
 
   It is beside its place if the process was killed between two renames.
   """
-  for place in (
-    folder,
-    _beside(folder, "saving"),
-    _beside(folder, "replaced"),
-  ):
-    if (place / _MARKER).is_file():
-      return place
-  return folder
+  places = (folder, *(_beside(folder, x) for x in ("saving", "replaced")))
+  return next(filter(_is_checkpoint, places), folder)
 
 
 def _tidy(folder: pathlib.Path) -> None:
   """Moves a checkpoint to its place, and clears away what is beside it."""
-  if not folder.exists() and (found := _find(folder)) != folder:
-    os.rename(found, folder)
+  if not folder.exists() and (place := _find(folder)) != folder:
+    os.rename(place, folder)
   for step in ("saving", "replaced", "removed"):
     _delete(folder, _beside(folder, step))
   # Orbax works in a folder with this beginning.
-  start = f"{_beside(folder, 'saving').name}."
-  if folder.parent.is_dir():
-    for leftover in folder.parent.iterdir():
-      if leftover.name.startswith(start):
-        shutil.rmtree(leftover, ignore_errors=True)
+  start = glob.escape(f"{_beside(folder, 'saving').name}.")
+  for leftover in list(folder.parent.glob(f"{start}*")):
+    shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _delete(folder: pathlib.Path, place: pathlib.Path) -> None:
@@ -561,17 +539,19 @@ def _digest(value: jax.Array | np.ndarray) -> str:
   ):
     return ""
   array = np.asarray(value)
-  found = hashlib.blake2b(
-    f"{array.dtype.name} {array.shape}".encode(), digest_size=16
-  )
   # Types that are not NumPy's own do not lend their bytes.
-  found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-  return found.hexdigest()
+  flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+  return _hash(f"{array.dtype.name} {array.shape}", flat.data)
 
 
 def _content_digest(content: Mapping[str, Any]) -> str:
-  text = json.dumps(content, sort_keys=True)
-  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+  return _hash(json.dumps(content, sort_keys=True))
+
+
+def _hash(text: str, data: bytes | memoryview = b"") -> str:
+  result = hashlib.blake2b(text.encode(), digest_size=16)
+  result.update(data)
+  return result.hexdigest()
 
 
 def _check_values(
@@ -579,12 +559,9 @@ def _check_values(
 ) -> None:
   """Raises ValueError for the first leaf that is not what was saved."""
   for leaf in leaves:
-    stored = arrays.get(leaf.stored_name)
-    found = _digest(stored) if leaf.digest and stored is not None else ""
-    if leaf.digest and found not in ("", leaf.digest):
-      raise ValueError(
-        _damage(folder, f"leaf {leaf.name} is not what was saved")
-      )
+    stored = arrays.get(leaf.stored_name) if leaf.digest else None
+    if stored is not None and _digest(stored) not in ("", leaf.digest):
+      raise _damaged(folder, f"leaf {leaf.name} is not what was saved")
 
 
 def _barrier(name: str) -> None:
@@ -594,35 +571,30 @@ def _barrier(name: str) -> None:
 
 def _content(folder: pathlib.Path) -> dict[str, Any]:
   """Reads the list of leaves and the user's metadata."""
-  if not (folder / _MARKER).is_file():
+  if not _is_checkpoint(folder):
     raise ValueError(f"path must be a checkpoint, got {str(folder)!r}")
-  try:
+  with _reading(folder):
     content = ocp.metadata(folder).custom_metadata
-  # What damaged files make Orbax raise is open-ended.
-  except Exception as error:
-    raise ValueError(_damage(folder, error)) from None
   if not isinstance(content, dict) or content.get("psg_jax") not in _FORMATS:
     raise ValueError(
       f"path must be a checkpoint written by psg_jax, got {str(folder)!r}"
     )
   digest = content.pop("digest", None)
   if content["psg_jax"] == _FORMAT and digest != _content_digest(content):
-    raise ValueError(
-      _damage(
-        folder, "its list of leaves or its metadata is not what was saved"
-      )
-    )
+    what = "its list of leaves or its metadata"
+    raise _damaged(folder, f"{what} is not what was saved")
   return content
 
 
-def _load(folder: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
+@contextlib.contextmanager
+def _reading(folder: pathlib.Path) -> Iterator[None]:
+  """Gives what Orbax raises of damaged files, which is open-ended, one form."""
   try:
-    return ocp.load(folder, abstract)
-  # As above.
+    yield
   except Exception as error:
-    raise ValueError(_damage(folder, error)) from None
+    raise _damaged(folder, error) from None
 
 
-def _damage(folder: pathlib.Path, error: Exception | str) -> str:
+def _damaged(folder: pathlib.Path, error: Exception | str) -> ValueError:
   line = " ".join(str(error).split())[:300]
-  return f"path {str(folder)!r} is a damaged checkpoint: {line}"
+  return ValueError(f"path {str(folder)!r} is a damaged checkpoint: {line}")

@@ -6,14 +6,14 @@ is not in its arguments: rules whose figures are missing stay silent.
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from psg_jax import boundary, checks, unlearning
+from psg_jax import checks, unlearning
+from psg_jax.metrics import common
 
 FINE = "fine"
 NOTHING = "nothing was forgotten"
@@ -95,7 +95,7 @@ def summarise_relabelling(
         f"retrained_logits must be {list(shape)}, got"
         f" {list(np.shape(retrained_logits))}"
       )
-    agreement = float(np.mean(np.argmax(retrained_logits, -1) == labels))
+    agreement = float(np.mean(common.is_right(retrained_logits, labels)))
   return RelabellingStatistics(
     num_images=len(labels),
     crossed_share=float(np.mean(relabelling.is_crossed)),
@@ -152,321 +152,231 @@ class Diagnosis:
     """Returns a dictionary for JSON."""
     return {
       "verdict": self.verdict,
-      "findings": [dataclasses.asdict(each) for each in self.findings],
+      "findings": [dataclasses.asdict(finding) for finding in self.findings],
     }
 
   def __str__(self) -> str:
-    return "\n".join(str(each) for each in self.findings)
+    return "\n".join(str(finding) for finding in self.findings)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Case:
-  """All that the rules look at."""
+class _Side(NamedTuple):
+  """Accuracies on forget or on retained images."""
 
-  original: Mapping[str, float | None]
-  unlearned: Mapping[str, float | None]
-  forget_split: str
-  forget_target: float
-  retain_split: str
-  retain_target: float
+  split: str
+  before: float
+  now: float
+  target: float
+
+
+class _Case(NamedTuple):
+  """All that the rules look at.
+
+  What is unknown is NaN, which meets no comparison: its rules stay silent.
+
+  Attributes:
+    forget: On the forget set.
+    retain: On retained images.
+    chance: The accuracy of chance.
+    options: Those of `unlearning.unlearn`, with the defaults.
+    weight: Of the retained images, beside the forget images' 1.
+    in_steps: How many steps the search took, in words.
+    crossed: Share of the forget images that crossed the boundary.
+    num_labels: Classes.
+    largest: Share of the most frequent new label.
+    largest_class: That label.
+    agreement: Share of new labels that the retrained model predicts.
+    learned: Share of the forget images that had their new label in training.
+    losses: The first and the last on forget images.
+    retain_losses: The first and the last on retained images.
+  """
+
+  forget: _Side
+  retain: _Side
   chance: float
-  relabelling: RelabellingStatistics | None
-  history: Sequence[Mapping[str, Any]]
   options: Mapping[str, Any]
-
-  def option(self, name: str) -> Any:
-    return self.options.get(name)
-
-  def last_label_accuracy(self) -> float | None:
-    """Share of new labels learned; `forget_accuracy` in older histories."""
-    last = self.history[-1] if self.history else {}
-    found: float | None = last.get(
-      "label_accuracy", last.get("forget_accuracy")
-    )
-    return found
-
-  def has_loss_fallen(self, name: str) -> bool | None:
-    """Whether a loss went down over the passes; None where unknown."""
-    if not self.history or name not in self.history[0]:
-      return None
-    steps = self.history[0].get(f"{name.removesuffix('_loss')}_step_losses")
-    first = steps[0] if steps else self.history[0][name]
-    return bool(self.history[-1][name] < (1 - _FALLING_SHARE) * first)
-
-  @property
-  def forget_accuracy(self) -> float:
-    return _known(self.unlearned, self.forget_split)
-
-  @property
-  def retain_accuracy(self) -> float:
-    return _known(self.unlearned, self.retain_split)
+  weight: float
+  in_steps: str
+  crossed: float = math.nan
+  num_labels: int = 0
+  largest: float = math.nan
+  largest_class: int = 0
+  agreement: float = math.nan
+  learned: float = math.nan
+  losses: tuple[float, float] = (math.nan, math.nan)
+  retain_losses: tuple[float, float] = (math.nan, math.nan)
 
 
-def _known(figures: Mapping[str, float | None], split: str) -> float:
-  value = figures.get(split)
-  assert value is not None  # `diagnose` chooses splits that all have.
-  return value
-
-
-class _Rule(NamedTuple):
+class Rule(NamedTuple):
   """A cause of some verdicts.
 
   Attributes:
     name: What the cause is.
     verdicts: Those it can explain.
-    evidence: Gives the figures, or None where the rule does not hold.
+    is_met: Whether it holds.
+    evidence: The figures behind it, with fields of the case.
     setting: The option to move.
     advice: How.
   """
 
   name: str
   verdicts: tuple[str, ...]
-  evidence: Callable[[_Case], str | None]
+  is_met: Callable[[_Case], bool]
+  evidence: str
   setting: str
   advice: str
 
 
-def _few_crossed(case: _Case) -> str | None:
-  found = case.relabelling
-  if found is None or found.crossed_share >= _CROSSED_SHARE:
-    return None
-  return f"{found.crossed_share:.0%} of the forget images crossed the boundary"
-
-
-def _few_crossed_in_ball(case: _Case) -> str | None:
-  radius = case.option("max_distance")
-  evidence = _few_crossed(case)
-  if evidence is None or radius is None:
-    return None
-  return f"{evidence} within max_distance={radius:g}"
-
-
-def _few_crossed_anywhere(case: _Case) -> str | None:
-  if case.option("max_distance") is not None:
-    return None
-  evidence, steps = _few_crossed(case), case.option("num_steps")
-  if evidence is None or steps is None:
-    return evidence
-  return f"{evidence} in num_steps={steps}"
-
-
-def _one_class(case: _Case) -> str | None:
-  found = case.relabelling
-  if found is None or len(found.label_counts) < 3:
-    return None
-  is_right = found.agreement is not None and found.agreement >= _GOOD_AGREEMENT
-  if found.largest_share < _ONE_CLASS_SHARE or is_right:
-    return None
-  largest = int(np.argmax(found.label_counts))
-  return f"{found.largest_share:.0%} of the new labels are class {largest}"
-
-
-def _wrong_labels(case: _Case) -> str | None:
-  found = case.relabelling
-  if found is None or found.agreement is None:
-    return None
-  if found.agreement >= _GOOD_AGREEMENT:
-    return None
-  return (
-    f"{found.agreement:.0%} of the new labels are what the retrained model"
-    " predicts"
-  )
-
-
-def _raw_logits(case: _Case) -> str | None:
-  used = case.option("labels") == "raw_logits"
-  return "labels='raw_logits' are no probabilities" if used else None
-
-
-def _old_class_taught(case: _Case) -> str | None:
-  if case.option("labels") != "soft":
-    return None
-  return "labels='soft' leave probability on the old class"
-
-
-def _not_learned(case: _Case, *, has_fallen: bool) -> str | None:
-  share = case.last_label_accuracy()
-  if share is None or share >= _LEARNED_SHARE:
-    return None
-  if case.has_loss_fallen("forget_loss") is not has_fallen:
-    return None
-  how = "was still falling" if has_fallen else "did not fall"
-  return (
-    f"in the last pass {share:.0%} of the forget images had their new label,"
-    f" and the loss {how}"
-  )
-
-
-def _statistics_moved(case: _Case) -> str | None:
-  share = case.last_label_accuracy()
-  if share is None or share < _LEARNED_SHARE:
-    return None
-  if case.option("batch_stats") != "update":
-    return None
-  return (
-    f"in training {share:.0%} of the forget images had their new label, with"
-    " BatchNorm on minibatches, and in inference they have not"
-  )
-
-
-def _retain_outweighs(case: _Case) -> str | None:
-  weight = case.option("retain_weight")
-  return f"retain_weight={weight:g}" if weight and weight > 1 else None
-
-
-def _forget_only_statistics(case: _Case) -> str | None:
-  if case.option("retain_weight") != 0:
-    return None
-  if case.option("batch_stats") != "update":
-    return None
-  return "BatchNorm adapted to minibatches of forget images (retain_weight=0)"
-
-
-def _retain_unused(case: _Case) -> str | None:
-  weight = case.option("retain_weight")
-  if weight is None or weight >= 1:
-    return None
-  return f"retained images have weight {weight:g} beside the forget images' 1"
-
-
-def _retain_loss_rises(case: _Case) -> str | None:
-  if len(case.history) < 2 or "retain_loss" not in case.history[0]:
-    return None
-  first, last = (case.history[i]["retain_loss"] for i in (0, -1))
-  return (
-    f"the loss on retained images rose from {first:.2f} to {last:.2f}"
-    if last > (1 + _FALLING_SHARE) * first
-    else None
-  )
-
-
-def _always(case: _Case) -> str:
-  return (
-    f"{case.forget_split} accuracy {case.forget_accuracy:.3f} (target"
-    f" {case.forget_target:.3f}), {case.retain_split} accuracy"
-    f" {case.retain_accuracy:.3f} (target {case.retain_target:.3f})"
-  )
+def _always(case: _Case) -> bool:
+  del case
+  return True
 
 
 _TOO_LITTLE = (NOTHING, PARTLY)
 _HARM = (DESTROYED, DAMAGED)
+_TARGETS = (
+  "{0.forget.split} accuracy {0.forget.now:.3f} (target"
+  " {0.forget.target:.3f}), {0.retain.split} accuracy {0.retain.now:.3f}"
+  " (target {0.retain.target:.3f})"
+)
+_CROSSED = "{0.crossed:.0%} of the forget images crossed the boundary"
+_LEARNED = "{0.learned:.0%} of the forget images had their new label"
 
-# In the order of how sure and how cheap the remedy is; the last of each verdict
-# always holds.
-_RULES: tuple[_Rule, ...] = (
-  _Rule(
+RULES: tuple[Rule, ...] = (
+  Rule(
     "raw logits as targets",
     (*_TOO_LITTLE, *_HARM),
-    _raw_logits,
-    "labels",
-    "use labels='hard' or 'soft_other'",
+    lambda case: case.options.get("labels") == "raw_logits",
+    "labels='raw_logits' are no probabilities",
+    *("labels", "use labels='hard' or 'soft_other'"),
   ),
-  _Rule(
+  Rule(
     "few crossed within the ball",
     _TOO_LITTLE,
-    _few_crossed_in_ball,
-    "max_distance",
-    "raise max_distance, or set it to None",
+    lambda case: (
+      case.crossed < _CROSSED_SHARE
+      and case.options.get("max_distance") is not None
+    ),
+    _CROSSED + " within max_distance={0.options[max_distance]:g}",
+    *("max_distance", "raise max_distance, or set it to None"),
   ),
-  _Rule(
+  Rule(
     "few crossed",
     _TOO_LITTLE,
-    _few_crossed_anywhere,
-    "num_steps",
-    "raise num_steps, or max_distance where there is one",
+    lambda case: (
+      case.crossed < _CROSSED_SHARE and case.options.get("max_distance") is None
+    ),
+    _CROSSED + "{0.in_steps}",
+    *("num_steps", "raise num_steps, or max_distance where there is one"),
   ),
-  _Rule(
+  Rule(
     "targets not learned, still learning",
     _TOO_LITTLE,
-    lambda case: _not_learned(case, has_fallen=True),
-    "num_epochs",
-    "raise num_epochs",
+    lambda case: (
+      case.learned < _LEARNED_SHARE
+      and case.losses[1] < (1 - _FALLING_SHARE) * case.losses[0]
+    ),
+    f"in the last pass {_LEARNED}, and the loss was still falling",
+    *("num_epochs", "raise num_epochs"),
   ),
-  _Rule(
+  Rule(
     "targets not learned",
     _TOO_LITTLE,
-    lambda case: _not_learned(case, has_fallen=False),
-    "optimizer",
-    "raise the learning rate, tenfold to begin with",
+    lambda case: (
+      case.learned < _LEARNED_SHARE
+      and case.losses[1] >= (1 - _FALLING_SHARE) * case.losses[0]
+    ),
+    f"in the last pass {_LEARNED}, and the loss did not fall",
+    *("optimizer", "raise the learning rate, tenfold to begin with"),
   ),
-  _Rule(
+  Rule(
     "retained images outweigh",
     _TOO_LITTLE,
-    _retain_outweighs,
-    "retain_weight",
-    "lower retain_weight to 1",
+    lambda case: case.weight > 1,
+    "retain_weight={0.weight:g}",
+    *("retain_weight", "lower retain_weight to 1"),
   ),
-  _Rule(
+  Rule(
     "old class in the targets",
     _TOO_LITTLE,
-    _old_class_taught,
-    "labels",
-    "use labels='soft_other' or 'hard'",
+    lambda case: case.options.get("labels") == "soft",
+    "labels='soft' leave probability on the old class",
+    *("labels", "use labels='soft_other' or 'hard'"),
   ),
-  _Rule(
+  Rule(
     "statistics of the minibatch",
     _TOO_LITTLE,
-    _statistics_moved,
+    lambda case: (
+      case.learned >= _LEARNED_SHARE
+      and case.options.get("batch_stats") == "update"
+    ),
+    f"in training {_LEARNED}, with BatchNorm on minibatches, and in inference"
+    " they have not",
     "batch_stats",
     "use batch_stats='frozen', so that training sees what inference sees",
   ),
-  _Rule(
+  Rule(
     "statistics of forget images",
     (*_TOO_LITTLE, *_HARM),
-    _forget_only_statistics,
-    "batch_stats",
-    "use batch_stats='frozen', or retain_weight=1",
+    lambda case: (
+      case.weight == 0 and case.options.get("batch_stats") == "update"
+    ),
+    "BatchNorm adapted to minibatches of forget images (retain_weight=0)",
+    *("batch_stats", "use batch_stats='frozen', or retain_weight=1"),
   ),
-  _Rule(
+  Rule(
     "retained images hardly used",
     _HARM,
-    _retain_unused,
-    "retain_weight",
-    "raise retain_weight to 1",
+    lambda case: case.weight < 1,
+    "retained images have weight {0.weight:g} beside the forget images' 1",
+    *("retain_weight", "raise retain_weight to 1"),
   ),
-  _Rule(
+  Rule(
     "one class takes all",
     (*_HARM, TOO_MUCH),
-    _one_class,
+    # Unless the retrained model would give most images to this class.
+    lambda case: (
+      case.num_labels > 2
+      and case.largest >= _ONE_CLASS_SHARE
+      and not case.agreement >= _GOOD_AGREEMENT
+    ),
+    "{0.largest:.0%} of the new labels are class {0.largest_class}",
     "step_size",
     "lower step_size, so that the search stops at a nearer class",
   ),
-  _Rule(
+  Rule(
     "labels unlike the retrained model's",
     (*_HARM, TOO_MUCH),
-    _wrong_labels,
-    "step_size",
-    "lower step_size and raise num_steps",
+    lambda case: case.agreement < _GOOD_AGREEMENT,
+    "{0.agreement:.0%} of the new labels are what the retrained model predicts",
+    *("step_size", "lower step_size and raise num_steps"),
   ),
-  _Rule(
+  Rule(
     "unstable",
     _HARM,
-    _retain_loss_rises,
-    "optimizer",
-    "lower the learning rate, tenfold to begin with",
+    lambda case: (
+      case.retain_losses[1] > (1 + _FALLING_SHARE) * case.retain_losses[0]
+    ),
+    "the loss on retained images rose from {0.retain_losses[0]:.2f} to"
+    " {0.retain_losses[1]:.2f}",
+    *("optimizer", "lower the learning rate, tenfold to begin with"),
   ),
-  _Rule(
-    "too little training",
-    _TOO_LITTLE,
-    _always,
-    "num_epochs",
+  Rule(
+    *("too little training", _TOO_LITTLE, _always, _TARGETS, "num_epochs"),
     "raise num_epochs or the learning rate",
   ),
-  _Rule(
-    "too much training",
-    _HARM,
-    _always,
-    "optimizer",
+  Rule(
+    *("too much training", _HARM, _always, _TARGETS, "optimizer"),
     "lower the learning rate, or num_epochs",
   ),
-  _Rule(
-    "pushed too far",
-    (TOO_MUCH,),
-    _always,
-    "num_epochs",
+  Rule(
+    *("pushed too far", (TOO_MUCH,), _always, _TARGETS, "num_epochs"),
     "lower num_epochs, or use labels='soft_other'",
   ),
 )
+"""In the order of how sure and how cheap the remedy is.
+
+The last of each verdict always holds, and speaks where no other does.
+"""
 
 
 def diagnose(
@@ -523,102 +433,119 @@ def diagnose(
     sides["retrained"] = retrained
   for name, figures in sides.items():
     _check_figures(name, figures)
-  forget_split = _first_known(sides, ("train_forget", "test_forget"))
-  retain_split = _first_known(sides, ("test_retain", "train_retain"))
-  known = {} if options is None else _with_defaults(options)
-  reference = original if retrained is None else retrained
+  forget = _first_known(sides, ("train_forget", "test_forget"))
+  retain = _first_known(sides, ("test_retain", "train_retain"))
+  target: float | None = 0.0
   if retrained is not None:
-    forget_target = _known(retrained, forget_split)
-  elif scope == "class":
-    forget_target = 0.0
-  elif original.get("test_forget") is not None:
-    forget_target = _known(original, "test_forget")
-  else:
-    forget_target = _known(original, retain_split)
+    target = retrained[forget]
+  elif scope == "samples":
+    target = original.get("test_forget")
+    target = original[retain] if target is None else target
+  kept = (original if retrained is None else retrained)[retain]
+  known = {} if options is None else _with_defaults(options)
+  weight, steps = known.get("retain_weight"), known.get("num_steps")
   case = _Case(
-    original=original,
-    unlearned=unlearned,
-    forget_split=forget_split,
-    forget_target=forget_target,
-    retain_split=retain_split,
-    retain_target=_known(reference, retain_split),
-    chance=1 / num_classes,
-    relabelling=relabelling,
-    history=history,
-    options=known,
+    _Side(forget, *_known(original[forget], unlearned[forget], target)),
+    _Side(retain, *_known(original[retain], unlearned[retain], kept)),
+    1 / num_classes,
+    known,
+    math.nan if weight is None else weight,
+    "" if steps is None else f" in num_steps={steps}",
+    **_read_relabelling(relabelling),
+    **_read_history(history),
   )
-  findings = []
-  for verdict in _verdicts(case):
-    if verdict in (FINE, CANNOT_TELL):
-      findings.append(_plain(verdict, case))
-      continue
-    for rule in _RULES:
-      evidence = rule.evidence(case) if verdict in rule.verdicts else None
-      is_last = rule.evidence is _always
-      if evidence is None or (is_last and _has(findings, verdict)):
-        continue
-      if not is_last and not _has(findings, verdict):
-        evidence = f"{_always(case)}; {evidence}"
-      findings.append(
-        Finding(verdict, rule.name, evidence, rule.setting, rule.advice)
-      )
-  return Diagnosis(tuple(findings))
+  verdicts = _verdicts(case)
+  return Diagnosis(tuple(x for y in verdicts for x in _findings(y, case)))
+
+
+def _known(*values: float | None) -> tuple[float, ...]:
+  # `_first_known` chooses splits that all have.
+  return tuple(value for value in values if value is not None)
+
+
+def _read_relabelling(counts: RelabellingStatistics | None) -> dict[str, Any]:
+  if counts is None:
+    return {}
+  return {
+    "crossed": counts.crossed_share,
+    "num_labels": len(counts.label_counts),
+    "largest": counts.largest_share,
+    "largest_class": int(np.argmax(counts.label_counts)),
+    "agreement": math.nan if counts.agreement is None else counts.agreement,
+  }
+
+
+def _read_history(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Older histories have the share learned as `forget_accuracy`."""
+  figures: dict[str, Any] = {}
+  if not history:
+    return figures
+  first, last = history[0], history[-1]
+  learned = last.get("label_accuracy", last.get("forget_accuracy"))
+  if learned is not None:
+    figures["learned"] = learned
+  if "forget_loss" in first:
+    start = (first.get("forget_step_losses") or [first["forget_loss"]])[0]
+    figures["losses"] = start, last["forget_loss"]
+  if "retain_loss" in first and len(history) > 1:
+    figures["retain_losses"] = first["retain_loss"], last["retain_loss"]
+  return figures
 
 
 def _verdicts(case: _Case) -> list[str]:
   """Reads the accuracies alone; the worst first."""
-  verdicts = []
-  start = _known(case.original, case.retain_split)
-  lead = start - case.chance
-  kept = case.retain_accuracy - case.chance
+  forget, retain = case.forget, case.retain
+  lead, kept = retain.before - case.chance, retain.now - case.chance
   if lead > 0 and kept < _DESTROYED_SHARE * lead:
     # What a destroyed model does on the forget set says nothing.
     return [DESTROYED]
-  before = _known(case.original, case.forget_split)
-  way = before - case.forget_target
-  gone = before - case.forget_accuracy
-  missing = case.forget_accuracy - case.forget_target
+  verdicts = []
+  way = forget.before - forget.target
+  missing = forget.now - forget.target
   if missing > _TOLERANCE:
-    verdicts.append(NOTHING if gone < _NOTHING_SHARE * way else PARTLY)
+    has_moved = forget.before - forget.now >= _NOTHING_SHARE * way
+    verdicts.append(PARTLY if has_moved else NOTHING)
   elif missing < -_TOLERANCE:
     verdicts.append(TOO_MUCH)
   elif way <= _TOLERANCE:
     verdicts.append(CANNOT_TELL)
-  if case.retain_target - case.retain_accuracy > _TOLERANCE:
+  if retain.target - retain.now > _TOLERANCE:
     verdicts.append(DAMAGED)
   if verdicts[:1] == [CANNOT_TELL]:
     verdicts.reverse()
   return verdicts or [FINE]
 
 
-def _plain(verdict: str, case: _Case) -> Finding:
+def _findings(verdict: str, case: _Case) -> list[Finding]:
+  """What explains a verdict, the best advice first, with the targets."""
+  targets = _TARGETS.format(case)
   if verdict == FINE:
-    return Finding(
-      *(FINE, "targets reached", _always(case), None, "nothing to move")
+    return [Finding(FINE, "targets reached", targets, None, "nothing to move")]
+  if verdict == CANNOT_TELL:
+    evidence = (
+      f"{case.forget.split} accuracy was {case.forget.before:.3f} before"
+      " unlearning, and a model that never saw these images has"
+      f" {case.forget.target:.3f}"
     )
-  before = _known(case.original, case.forget_split)
-  return Finding(
-    verdict,
-    "the original is near the target",
-    f"{case.forget_split} accuracy was {before:.3f} before unlearning, and a"
-    f" model that never saw these images has {case.forget_target:.3f}",
-    None,
-    "judge by agreement, divergence and membership inference",
-  )
-
-
-def _has(findings: Sequence[Finding], verdict: str) -> bool:
-  return any(each.verdict == verdict for each in findings)
+    advice = "judge by agreement, divergence and membership inference"
+    cause = "the original is near the target"
+    return [Finding(verdict, cause, evidence, None, advice)]
+  rules = [x for x in RULES if verdict in x.verdicts and x.is_met(case)]
+  *causes, last = rules
+  findings: list[Finding] = []
+  for rule in causes or [last]:
+    evidence = rule.evidence.format(case)
+    if causes and not findings:
+      evidence = f"{targets}; {evidence}"
+    findings.append(
+      Finding(verdict, rule.name, evidence, rule.setting, rule.advice)
+    )
+  return findings
 
 
 def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
   """Fills the options up with the defaults of `unlearning.unlearn`."""
-  defaults = {
-    name: parameter.default
-    for each in (boundary.Search, unlearning.unlearn)
-    for name, parameter in inspect.signature(each).parameters.items()
-    if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-  } | unlearning.SEARCH_DEFAULTS
+  defaults = unlearning.defaults()
   for name in options:
     checks.one_of("the name in options", name, defaults)
   return {**defaults, **options}

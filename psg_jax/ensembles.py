@@ -1,27 +1,27 @@
 """Many models of one kind, trained together or one after the other."""
 
 import functools
-import time
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from psg_jax import (
-  augment,
+  batches,
   checks,
+  engine,
   inference,
+  optimizers,
   parallel,
-  progress,
+  steps,
   training,
   types,
 )
 
 MODES = ("map", "vmap", "sharded")
-_MAX_STEPS_PER_CALL = 32
-_LAST_STEP = np.iinfo(np.int32).max
 
 
 def model_keys(key: jax.Array, model: int) -> tuple[jax.Array, jax.Array]:
@@ -36,41 +36,32 @@ def train(
   membership: np.ndarray,
   key: jax.Array,
   *,
-  num_epochs: int,
-  batch_size: int = 64,
-  schedule: training.Schedule = "one_cycle",
-  optimizer: optax.GradientTransformation | None = None,
-  augment_fn: augment.AugmentFn | None = None,
   mode: str = "map",
-  mesh: jax.sharding.Mesh | None = None,
-  show_progress: bool = True,
-) -> tuple[types.Variables, training.History]:
+  **options: Any,
+) -> tuple[types.Variables, engine.History]:
   """Trains many models together, each on its own part of the images.
 
   Model `m` becomes what `training.fit(model, model.init(init_key, image),
   dataset.take(membership[m]), fit_key, ...)` makes it, with the keys of
-  `model_keys(key, m)`. Images lie on the device once. A minibatch holds
-  members alone: images of weight 0 would cost as much as others, and move the
-  BatchNorm statistics of networks that take no mask.
+  `model_keys(key, m)`. Images lie on the device once, or are read from disk as
+  they are needed. A minibatch holds members alone: images of weight 0 would
+  cost as much as others, and move the BatchNorm statistics of networks that
+  take no mask.
 
   Args:
     model: The network, a small one.
     dataset: The images that any model is trained on.
     membership: bool `[M, N]`, such as of `ulira.draw_membership`.
     key: One typed key.
-    num_epochs: Passes of each model over its images, positive.
-    batch_size: Images a step and model, positive.
-    schedule: Of the learning rate, as for `training.fit`.
-    optimizer: As for `training.fit`.
-    augment_fn: Augmentation `(key, images) -> images`.
     mode: `"map"`: one model after the other within the program, in the memory
       of one; `"vmap"`: all at once; `"sharded"`: the models are cut over the
       devices of a mesh, one after the other on each. The default is what was
       faster on two CPU cores: 8 All-CNNs of width 0.125 on the digits took
       19 s an epoch mapped and 39 s vmapped, which makes grouped convolutions
       of theirs. Measure anew on an accelerator.
-    mesh: For `"sharded"`: the devices; None for all.
-    show_progress: Whether to show a progress bar.
+    **options: Those of `training.fit`, but `trainable`. `mesh` is for
+      `"sharded"`: the devices; None for all. Arrays of states have an axis of
+      models in front.
 
   Returns:
     The variables, each array with an axis `M` in front, and one record an
@@ -81,107 +72,136 @@ def train(
     ValueError: If an argument is of the wrong shape or out of its range.
     FloatingPointError: If a loss or a variable is NaN or infinite.
   """
-  checks.integer("num_epochs", num_epochs, at_least=1)
-  checks.integer("batch_size", batch_size, at_least=1)
+  passes = engine.Passes(
+    **{
+      "schedule": "one_cycle",
+      "description": "training ensemble",
+      **options,
+    }
+  )
   checks.one_of("mode", mode, MODES)
-  training.check_schedule(schedule)
   checks.key(key)
   members = _members(membership, len(dataset))
-  if mesh is not None and mode != "sharded":
+  if passes.trainable is not None:
+    raise ValueError("trainable must be None for ensembles, got trees")
+  if passes.mesh is not None and mode != "sharded":
     raise ValueError(f"mesh must be None with mode={mode!r}, got a mesh")
-  if mode == "sharded" and mesh is None:
-    mesh = parallel.create_mesh()
-  if optimizer is None:
-    optimizer = training.default_optimizer(schedule)
+  if mode == "sharded" and passes.mesh is None:
+    passes = passes.replace(mesh=parallel.create_mesh())
+  optimizer = passes.optimizer or training.default_optimizer(passes.schedule)
   # Devices that do not divide the models train the first ones twice.
   num_models = len(members)
-  padded = parallel.padded_size(num_models, mesh)
-  members = [members[index % num_models] for index in range(padded)]
-  keys = [model_keys(key, index % num_models) for index in range(padded)]
-  init_keys, fit_keys = (jnp.stack(part) for part in zip(*keys, strict=True))
-  image = jnp.zeros((1, *dataset.images.shape[1:]), jnp.float32)
-  variables = jax.lax.map(lambda each: model.init(each, image), init_keys)
-  first = jax.tree.map(lambda x: x[0], variables)
-  training.check_classes(model, first, dataset)
-  state = parallel.shard(
-    jax.vmap(lambda v, k: training.init_state(v, optimizer, k))(
-      variables, fit_keys
-    ),
-    mesh,
+  models = [
+    index % num_models
+    for index in range(parallel.padded_size(num_models, passes.mesh))
+  ]
+  members = [members[index] for index in models]
+  init_keys, fit_keys = (
+    jnp.stack(part)
+    for part in zip(*(model_keys(key, index) for index in models), strict=True)
   )
-  images = parallel.replicate(jnp.asarray(dataset.images[:]), mesh)
-  labels = parallel.replicate(jnp.asarray(dataset.labels), mesh)
-  order_keys = [jax.random.fold_in(each, _LAST_STEP) for each in fit_keys]
-  steps_of = [-(-len(rows) // batch_size) for rows in members]
-  num_steps = max(steps_of)
-  factors = {
-    number: training.schedule_factors(schedule, num_epochs * number)
-    for number in set(steps_of)
-  }
-  history: training.History = []
-  with progress.bar(
-    "training ensemble",
-    num_epochs * num_steps,
-    unit="step",
-    is_shown=show_progress,
-  ) as bar:
-    for epoch in range(num_epochs):
-      start = time.perf_counter()
-      plans = [
-        _plan(jax.random.fold_in(each, epoch), rows, batch_size, num_steps)
-        for each, rows in zip(order_keys, members, strict=True)
-      ]
-      rates = np.stack(
-        [
-          np.pad(factors[n][epoch * n : (epoch + 1) * n], (0, num_steps - n))
-          for n in steps_of
-        ]
-      )
-      losses, is_correct, weights = [], [], []
-      for rows, row_weights, call_rates in _calls(plans, rates):
-        batches = training.Batches(
-          rows=jnp.asarray(rows), weights=jnp.asarray(row_weights)
-        )
-        state, reported = _run(
-          model,
-          optimizer,
-          state,
-          images,
-          labels,
-          parallel.shard(batches, mesh),
-          parallel.shard(jnp.asarray(call_rates), mesh),
-          augment_fn=augment_fn,
-          mode=mode,
-          mesh=mesh,
-        )
-        losses.append(np.asarray(reported.loss)[:num_models])
-        is_correct.append(np.asarray(reported.is_correct)[:num_models])
-        weights.append(row_weights[:num_models] > 0)
-        _check_finite("the loss", losses[-1], weights[-1], epoch + 1)
-        bar.advance(
-          int(weights[-1].any((0, 2)).sum()),
-          loss=float(losses[-1][weights[-1]].mean()),
-        )
-      is_counted = np.concatenate(weights, 1)
-      num_counted = is_counted.sum((1, 2))
-      history.append(
-        {
-          "epoch": epoch + 1,
-          **{
-            name: [
-              float(x)
-              for x in (np.concatenate(values, 1) * is_counted).sum((1, 2))
-              / num_counted
-            ]
-            for name, values in (("loss", losses), ("accuracy", is_correct))
-          },
-          "seconds": time.perf_counter() - start,
-        }
-      )
+  state = passes.state
+  if state is None:
+    state = _fresh_states(model, dataset, optimizer, init_keys, fit_keys)
+  else:
+    state = jax.tree.map(jnp.copy, state)  # The caller keeps theirs.
+  phases, factors = _phases(members, list(fit_keys), passes)
+  state, history = engine.run_passes(
+    steps.Program(
+      model=model,
+      optimizer=optimizer,
+      loss_fn=steps.mean_cross_entropy,
+      augment_fn=passes.augment_fn,
+      batch_stats=passes.batch_stats,
+      num_parts=passes.num_parts,
+    ),
+    parallel.shard(state, passes.mesh),
+    dataset.images,
+    dataset.labels,
+    phases,
+    passes,
+    factors=factors,
+    record_fn=functools.partial(_record, num_models=num_models),
+    run_fn=functools.partial(_run, mode=mode, mesh=passes.mesh),
+  )
   variables = jax.tree.map(lambda x: x[:num_models], state.variables)
-  for leaf in jax.tree.leaves(variables):
-    _check_finite("a variable", np.asarray(leaf), True, num_epochs)
   return variables, history
+
+
+def _fresh_states(
+  model: types.Model,
+  dataset: types.Dataset,
+  optimizer: optax.GradientTransformation,
+  init_keys: jax.Array,
+  fit_keys: jax.Array,
+) -> steps.TrainState:
+  """Initialises all models, each array with an axis `M` in front."""
+  image = jnp.zeros((1, *dataset.images.shape[1:]), jnp.float32)
+  variables = jax.lax.map(lambda x: model.init(x, image), init_keys)
+  first = jax.tree.map(lambda x: x[0], variables)
+  steps.check_classes(model, first, dataset)
+  states: steps.TrainState = jax.vmap(
+    lambda v, k: steps.init_state(v, optimizer, k)
+  )(variables, fit_keys)
+  return states
+
+
+def _phases(
+  members: list[np.ndarray], keys: list[jax.Array], passes: engine.Passes
+) -> tuple[list[list[engine.Phase]], np.ndarray]:
+  """Plans `[S, M, B]` of all epochs, and factors `[S, M]` of all steps.
+
+  Models of fewer images have steps of padding at the end of each epoch.
+  """
+  steps_of = [-(-len(rows) // passes.batch_size) for rows in members]
+  num_steps = max(steps_of)
+  order_keys = [training.order_key(None, key) for key in keys]
+  phases = []
+  for epoch in range(passes.num_epochs):
+    plans = [
+      _plan(jax.random.fold_in(x, epoch), rows, passes.batch_size, num_steps)
+      for x, rows in zip(order_keys, members, strict=True)
+    ]
+    rows, weights = (np.stack(x, 1) for x in zip(*plans, strict=True))
+    plan = batches.Plan(rows, weights, np.zeros(rows.shape, bool))
+    phases.append([engine.Phase(steps.mean_cross_entropy, plan)])
+  factors = [
+    np.pad(
+      optimizers.schedule_factors(
+        passes.schedule, passes.num_epochs * number
+      ).reshape(passes.num_epochs, number),
+      ((0, 0), (0, num_steps - number)),
+    ).ravel()
+    for number in steps_of
+  ]
+  return phases, np.stack(factors, 1)
+
+
+def _plan(
+  key: jax.Array, members: np.ndarray, batch_size: int, num_steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Rows and weights `[num_steps, B]` of an epoch; steps of padding follow."""
+  plan = batches.retain_only(key, 0, len(members), batch_size)
+  padding = (
+    (0, num_steps - len(plan.rows)),
+    # As many rows for all models, some of which may have fewer images.
+    (0, batch_size - plan.rows.shape[1]),
+  )
+  rows = np.pad(plan.rows, padding, mode="wrap")
+  return members[rows], np.pad(plan.weights, padding)
+
+
+def _record(report: engine.Report, num_models: int) -> dict[str, Any]:
+  """Means of each model over its images of the epoch."""
+  is_counted = report.plan.weights[:, :num_models] > 0
+  counts = is_counted.sum((0, 2))
+  return {
+    name: [
+      float(x)
+      for x in (values[:, :num_models] * is_counted).sum((0, 2)) / counts
+    ]
+    for name, values in report.figures.items()
+  }
 
 
 def fit_many(
@@ -292,110 +312,56 @@ def _members(membership: np.ndarray, num_images: int) -> list[np.ndarray]:
   return members
 
 
-def _plan(
-  key: jax.Array, members: np.ndarray, batch_size: int, num_steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Rows and weights `[num_steps, B]` of an epoch; steps of padding follow."""
-  places, weights = training.epoch_batches(key, len(members), batch_size)
-  padding = ((0, num_steps - len(places)), (0, 0))
-  return members[np.pad(places, padding, mode="wrap")], np.pad(weights, padding)
-
-
-def _calls(
-  plans: list[tuple[np.ndarray, np.ndarray]], rates: np.ndarray
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-  """Cuts an epoch into equal calls of one program, `[M, S, B]` each.
-
-  Args:
-    plans: Rows and weights `[S, B]` of each model.
-    rates: Factors of the learning rate `[M, S]`.
-  """
-  num_steps = rates.shape[1]
-  rows, weights = (np.stack(part) for part in zip(*plans, strict=True))
-  num_calls = -(-num_steps // _MAX_STEPS_PER_CALL)
-  size = -(-num_steps // num_calls)
-  padding = ((0, 0), (0, num_calls * size - num_steps), (0, 0))
-  rows, weights = np.pad(rows, padding, mode="wrap"), np.pad(weights, padding)
-  rates = np.pad(rates, padding[:2])
-  parts = [
-    slice(start, start + size) for start in range(0, num_calls * size, size)
-  ]
-  return [(rows[:, part], weights[:, part], rates[:, part]) for part in parts]
-
-
 @functools.partial(
   jax.jit,
-  static_argnums=(0, 1),
-  static_argnames=("augment_fn", "mode", "mesh"),
-  donate_argnums=2,
+  static_argnums=0,
+  static_argnames=("mode", "mesh"),
+  donate_argnums=1,
 )
 def _run(
-  model: types.Model,
-  optimizer: optax.GradientTransformation,
-  state: training.TrainState,
+  program: steps.Program,
+  state: steps.TrainState,
   images: jax.Array,
   labels: jax.Array,
-  batches: training.Batches,
-  factors: jax.Array,
+  minibatches: steps.Steps,
   *,
-  augment_fn: augment.AugmentFn | None,
+  factors: jax.Array,
+  context: chex.ArrayTree,
+  masks: None,
   mode: str,
   mesh: jax.sharding.Mesh | None,
-) -> tuple[training.TrainState, training.StepMetrics]:
-  """Takes the steps of all models, each array with an axis `M` in front."""
+) -> tuple[steps.TrainState, steps.Reported]:
+  """Takes the steps of all models, `[M, ...]` in the state, else `[S, M]`."""
+  del context, masks
 
-  def one(
-    inputs: tuple[training.TrainState, training.Batches, jax.Array],
-    images: jax.Array,
-    labels: jax.Array,
-  ) -> tuple[training.TrainState, training.StepMetrics]:
-    return training.run_steps(
-      model,
-      optimizer,
-      inputs[0],
-      images,
-      labels,
-      inputs[1],
-      factors=inputs[2],
-      augment_fn=augment_fn,
+  def one(inputs: Any, images: jax.Array, labels: jax.Array) -> Any:
+    state, minibatches, factors = inputs
+    return steps.run_steps(
+      program, state, images, labels, minibatches, factors=factors
     )
 
-  def loop(
-    state: training.TrainState,
-    batches: training.Batches,
-    factors: jax.Array,
-    images: jax.Array,
-    labels: jax.Array,
-  ) -> tuple[training.TrainState, training.StepMetrics]:
-    return jax.lax.map(
-      lambda each: one(each, images, labels), (state, batches, factors)
-    )
+  def loop(inputs: Any, images: jax.Array, labels: jax.Array) -> Any:
+    return jax.lax.map(lambda x: one(x, images, labels), inputs)
 
+  run_fn = loop
   if mode == "vmap":
-    inputs = (state, batches, factors)
-    return jax.vmap(one, (0, None, None))(inputs, images, labels)
-  if mesh is None:
-    return loop(state, batches, factors, images, labels)
-  split, whole = (
-    jax.sharding.PartitionSpec(parallel.BATCH_AXIS),
-    jax.sharding.PartitionSpec(),
-  )
-  mapped = jax.shard_map(
-    loop,
-    mesh=mesh,
-    in_specs=(split, split, split, whole, whole),
-    out_specs=split,
-    check_vma=False,
-  )
-  return mapped(state, batches, factors, images, labels)
-
-
-def _check_finite(
-  name: str, values: np.ndarray, is_real: np.ndarray | bool, epoch: int
-) -> None:
-  is_bad = (~np.isfinite(values) & is_real).reshape(len(values), -1).any(1)
-  if is_bad.any():
-    raise FloatingPointError(
-      f"{name} of model {int(np.argmax(is_bad))} is not finite in epoch"
-      f" {epoch}: lower the learning rate"
+    run_fn = jax.vmap(one, (0, None, None))
+  elif mesh is not None:
+    models, whole = (
+      jax.sharding.PartitionSpec(parallel.BATCH_AXIS),
+      jax.sharding.PartitionSpec(),
     )
+    run_fn = jax.shard_map(
+      loop,
+      mesh=mesh,
+      in_specs=(models, whole, whole),
+      out_specs=models,
+      check_vma=False,
+    )
+  minibatches, factors = _swapped((minibatches, factors))
+  state, reported = run_fn((state, minibatches, factors), images, labels)
+  return state, _swapped(reported)
+
+
+def _swapped(tree: Any) -> Any:
+  return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)

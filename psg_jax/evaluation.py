@@ -1,12 +1,12 @@
 """Evaluation of models on the four parts of the data, as one tidy table."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from psg_jax import checks, forget, inference, metrics, types
+from psg_jax import checks, forget, inference, metrics, relearning, types
 
 HEADLINE = (
   *(f"accuracy_{part}" for part in metrics.SPLITS),
@@ -15,6 +15,8 @@ HEADLINE = (
   "mia_loss_auc",
 )
 """The metrics that `evaluate` computes where none are named."""
+RELEARNING = ("relearn_steps", "anamnesis_index")
+"""The metrics that train: `evaluate` computes them where it is told to."""
 
 
 class Parts(NamedTuple):
@@ -47,11 +49,11 @@ def parts(train: types.Dataset, test: types.Dataset, **request: Any) -> Parts:
   Raises:
     ValueError: As `forget.split`, for the training images.
   """
-  asked = forget.Request(**request)
-  is_asked = forget.matching(test, asked)
+  query = forget.Request(**request)
+  is_match = forget.matching(test, query)
   return Parts(
-    forget.split_request(train, asked),
-    types.Split(test.take(is_asked), test.take(~is_asked)),
+    forget.split_request(train, query),
+    types.Split(test.take(is_match), test.take(~is_match)),
   )
 
 
@@ -136,6 +138,7 @@ def evaluate(
   parts: Parts,
   *,
   names: Iterable[str] = HEADLINE,
+  num_relearn_steps: int = 0,
   batch_size: int = 256,
   mesh: jax.sharding.Mesh | None = None,
   **variables: types.Variables | None,
@@ -146,6 +149,9 @@ def evaluate(
     model: The network.
     parts: The data of the request.
     names: Metrics, of `metrics.METRICS`.
+    num_relearn_steps: Most steps of training each model but the original on the
+      forget set again, for `relearn_steps` and `anamnesis_index`, which are
+      then computed beside the others; 0 for none, as it takes time.
     batch_size: Images at a time, positive.
     mesh: Devices to work on; None for one.
     **variables: The variables of each model, by any name; `original` and
@@ -160,56 +166,74 @@ def evaluate(
     ValueError: If a metric is unknown, or no model is given.
   """
   names = tuple(names)
+  if num_relearn_steps:
+    names = tuple(dict.fromkeys((*names, *RELEARNING)))
   needs = {need for name in names for need in metrics.find(name).needs}
-  given = {name: held for name, held in variables.items() if held is not None}
+  models = {name: tree for name, tree in variables.items() if tree is not None}
+  checks.integer("num_relearn_steps", num_relearn_steps, at_least=0)
   checks.integer("batch_size", batch_size, at_least=1)
-  if not given:
+  if not models:
     raise ValueError("variables must be of one model or more, got none")
-  datasets = parts.datasets()
-  has_features = any(".features." in need for need in needs)
+  has_features = model.features is not types.no_features and any(
+    ".features." in need for need in needs
+  )
   outputs = {
-    name: _outputs(model, held, datasets, has_features, batch_size, mesh)
-    for name, held in given.items()
+    name: _outputs(model, tree, parts, has_features, batch_size, mesh)
+    for name, tree in models.items()
   }
-  rows = []
-  for name, output in outputs.items():
-    inputs = metrics.Inputs(
-      labels={part: dataset.labels for part, dataset in datasets.items()},
-      model=output,
-      retrained=outputs.get("retrained") if name != "retrained" else None,
-      original=outputs.get("original") if name != "original" else None,
-    )
-    for metric, result in metrics.compute(names, inputs).items():
-      part = next((x for x in metrics.SPLITS if metric.endswith(f"_{x}")), "")
-      short = metric.removesuffix(f"_{part}")
-      reason = result.get("reason", "")
-      rows.append(Row(name, part, short, result["value"], reason))
-  return Table(rows)
+  labels = {part: x.labels for part, x in parts.datasets().items()}
+  if num_relearn_steps and "original" in models:
+    logits = outputs["original"].logits["train_forget"]
+    accuracy = metrics.accuracy(logits, labels["train_forget"]) or 0.0
+    for name in models.keys() - {"original"}:
+      curve = relearning.relearn(
+        *(model, models[name], parts.split.forget, jax.random.key(0)),
+        target_accuracy=(1 - metrics.RELEARN_MARGIN) * accuracy,
+        num_steps=num_relearn_steps,
+        eval_batch_size=batch_size,
+        mesh=mesh,
+      )
+      outputs[name] = outputs[name]._replace(relearn_accuracy=curve)
+  return Table(
+    row for name in models for row in _rows(name, names, outputs, labels)
+  )
+
+
+def _rows(
+  name: str,
+  names: tuple[str, ...],
+  outputs: Mapping[str, metrics.Outputs],
+  labels: Mapping[str, np.ndarray],
+) -> Iterator[Row]:
+  """Gives the figures of a model, beside those of the others."""
+  others = {other: x for other, x in outputs.items() if other != name}
+  inputs = metrics.Inputs(
+    labels, outputs[name], others.get("retrained"), others.get("original")
+  )
+  for metric, result in metrics.compute(names, inputs).items():
+    part = next((x for x in metrics.SPLITS if metric.endswith(f"_{x}")), "")
+    short = metric.removesuffix(f"_{part}")
+    yield Row(name, part, short, result["value"], result.get("reason", ""))
 
 
 def _outputs(
   model: types.Model,
   variables: types.Variables,
-  datasets: Mapping[str, types.Dataset],
+  parts: Parts,
   has_features: bool,
   batch_size: int,
   mesh: jax.sharding.Mesh | None,
 ) -> metrics.Outputs:
   """Predicts all parts, with features where they are needed."""
+  options: dict[str, Any] = {"batch_size": batch_size, "mesh": mesh}
   logits, features = {}, {}
-  for part, dataset in datasets.items():
+  for part, dataset in parts.datasets().items():
     if has_features:
       logits[part], features[part] = inference.predict_both(
-        model, variables, dataset.images, batch_size=batch_size, mesh=mesh
+        model, variables, dataset.images, **options
       )
     else:
       logits[part] = inference.predict(
-        model.apply,
-        variables,
-        dataset.images,
-        batch_size=batch_size,
-        mesh=mesh,
+        model.apply, variables, dataset.images, **options
       )
-  return metrics.Outputs(
-    logits, features if has_features else None, params=variables["params"]
-  )
+  return metrics.Outputs(logits, features or None, params=variables["params"])

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psg_jax import checks, parallel, streaming, training, types
+from psg_jax import checks, parallel, steps, streaming, types
 
 
 def predict_both(
@@ -119,4 +119,4 @@ def _predict(
   variables: types.Variables,
   images: jax.Array,
 ) -> Any:
-  return fn(variables, training.to_float(images))
+  return fn(variables, steps.to_float(images))

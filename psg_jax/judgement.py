@@ -106,16 +106,6 @@ def judge(
   checks.number("margin", margin, above=1)
   split = measured.forget_split
   rejected = _rejected_levels(measured)
-  judged, far, open_ = [], [], []
-  for each in measured.distances:
-    if each.name not in _JUDGED or each.value is None:
-      continue
-    judged.append(each)
-    if each.interval is not None and each.interval[0] > margin:
-      far.append(each)
-    elif each.interval is None or each.interval[1] > margin:
-      open_.append(each)
-  against = tuple(f"{x.name}/{x.split}" for x in rejected)
   level = _level_words(measured, rejected, split)
   if measured.num_references < 2 or split is None:
     count = "one retrained model" if split else "no image to forget"
@@ -125,44 +115,48 @@ def judge(
       f"With {count} a distance cannot be judged: nobody knows how far two"
       " retrained models are from each other.",
     )
-  distance = _distance_words(measured, split)
   if not is_agreed(measured, original=original, margin=margin):
     return Verdict(
       LEVEL_ONLY,
       bool(rejected),
       "The references do not agree: only the level can be judged, and it is"
       f" {level}.",
-      against,
+      tuple(f"{x.name}/{x.split}" for x in rejected),
     )
-  against += tuple(f"{x.name}/{x.split}" for x in far)
-  if against:
-    place = far or rejected
+  judged = [
+    x for x in measured.distances if x.name in _JUDGED and x.value is not None
+  ]
+  ranges = [x.interval or (-np.inf, np.inf) for x in judged]
+  far = [x for x, (low, _) in zip(judged, ranges, strict=True) if low > margin]
+  words = f"{_distance_words(measured, split)}, and the level is {level}."
+  if far or rejected:
+    places: list[Any] = [*rejected, *far]
+    first = far[0] if far else rejected[0]
     near = "further away than another retraining" if far else "off in level"
     return Verdict(
       NOT_RETRAINED,
       True,
-      f"The model is {near} ({_words(place[0].name)} of"
-      f" {_words(place[0].split)}): {distance}, and the level is {level}.",
-      against,
+      f"The model is {near} ({_words(first.name)} of {_words(first.split)}):"
+      f" {words}",
+      tuple(f"{x.name}/{x.split}" for x in places),
     )
-  if measured.num_references < 3 or open_ or not judged:
-    why = f"{len(open_)} of {len(judged)} intervals reach beyond {margin:g}"
-    if measured.num_references < 3:
-      why = "two references make one pair"
-    elif not judged:
-      why = "the references do not differ"
+  num_open = sum(high > margin for _, high in ranges)
+  why = None
+  if measured.num_references < 3:
+    why = "two references make one pair"
+  elif not judged:
+    why = "the references do not differ"
+  elif num_open:
+    why = f"{num_open} of {len(judged)} intervals reach beyond {margin:g}"
+  if why is not None:
     return Verdict(
       CANNOT_TELL,
       False,
-      f"It cannot be told whether the model is as near as another retraining"
-      f" ({why}): {distance}, and the level is {level}.",
+      "It cannot be told whether the model is as near as another retraining"
+      f" ({why}): {words}",
     )
-  return Verdict(
-    AS_RETRAINED,
-    False,
-    f"The model is as near as another retraining: {distance}, and the level is"
-    f" {level}.",
-  )
+  sentence = f"The model is as near as another retraining: {words}"
+  return Verdict(AS_RETRAINED, False, sentence)
 
 
 def is_agreed(
@@ -194,11 +188,11 @@ def is_agreed(
 
 def record(measured: yardstick.Measurement, verdict: Verdict) -> dict[str, Any]:
   """Returns a measurement and the verdict on it as a dictionary for JSON."""
-  found = dataclasses.asdict(measured)
-  for each, level in zip(found["attacks"], measured.attacks, strict=True):
-    each["is_flagged"] = level.is_flagged
+  result = dataclasses.asdict(measured)
+  for row, level in zip(result["attacks"], measured.attacks, strict=True):
+    row["is_flagged"] = level.is_flagged
   return {
-    **found,
+    **result,
     "forget_split": measured.forget_split,
     **dataclasses.asdict(verdict),
   }
@@ -229,9 +223,9 @@ def assess(
   """
   measured = {
     name: yardstick.measure(
-      retrained, each, labels, attacks=attacks[name], **options
+      retrained, logits, labels, attacks=attacks[name], **options
     )
-    for name, each in models.items()
+    for name, logits in models.items()
   }
   original = measured["original"]
   alarms = held_out(
@@ -245,8 +239,8 @@ def assess(
     "models": {
       "retrained": _leave_one_out(original),
       **{
-        name: record(each, judge(each, original=original))
-        for name, each in measured.items()
+        name: record(one, judge(one, original=original))
+        for name, one in measured.items()
       },
     },
     "false_alarms": dataclasses.asdict(alarms),
@@ -260,16 +254,16 @@ def _leave_one_out(measured: yardstick.Measurement) -> dict[str, Any]:
   distances = [
     dataclasses.asdict(
       dataclasses.replace(
-        each,
+        row,
         value=1.0,
-        interval=(min(each.references), max(each.references)),
-        unlearned=each.floor,
+        interval=(min(row.references), max(row.references)),
+        unlearned=row.floor,
         reasons=(reason,),
       )
-      if each.references
-      else each
+      if row.references
+      else row
     )
-    for each in measured.distances
+    for row in measured.distances
   ]
   return {
     "distances": distances,
@@ -277,7 +271,7 @@ def _leave_one_out(measured: yardstick.Measurement) -> dict[str, Any]:
     "attacks": [],
     "num_references": measured.num_references,
     "forget_split": measured.forget_split,
-    "spreads": [dataclasses.asdict(each) for each in measured.spreads],
+    "spreads": [dataclasses.asdict(row) for row in measured.spreads],
   }
 
 
@@ -318,30 +312,30 @@ def held_out(
   attacks = attacks or {}
   flags = dict.fromkeys(attacks, 0)
   if total < 2:
-    for name, each in attacks.items():
-      null = yardstick.null_std(each.num_samples)
+    for name, attack in attacks.items():
+      null = yardstick.null_std(attack.num_samples)
       width = scipy.stats.norm.isf((1 - options.get("confidence", 0.9)) / 2)
-      outside = np.abs(np.asarray(each.retrained) - 0.5) > width * null
+      outside = np.abs(np.asarray(attack.retrained) - 0.5) > width * null
       flags[name] = int(outside.sum())
     return FalseAlarms(0, flags, 0, 0)
   rejected = 0
   for place in range(total):
     others = [s for s in range(total) if s != place]
-    found = yardstick.measure(
+    measured = yardstick.measure(
       {split: [x[s] for s in others] for split, x in models.items()},
       {split: np.asarray(x[place])[None, None] for split, x in models.items()},
       labels,
       attacks={
-        name: each._replace(
-          unlearned=[each.retrained[place]],
-          retrained=[each.retrained[s] for s in others],
+        name: attack._replace(
+          unlearned=[attack.retrained[place]],
+          retrained=[attack.retrained[s] for s in others],
         )
-        for name, each in attacks.items()
+        for name, attack in attacks.items()
       },
       **options,
     )
-    rejected += judge(found, original=original, margin=margin).is_rejected
-    for level in found.attacks:
+    rejected += judge(measured, original=original, margin=margin).is_rejected
+    for level in measured.attacks:
       flags[level.name] += level.is_flagged
   return FalseAlarms(rejected, flags, total, total - 1)
 
@@ -352,12 +346,12 @@ def _words(name: str | None) -> str:
 
 
 def _distance_words(measured: yardstick.Measurement, split: str) -> str:
-  each = measured.distance("kl_divergence", split)
-  if each is None or each.value is None:
+  row = measured.distance("kl_divergence", split)
+  if row is None or row.value is None:
     return "its normalised distance is undefined"
-  text = f"its normalised distance on {_words(split)} is {each.value:.2f}"
-  if each.interval is not None:
-    text += f" [{each.interval[0]:.2f}, {each.interval[1]:.2f}]"
+  text = f"its normalised distance on {_words(split)} is {row.value:.2f}"
+  if row.interval is not None:
+    text += f" [{row.interval[0]:.2f}, {row.interval[1]:.2f}]"
   return text
 
 
@@ -366,12 +360,12 @@ def _level_words(
   rejected: Sequence[yardstick.Level],
   split: str | None,
 ) -> str:
-  each = rejected[0] if rejected else measured.level("accuracy", split)
-  if each is None or each.retrained is None or each.sd is None:
+  row = rejected[0] if rejected else measured.level("accuracy", split)
+  if row is None or row.retrained is None or row.sd is None:
     return "not judged"
   verb = "not that" if rejected else "within that"
   return (
-    f"{verb} of retraining ({_words(each.name)} on"
-    f" {_words(each.split)} {each.unlearned:.3f} against"
-    f" {each.retrained:.3f} ± {each.sd:.3f})"
+    f"{verb} of retraining ({_words(row.name)} on"
+    f" {_words(row.split)} {row.unlearned:.3f} against"
+    f" {row.retrained:.3f} ± {row.sd:.3f})"
   )

@@ -11,6 +11,7 @@ import math
 import mmap
 import os
 import pathlib
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,19 +20,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import safetensors
 
-from psg_jax import torch_pickles
+from psg_jax import checks, torch_pickles
 
+# Such as BF16, U8 and BOOL.
 _SAFETENSORS_DTYPES = {
-  "F16": "float16",
-  "BF16": "bfloat16",
-  "F32": "float32",
-  "F64": "float64",
-  "I8": "int8",
-  "U8": "uint8",
-  "I16": "int16",
-  "I32": "int32",
-  "I64": "int64",
-  "BOOL": "bool",
+  name.replace("float", "F").replace("uint", "U").replace("int", "I").upper(): (
+    name
+  )
+  for name in torch_pickles.DTYPES
 }
 _MAX_LINE = 300
 _MAX_DEPTH = 8
@@ -43,18 +39,23 @@ _OLD_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _SAVE = "save it with torch.save(model.state_dict(), path)"
 _AGAIN = "download or copy it again"
 _UNPACK = "unpack it first"
+# What files that hold no weights begin with.
 _FOREIGN = (
-  (b"version https://git-lfs", "a pointer of Git LFS: git lfs pull brings it"),
-  (b"\x89HDF\r\n\x1a\n", f"an HDF5 file, as Keras writes: {_SAVE}"),
-  (b"\x93NUMPY", f"a NumPy array: {_SAVE}"),
-  (b"GGUF", f"a GGUF file: {_SAVE}"),
-  (b"\x1f\x8b", f"compressed by gzip: {_UNPACK}"),
-  (b"BZh", f"compressed by bzip2: {_UNPACK}"),
-  (b"\xfd7zXZ", f"compressed by xz: {_UNPACK}"),
-  (b"\x28\xb5\x2f\xfd", f"compressed by zstd: {_UNPACK}"),
-  (b"7z\xbc\xaf", f"a 7z archive: {_UNPACK}"),
-  (b"Rar!", f"a RAR archive: {_UNPACK}"),
-  (b"\x80", f"a plain pickle, not PyTorch's: {_SAVE}"),
+  (rb"<", f"a web page, not the file that was asked for: {_AGAIN}"),
+  (rb"[{\[]", "JSON text, not the weights that it may speak of"),
+  (rb".{257}ustar", f"a tar archive: {_UNPACK}"),
+  (rb"\x08.{0,2}\x12", f"an ONNX model: {_SAVE}"),
+  (rb"version https://git-lfs", "a pointer of Git LFS: git lfs pull brings it"),
+  (rb"\x89HDF\r\n\x1a\n", f"an HDF5 file, as Keras writes: {_SAVE}"),
+  (rb"\x93NUMPY", f"a NumPy array: {_SAVE}"),
+  (rb"GGUF", f"a GGUF file: {_SAVE}"),
+  (rb"\x1f\x8b", f"compressed by gzip: {_UNPACK}"),
+  (rb"BZh", f"compressed by bzip2: {_UNPACK}"),
+  (rb"\xfd7zXZ", f"compressed by xz: {_UNPACK}"),
+  (rb"\x28\xb5\x2f\xfd", f"compressed by zstd: {_UNPACK}"),
+  (rb"7z\xbc\xaf", f"a 7z archive: {_UNPACK}"),
+  (rb"Rar!", f"a RAR archive: {_UNPACK}"),
+  (rb"\x80", f"a plain pickle, not PyTorch's: {_SAVE}"),
 )
 _WEIGHTS_ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".tar", ".safetensors")
 
@@ -187,21 +188,16 @@ def _is_safetensors(head: bytes, size: int) -> bool:
 
 def _foreign(path: pathlib.Path, head: bytes) -> str | None:
   """Says what a file is that holds no weights, as far as its bytes tell."""
-  text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
   if not head:
     return f"it is empty: {_AGAIN}"
   if not head.strip(b"\0"):
     return f"it begins with zeros, as after a copy that broke off: {_AGAIN}"
-  if text.startswith(b"<"):
-    return f"it is a web page, not the file that was asked for: {_AGAIN}"
-  if text.startswith((b"{", b"[")):
-    return "it is JSON text, not the weights that it may speak of"
-  if head[257:262] == b"ustar":
-    return f"it is a tar archive: {_UNPACK}"
-  if path.suffix == ".onnx" or (head[:1] == b"\x08" and b"\x12" in head[1:4]):
+  if path.suffix == ".onnx":
     return f"it is an ONNX model: {_SAVE}"
+  # Texts may begin with a mark and blanks.
+  text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
   for start, name in _FOREIGN:
-    if head.startswith(start):
+    if re.match(start, head, re.DOTALL) or re.match(start, text, re.DOTALL):
       return f"it is {name}"
   return None
 
@@ -251,7 +247,7 @@ def _without_tensors(tree: Any) -> str:
       for key, value in tree.items()
       if torch_pickles.placeholder_name(value)
     ]
-  has = f", but {', '.join(parts[:3])}" if parts else ""
+  has = f", but {checks.few(parts)}" if parts else ""
   return (
     f"it holds no dictionary of tensors{has} (save model.state_dict() alone)"
   )
@@ -259,13 +255,13 @@ def _without_tensors(tree: Any) -> str:
 
 def _check_size(tensors: Mapping[str, torch_pickles.Tensor], size: int) -> None:
   """Raises ValueError before memory is taken for what the file has not got."""
-  claimed = 0
   for key, tensor in tensors.items():
     if tensor.fault:
       raise ValueError(f"its tensor {key} {tensor.fault}")
-    claimed += (
-      math.prod(tensor.shape) * torch_pickles.DTYPES[tensor.dtype].itemsize
-    )
+  claimed = sum(
+    math.prod(tensor.shape) * torch_pickles.DTYPES[tensor.dtype].itemsize
+    for tensor in tensors.values()
+  )
   if claimed > _MAX_REPEATS * size:
     raise ValueError(
       f"its tensors claim {claimed} bytes, in a file of {size}: it repeats"

@@ -85,7 +85,7 @@ class Found(NamedTuple):
   left: tuple[str, ...]
 
 
-def _conv_block(
+def conv_block(
   block: tuple[str, ...],
   conv: str,
   norm: str,
@@ -118,7 +118,8 @@ def _conv_block(
   ]
 
 
-def _head(linear: str, inputs: str) -> list[Entry]:
+def linear_head(linear: str, inputs: str) -> list[Entry]:
+  """A linear layer with bias: its key, and the name of its length."""
   params = ("params", "head")
   return [
     Entry(
@@ -134,12 +135,12 @@ def _all_cnn() -> Layout:
   for i, position in enumerate((0, 1, 2, 4, 5, 6, 8, 9)):
     name, layer = f"block_{i}", f"features.{position}"
     size = 1 if i == 7 else 3
-    entries += _conv_block(
+    entries += conv_block(
       (name,), f"{layer}.0", f"{layer}.1", (inputs, name), size
     )
     inputs = name
   head = "classifier.0"
-  return Layout((*entries, *_head(head, inputs)), head)
+  return Layout((*entries, *linear_head(head, inputs)), head)
 
 
 def _resnet(
@@ -154,7 +155,7 @@ def _resnet(
     kernel_sizes: Of the convolutions of a block.
     pretrained: As in `Layout`.
   """
-  entries = _conv_block(
+  entries = conv_block(
     ("stem", "conv1"), "conv1", "bn1", ("channels", "stem"), 7
   )
   inputs = "stem"
@@ -166,7 +167,7 @@ def _resnet(
       key = f"layer{i}.{j}"
       entries += _residual_block(key, (inputs, outputs), kernel_sizes)
       inputs = outputs
-  return Layout((*entries, *_head("fc", inputs)), "fc", pretrained)
+  return Layout((*entries, *linear_head("fc", inputs)), "fc", pretrained)
 
 
 def _residual_block(
@@ -177,7 +178,7 @@ def _residual_block(
   channels = [lengths[0], *inner, lengths[1]]
   entries = []
   for n, size in enumerate(kernel_sizes, 1):
-    entries += _conv_block(
+    entries += conv_block(
       (name, f"conv{n}"),
       f"{key}.conv{n}",
       f"{key}.bn{n}",
@@ -186,7 +187,7 @@ def _residual_block(
     )
   if lengths[0] != lengths[1]:
     shortcut = f"{key}.downsample"
-    entries += _conv_block(
+    entries += conv_block(
       (name, "downsample"), f"{shortcut}.0", f"{shortcut}.1", lengths, 1
     )
   return entries
@@ -233,18 +234,21 @@ def is_head(entry: Entry) -> bool:
   return entry.path[1] == "head"
 
 
-def torch_shape(entry: Entry, shape: tuple[int, ...]) -> list[int]:
-  """Turns our shape of an array into PyTorch's, where its rank allows it."""
-  if entry.kind == "conv" and len(shape) == 4:
-    shape = (shape[3], shape[2], shape[0], shape[1])
-  elif entry.kind == "linear":
-    shape = shape[::-1]
-  return list(shape)
+def axes(entry: Entry, rank: int) -> tuple[int, ...]:
+  """PyTorch's order of the axes of an array of ours, where the rank fits."""
+  kinds = {("conv", 4): (3, 2, 0, 1), ("linear", 2): (1, 0)}
+  return kinds.get((entry.kind, rank), tuple(range(rank)))
 
 
 def expected_keys(entries: Iterable[Entry], *, has_counts: bool) -> list[str]:
   """Returns the keys of the entries that a file must have."""
   return [entry.key for entry in entries if has_counts or entry.kind != "count"]
+
+
+def refuse(source: str, *faults: str, hint: str = "") -> None:
+  """Raises ValueError in one line, if there are any faults."""
+  if any(faults):
+    raise ValueError(f"{source}: {'; '.join(filter(None, faults))}{hint}")
 
 
 def check_names(
@@ -254,10 +258,12 @@ def check_names(
   given = set(given)
   missing = [name for name in expected if name not in given]
   extra = sorted(given.difference(expected))
-  faults = [f"missing {checks.few(missing)}"] if missing else []
-  faults += [f"unexpected {checks.few(extra)}"] if extra else []
-  if faults:
-    raise ValueError(f"{source}: {'; '.join(faults)}{hint}")
+  refuse(
+    source,
+    f"missing {checks.few(missing)}" if missing else "",
+    f"unexpected {checks.few(extra)}" if extra else "",
+    hint=hint,
+  )
 
 
 def find(
@@ -286,133 +292,132 @@ def find(
   """
   contents = torch_files.read(path, argument)
   source = f"{argument} {str(path)!r}"
-  network = layout(model_name)
-  found = _all_found(contents, network, has_head)
-  whole = [one for one in found if _is_whole(one, network, has_head)]
+  search = _Search(contents, layout(model_name), has_head)
+  places = search.candidates()
+  whole = [place for place in places if search.is_whole(place)]
   if len(whole) > 1:
     _check_one(path, source, whole)
   if not whole:
-    others = [name for name in NETWORKS if _has(contents, name)]
-    hint = f"; it is a state dict of {others[0]!r}" if others else ""
+    others = [
+      name
+      for name in NETWORKS
+      if _Search(contents, layout(name), has_head=True).has_whole()
+    ]
     check_names(
       f"{source} is not a state dict of {model_name!r}",
-      found[0].tensors,
-      _wanted(network, found[0].spelling, has_head),
-      hint,
+      places[0].tensors,
+      search.wanted(places[0].spelling),
+      f"; it is a state dict of {others[0]!r}" if others else "",
     )
   return whole[0]
 
 
-def _places(
-  contents: torch_files.Contents, network: Layout
-) -> list[tuple[str, str]]:
-  """Dictionaries and prefixes with all of a network but its head.
+class _Search(NamedTuple):
+  """A search for a network in a file."""
 
-  Where there is none, the one with the most of it. The usual ones come first.
-  """
-  body = {
-    entry.key
-    for entry in network.entries
-    if not is_head(entry) and entry.kind != "count"
-  }
-  numbers: collections.Counter[tuple[str, str]] = collections.Counter()
-  for where, tensors in contents.dictionaries.items():
-    numbers[where, ""] = 0
-    for key in tensors:
-      parts = key.split(".")
-      for i in range(len(parts)):
-        if ".".join(parts[i:]) in body:
-          numbers[where, "".join(f"{part}." for part in parts[:i])] += 1
-  whole = [place for place, number in numbers.items() if number == len(body)]
-  order = {where: i for i, where in enumerate(_WRAPPERS)}
-  whole.sort(key=lambda place: order.get(place[0], len(order)))
-  return whole or [numbers.most_common(1)[0][0]]
+  contents: torch_files.Contents
+  network: Layout
+  has_head: bool
 
+  def places(self) -> list[tuple[str, str]]:
+    """Dictionaries and prefixes with all of a network but its head.
 
-def _all_found(
-  contents: torch_files.Contents, network: Layout, has_head: bool
-) -> list[Found]:
-  """Returns what is at each place, beside which are none of the others."""
-  places = _places(contents, network)
-  found = []
-  for where, prefix in places:
-    inner = tuple(
-      other
-      for name, other in places
-      if name == where and other != prefix and other.startswith(prefix)
-    )
-    found.append(_found(contents, network, where, prefix, inner, has_head))
-  return found
+    Where there is none, the one with the most of it. The usual ones come first.
+    """
+    body = {
+      entry.key
+      for entry in self.network.entries
+      if not is_head(entry) and entry.kind != "count"
+    }
+    numbers: collections.Counter[tuple[str, str]] = collections.Counter()
+    for where, tensors in self.contents.dictionaries.items():
+      numbers[where, ""] = 0
+      for key in tensors:
+        parts = key.split(".")
+        for i in range(len(parts)):
+          if ".".join(parts[i:]) in body:
+            numbers[where, "".join(f"{part}." for part in parts[:i])] += 1
+    whole = [place for place, number in numbers.items() if number == len(body)]
+    order = {where: i for i, where in enumerate(_WRAPPERS)}
+    whole.sort(key=lambda place: order.get(place[0], len(order)))
+    return whole or [numbers.most_common(1)[0][0]]
 
+  def candidates(self) -> list[Found]:
+    """What is at each place, beside which are none of the others."""
+    places = self.places()
+    return [
+      self._found(
+        where,
+        prefix,
+        tuple(
+          other
+          for name, other in places
+          if name == where and other != prefix and other.startswith(prefix)
+        ),
+      )
+      for where, prefix in places
+    ]
 
-def _found(
-  contents: torch_files.Contents,
-  network: Layout,
-  where: str,
-  prefix: str,
-  inner: tuple[str, ...],
-  has_head: bool,
-) -> Found:
-  """Divides a dictionary into what is the network's and what is left."""
-  every = contents.dictionaries[where]
-  names = [key.removeprefix(prefix) for key in every if key.startswith(prefix)]
-  root = network.head.partition(".")[0]
-  layers = {
-    name.rpartition(".")[0]
-    for name in names
-    if name.partition(".")[0] == root and name.endswith((".weight", ".bias"))
-  }
-  # Two linear layers are another head than ours, to be named as unexpected.
-  head = layers.pop() if len(layers) == 1 else network.head
-  has_counts = any(name.endswith(_COUNT) for name in names)
-  spelling = Spelling(prefix, head, has_counts)
-  wanted = set(_wanted(network, spelling, has_head))
+  def wanted(self, spelling: Spelling) -> list[str]:
+    """The keys that a place must have."""
+    entries = [
+      entry
+      for entry in spelled(self.network, spelling)
+      if self.has_head or not is_head(entry)
+    ]
+    return expected_keys(entries, has_counts=spelling.has_counts)
 
-  def is_kept(key: str) -> bool:
-    if not key.startswith(prefix):
-      return False
-    parts = key.removeprefix(prefix).split(".")
-    if not has_head and parts[0] == root:
-      return False
-    # Another copy of the network, such as an average.
-    if key.startswith(inner):
-      return key in wanted
-    # A number that is no parameter of a layer, such as `n_averaged`.
-    is_number = every[key].shape in ((), (1,)) and parts[-1] not in _PARTS
-    return key in wanted or not (is_number or parts[0] in _LOSSES)
+  def is_whole(self, candidate: Found) -> bool:
+    """Whether a place has these and no others."""
+    return candidate.tensors.keys() == set(self.wanted(candidate.spelling))
 
-  kept = {key: tensor for key, tensor in every.items() if is_kept(key)}
-  left = [name for name in contents.names if name not in every]
-  if where:
-    left = [name for name in left if name != where.partition(".")[0]]
-  left += [
-    key if key.startswith(prefix) else key.partition(".")[0]
-    for key in every
-    if key not in kept
-  ]
-  return Found(where, spelling, kept, tuple(dict.fromkeys(left)))
+  def has_whole(self) -> bool:
+    """Whether any place has."""
+    return any(map(self.is_whole, self.candidates()))
 
+  def _spelling(self, prefix: str, names: list[str]) -> Spelling:
+    root = self.network.head.partition(".")[0]
+    layers = {
+      name.rpartition(".")[0]
+      for name in names
+      if name.partition(".")[0] == root and name.endswith((".weight", ".bias"))
+    }
+    # Two linear layers are another head than ours, to be named as unexpected.
+    head = layers.pop() if len(layers) == 1 else self.network.head
+    return Spelling(prefix, head, any(name.endswith(_COUNT) for name in names))
 
-def _wanted(network: Layout, spelling: Spelling, has_head: bool) -> list[str]:
-  entries = [
-    entry
-    for entry in spelled(network, spelling)
-    if has_head or not is_head(entry)
-  ]
-  return expected_keys(entries, has_counts=spelling.has_counts)
+  def _found(self, where: str, prefix: str, inner: tuple[str, ...]) -> Found:
+    """Divides a dictionary into what is the network's and what is left."""
+    every = self.contents.dictionaries[where]
+    names = [
+      key.removeprefix(prefix) for key in every if key.startswith(prefix)
+    ]
+    spelling = self._spelling(prefix, names)
+    wanted = set(self.wanted(spelling))
+    root = self.network.head.partition(".")[0]
 
+    def is_kept(key: str) -> bool:
+      if not key.startswith(prefix):
+        return False
+      parts = key.removeprefix(prefix).split(".")
+      if not self.has_head and parts[0] == root:
+        return False
+      # Another copy of the network, such as an average.
+      if key.startswith(inner):
+        return key in wanted
+      # A number that is no parameter of a layer, such as `n_averaged`.
+      is_number = every[key].shape in ((), (1,)) and parts[-1] not in _PARTS
+      return key in wanted or not (is_number or parts[0] in _LOSSES)
 
-def _is_whole(found: Found, network: Layout, has_head: bool) -> bool:
-  wanted = _wanted(network, found.spelling, has_head)
-  return found.tensors.keys() == set(wanted)
-
-
-def _has(contents: torch_files.Contents, model_name: str) -> bool:
-  network = layout(model_name)
-  return any(
-    _is_whole(found, network, True)
-    for found in _all_found(contents, network, True)
-  )
+    kept = {key: tensor for key, tensor in every.items() if is_kept(key)}
+    outer = where.partition(".")[0] if where else None
+    left = [x for x in self.contents.names if x not in every and x != outer]
+    left += [
+      key if key.startswith(prefix) else key.partition(".")[0]
+      for key in every
+      if key not in kept
+    ]
+    return Found(where, spelling, kept, tuple(dict.fromkeys(left)))
 
 
 def _check_one(
@@ -428,16 +433,18 @@ def _check_one(
     if not _are_same(path, first, other)
   ]
   if rivals:
-    names = checks.few(repr(place_name(found)) for found in (first, *rivals))
+    names = checks.few(
+      repr(place_name(candidate)) for candidate in (first, *rivals)
+    )
     raise ValueError(
       f"{source} holds the network {len(rivals) + 1} times, as {names}: save"
       " the state dict of one of them alone"
     )
 
 
-def _are_same(path: str | os.PathLike[str], *found: Found) -> bool:
+def _are_same(path: str | os.PathLike[str], *candidates: Found) -> bool:
   """Whether two places have the same tensors, or equal ones."""
-  tensors = [set(each.tensors.values()) for each in found]
+  tensors = [set(candidate.tensors.values()) for candidate in candidates]
   if tensors[0] != tensors[1]:
     return False
   # Files of safetensors do not say which are one.
@@ -445,17 +452,17 @@ def _are_same(path: str | os.PathLike[str], *found: Found) -> bool:
     return True
   first, second = (
     {
-      key.removeprefix(each.spelling.prefix): array
-      for key, array in torch_files.arrays(path, each.tensors).items()
+      key.removeprefix(candidate.spelling.prefix): array
+      for key, array in torch_files.arrays(path, candidate.tensors).items()
     }
-    for each in found
+    for candidate in candidates
   )
   return first.keys() == second.keys() and all(
     np.array_equal(first[key], second[key]) for key in first
   )
 
 
-def place_name(found: Found) -> str:
+def place_name(candidate: Found) -> str:
   """Says where in a file a network is."""
-  place = [found.where, found.spelling.prefix.removesuffix(".")]
+  place = [candidate.where, candidate.spelling.prefix.removesuffix(".")]
   return ".".join(name for name in place if name)

@@ -182,7 +182,7 @@ def _rebuild_subclass(function: Any, kind: Any, args: Any, *_: Any) -> Any:
   return _unreadable(f"is a {placeholder_name(kind)}")
 
 
-_GLOBALS: dict[str, Any] = {
+GLOBALS: dict[str, Any] = {
   "collections.OrderedDict": _Call(_OrderedDict),
   "torch._utils._rebuild_tensor": _Call(_rebuild_tensor),
   "torch._utils._rebuild_tensor_v2": _Call(_rebuild_tensor),
@@ -195,6 +195,7 @@ _GLOBALS: dict[str, Any] = {
     for name, dtype in _STORAGES.items()
   },
 }
+"""What stands for the names of a pickle that a tensor is made of."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -207,15 +208,15 @@ class _Unpickler(pickle.Unpickler):
 
   def find_class(self, module: str, name: str) -> Any:
     full = f"{module}.{name}"
-    found = _GLOBALS.get(full) or self._placeholders.get(full)
-    if found is None:
-      found = type(
+    value = GLOBALS.get(full) or self._placeholders.get(full)
+    if value is None:
+      value = type(
         "_Placeholder", (_Placeholder,), {"name": full, "__slots__": ()}
       )
       if re.fullmatch(r"torch\._utils\._rebuild_\w+", full):
-        found = _Call(lambda *_: _unreadable(f"is made by {full}"))
-      self._placeholders[full] = found
-    return found
+        value = _Call(lambda *_: _unreadable(f"is made by {full}"))
+      self._placeholders[full] = value
+    return value
 
   def persistent_load(self, pid: Any) -> Any:
     # Of a whole network, the old format keeps the source beside the class.

@@ -50,11 +50,11 @@ def load(path: str | os.PathLike[str], *, model_name: str) -> types.Variables:
       of this network or several, or if an entry is missing, surplus, of the
       wrong type or of the wrong shape, or has NaN or infinite values.
   """
-  found = torch_layouts.find(path, model_name)
+  weights = torch_layouts.find(path, model_name)
   entries = torch_layouts.spelled(
-    torch_layouts.layout(model_name), found.spelling
+    torch_layouts.layout(model_name), weights.spelling
   )
-  return _variables(path, model_name, entries, found)
+  return _variables(path, model_name, entries, weights)
 
 
 def describe(path: str | os.PathLike[str], *, model_name: str) -> str:
@@ -70,16 +70,16 @@ def describe(path: str | os.PathLike[str], *, model_name: str) -> str:
   Raises:
     ValueError: As `load`, as far as names go.
   """
-  found = torch_layouts.find(path, model_name)
-  kinds = {tensor.dtype for tensor in found.tensors.values()}
+  weights = torch_layouts.find(path, model_name)
+  kinds = {tensor.dtype for tensor in weights.tensors.values()}
   short = [name for name in _SHORT if name in kinds]
-  parts = [f"{len(found.tensors)} entries of {model_name!r}"]
-  if torch_layouts.place_name(found):
-    parts.append(f"found as {torch_layouts.place_name(found)!r}")
+  parts = [f"{len(weights.tensors)} entries of {model_name!r}"]
+  if torch_layouts.place_name(weights):
+    parts.append(f"found as {torch_layouts.place_name(weights)!r}")
   if short:
     parts.append(f"{' and '.join(short)} read as float32")
-  if found.left:
-    parts.append(f"left aside: {checks.few(found.left)}")
+  if weights.left:
+    parts.append(f"left aside: {checks.few(weights.left)}")
   return f"{path}: {'; '.join(parts)}"
 
 
@@ -112,13 +112,13 @@ def load_backbone(
   if not pathlib.Path(path).is_file():
     raise ValueError(f"path must be a file, got {str(path)!r}{_hint(layout)}")
   leaves = _leaves(variables, layout, model_name)
-  found = torch_layouts.find(path, model_name, has_head=False)
+  weights = torch_layouts.find(path, model_name, has_head=False)
   entries = [
     entry
-    for entry in torch_layouts.spelled(layout, found.spelling)
+    for entry in torch_layouts.spelled(layout, weights.spelling)
     if not torch_layouts.is_head(entry)
   ]
-  loaded = _variables(path, model_name, entries, found)
+  loaded = _variables(path, model_name, entries, weights)
   return _like_variables(f"path {str(path)!r}", loaded, leaves, entries)
 
 
@@ -141,10 +141,9 @@ def _like_variables(
   entries: list[torch_layouts.Entry],
 ) -> types.Variables:
   """Fills variables from those loaded, and from `leaves` where none are."""
-  given = {name: np.asarray(leaf) for name, leaf in _flatten((), loaded)}
+  given = {name: np.asarray(leaf) for name, leaf in _flatten(loaded).items()}
   faults = _shape_faults(given, leaves, entries)
-  if faults:
-    raise ValueError(f"{source} does not fit variables: {checks.few(faults)}")
+  torch_layouts.refuse(f"{source} does not fit variables", checks.few(faults))
   result: dict[str, Any] = {}
   for name, leaf in leaves.items():
     if name in given:
@@ -168,7 +167,7 @@ def misfit(
     None where none does.
   """
   layout = torch_layouts.layout(model_name)
-  given, wanted = (dict(_flatten((), tree)) for tree in (variables, expected))
+  given, wanted = _flatten(variables), _flatten(expected)
   faults = _shape_faults(given, wanted, layout.entries)
   if not faults:
     return None
@@ -188,9 +187,10 @@ def _shape_faults(
   """Names the arrays of two sets of leaves that differ in shape."""
   faults = []
   for entry in entries:
+    shapes = (np.shape(x["/".join(entry.path)]) for x in (given, expected))
     have, want = (
-      torch_layouts.torch_shape(entry, np.shape(tree["/".join(entry.path)]))
-      for tree in (given, expected)
+      [shape[i] for i in torch_layouts.axes(entry, len(shape))]
+      for shape in shapes
     )
     if have != want:
       faults.append(f"{entry.key} has shape {have} where variables have {want}")
@@ -236,9 +236,9 @@ def save(
     raise ValueError(f"path must be in an existing folder, got {str(path)!r}")
   spelling, dtypes = torch_layouts.Spelling("", layout.head, True), {}
   if like is not None:
-    found = torch_layouts.find(like, model_name, "like")
-    spelling = found.spelling
-    dtypes = {key: tensor.dtype for key, tensor in found.tensors.items()}
+    weights = torch_layouts.find(like, model_name, "like")
+    spelling = weights.spelling
+    dtypes = {key: tensor.dtype for key, tensor in weights.tensors.items()}
   leaves = _leaves(variables, layout, model_name)
   state = {
     entry: _to_torch(entry, np.asarray(leaves["/".join(entry.path)]))
@@ -277,10 +277,10 @@ def _variables(
   path: str | os.PathLike[str],
   model_name: str,
   entries: list[torch_layouts.Entry],
-  found: torch_layouts.Found,
+  weights: torch_layouts.Found,
 ) -> types.Variables:
   """Checks the arrays of a file and puts them where the network has them."""
-  state = torch_files.arrays(path, found.tensors)
+  state = torch_files.arrays(path, weights.tensors)
   none = np.zeros((), np.int64)
   arrays = {
     entry: _widened(entry, state.get(entry.key, none)) for entry in entries
@@ -303,7 +303,7 @@ def _leaves(
   variables: types.Variables, layout: torch_layouts.Layout, model_name: str
 ) -> dict[str, Any]:
   """The leaves of variables by their path, if they are this network's."""
-  leaves = dict(_flatten((), variables))
+  leaves = _flatten(variables)
   torch_layouts.check_names(
     f"variables are not those of {model_name!r}",
     leaves,
@@ -331,12 +331,12 @@ def _write(path: pathlib.Path, state: dict[str, np.ndarray]) -> None:
     temporary.unlink(missing_ok=True)
 
 
-def _flatten(path: tuple[str, ...], tree: Any) -> Iterable[tuple[str, Any]]:
-  if not isinstance(tree, Mapping):
-    yield "/".join(path), tree
-    return
-  for name, child in tree.items():
-    yield from _flatten((*path, str(name)), child)
+def _flatten(tree: Any) -> dict[str, Any]:
+  """Leaves by their path."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def _to_jax(array: np.ndarray) -> Any:
@@ -358,20 +358,14 @@ def _widened(entry: torch_layouts.Entry, array: np.ndarray) -> np.ndarray:
 
 def _from_torch(entry: torch_layouts.Entry, array: np.ndarray) -> np.ndarray:
   """Brings a checked array into our layout."""
-  if entry.kind == "conv":
-    return array.transpose(2, 3, 1, 0)
-  if entry.kind == "linear":
-    return array.T
+  array = array.transpose(np.argsort(torch_layouts.axes(entry, array.ndim)))
   return array.astype(np.int32) if entry.kind == "count" else array
 
 
 def _to_torch(entry: torch_layouts.Entry, array: np.ndarray) -> np.ndarray:
   """Brings an array into PyTorch's layout, where its rank allows it."""
-  if entry.kind == "conv" and array.ndim == 4:
-    array = array.transpose(3, 2, 0, 1)
-  elif entry.kind == "linear" and array.ndim == 2:
-    array = array.T
-  elif entry.kind == "count" and array.dtype == np.int32:
+  array = array.transpose(torch_layouts.axes(entry, array.ndim))
+  if entry.kind == "count" and array.dtype == np.int32:
     array = array.astype(np.int64)
   # The writer takes the buffer as it lies in memory.
   return array if array.ndim == 0 else np.ascontiguousarray(array)
@@ -394,8 +388,7 @@ def _check_arrays(
       fault = f"has NaN or infinity in {number} of {array.size} values"
     if fault:
       faults.append(f"{name} {fault}")
-  if faults:
-    raise ValueError(f"{source}: {checks.few(faults)}")
+  torch_layouts.refuse(source, checks.few(faults))
 
 
 def _is_finite(array: np.ndarray) -> np.ndarray:
@@ -407,20 +400,20 @@ def _fault(
   entry: torch_layouts.Entry, array: np.ndarray, lengths: dict[str, int]
 ) -> str | None:
   """Says what is wrong with an array; learns the lengths seen first."""
-  is_bound = [isinstance(n, int) or n in lengths for n in entry.shape]
-  expected = [
-    lengths.get(n, n) if isinstance(n, str) else n for n in entry.shape
-  ]
+  # A name stands for any length until one has been seen.
+  expected = [lengths.get(str(n), n) for n in entry.shape]
   is_equal = array.ndim == len(expected) and all(
-    not bound or have == want
-    for have, want, bound in zip(array.shape, expected, is_bound, strict=True)
+    isinstance(want, str) or have == want
+    for have, want in zip(array.shape, expected, strict=True)
   )
   if not is_equal or 0 in array.shape:
     wanted = ", ".join(map(str, expected))
     return f"has shape {list(array.shape)} where [{wanted}] is due"
-  for name, length in zip(entry.shape, array.shape, strict=True):
-    if isinstance(name, str):
-      lengths[name] = length
+  lengths |= {
+    name: length
+    for name, length in zip(entry.shape, array.shape, strict=True)
+    if isinstance(name, str)
+  }
   if entry.kind != "count":
     allowed = ", ".join(_FLOATS)
     is_float = array.dtype.name in _FLOATS

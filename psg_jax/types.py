@@ -52,6 +52,12 @@ class LazyImages(Protocol):
     ...
 
 
+def no_features(variables: Variables, images: jax.Array) -> jax.Array:
+  """Stands for the features of a network that has none to show."""
+  del variables, images
+  raise ValueError("model must have features for this, got none")
+
+
 class Model(NamedTuple):
   """A network as a bundle of pure functions.
 
@@ -63,14 +69,16 @@ class Model(NamedTuple):
     apply_train: `(variables, images, key) -> (logits [B, K], variables)`, with
       the BatchNorm statistics moved by this batch in the variables returned.
       May take a fourth argument `mask` (bool `[B]` or None): rows where it is
-      False are padding and leave the statistics alone.
-    features: `(variables, images) -> [B, D]`, the input of the last layer.
+      False are padding and leave the statistics alone. None for networks that
+      do the same in training as in inference.
+    features: `(variables, images) -> [B, D]`, the input of the last layer;
+      `no_features` where there are none.
   """
 
   init: Callable[[jax.Array, jax.Array], Variables]
   apply: ApplyFn
-  apply_train: Callable[..., tuple[jax.Array, Variables]]
-  features: Callable[[Variables, jax.Array], jax.Array]
+  apply_train: Callable[..., tuple[jax.Array, Variables]] | None = None
+  features: Callable[[Variables, jax.Array], jax.Array] = no_features
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ import scipy.special
 import sklearn.metrics
 
 from psg_jax import checks
+from psg_jax.metrics import common
 
 KLOM_METHODS = ("histogram", "gaussian")
 # With fewer models a side, one variance is estimated for all images.
@@ -32,9 +33,9 @@ _MIN_STD = 1e-3
 def logit_confidence(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
   """Scales the confidence in the true class: `φ = log(p_y / (1 - p_y))`.
 
-  Computed from logits as `z_y - log Σ_{k≠y} exp(z_k)`, which does not lose
-  digits where `p_y` is near 1. It is the margin of KLOM, too, and near to
-  normally distributed over models. Larger: more confident in the true class.
+  Computed from logits, which does not lose digits where `p_y` is near 1. It is
+  the margin of KLOM, too, and near to normally distributed over models. Larger:
+  more confident in the true class.
 
   Args:
     logits: float `[..., N, K]`, `K` 2 or more.
@@ -56,10 +57,7 @@ def logit_confidence(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
       f" {list(labels.shape)}"
     )
   checks.labels(labels, len(labels), logits.shape[-1])
-  is_label = labels[:, None] == np.arange(logits.shape[-1])
-  own = np.sum(np.where(is_label, logits, 0.0), -1)
-  others = np.where(is_label, -np.inf, logits)
-  return own - scipy.special.logsumexp(others, -1)
+  return common.log_odds(logits)[..., np.arange(len(labels)), labels]
 
 
 class Gaussians(NamedTuple):
@@ -95,9 +93,7 @@ def fit_gaussians(
     Carlini et al., Membership Inference Attacks From First Principles, 2022.
   """
   moments = _moments("confidences", confidences)
-  return Gaussians(
-    *_gaussians(*moments, _is_shared(moments, is_variance_shared))
-  )
+  return _gaussians(moments, _is_shared(moments, is_variance_shared))
 
 
 def log_likelihood_ratio(
@@ -122,7 +118,12 @@ def log_likelihood_ratio(
     Hayes et al., Inexact Unlearning Needs More Careful Evaluations to Avoid a
     False Sense of Privacy, 2024 (U-LiRA).
   """
-  return _log_ratio(np.asarray(targets, np.float64), unlearned, never_trained)
+  targets = np.asarray(targets, np.float64)
+
+  def log_density(to: Gaussians) -> np.ndarray:
+    return -0.5 * ((targets - to.mean) / to.std) ** 2 - np.log(to.std)
+
+  return log_density(unlearned) - log_density(never_trained)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,17 +220,15 @@ def attack(
     np.concatenate(scores),
     drop_intermediate=True,
   )
-
-  def tpr_at(limit: float) -> float | None:
-    if len(scores[1]) * limit < 1:
-      return None
-    return float(tpr[fpr <= limit].max())
-
+  percent, per_mille = (
+    common.true_positive_rate(fpr, tpr, rate, len(scores[1]))
+    for rate in (0.01, 0.001)
+  )
   return AttackResult(
     auc=float(sklearn.metrics.auc(fpr, tpr)),
     accuracy=float(np.max(1 + tpr - fpr) / 2),
-    tpr_at_1_percent=tpr_at(0.01),
-    tpr_at_01_percent=tpr_at(0.001),
+    tpr_at_1_percent=percent,
+    tpr_at_01_percent=per_mille,
     num_positives=len(scores[0]),
     num_negatives=len(scores[1]),
     fpr=fpr,
@@ -275,24 +274,17 @@ def _is_shared(moments: _Moments, given: bool | None) -> bool:
   return bool(moments.counts.max() < _MIN_MODELS_FOR_VARIANCE)
 
 
-def _gaussians(
-  values: np.ndarray,
-  count: np.ndarray,
-  mean: np.ndarray,
-  squares: np.ndarray,
-  is_shared: bool,
-) -> tuple[np.ndarray, np.ndarray]:
+def _gaussians(moments: _Moments, is_shared: bool) -> Gaussians:
   """Means and standard deviations from moments."""
-  del values
-  freedom = count - 1
+  freedom = moments.counts - 1
   with np.errstate(divide="ignore", invalid="ignore"):
     if is_shared:
       variance = np.full_like(
-        mean, np.nansum(squares) / np.maximum(freedom, 0).sum()
+        moments.mean, np.nansum(moments.squares) / np.maximum(freedom, 0).sum()
       )
     else:
-      variance = np.where(freedom > 0, squares / freedom, np.nan)
-  return mean, np.sqrt(np.maximum(variance, _MIN_STD**2))
+      variance = np.where(freedom > 0, moments.squares / freedom, np.nan)
+  return Gaussians(moments.mean, np.sqrt(np.maximum(variance, _MIN_STD**2)))
 
 
 def _without(moments: _Moments, model: int) -> _Moments:
@@ -316,22 +308,11 @@ def _held_out_scores(
   scores = np.empty_like(targets.values)
   for model, values in enumerate(targets.values):
     kinds = (
-      Gaussians(
-        *_gaussians(*_without(each, model % len(each.values)), is_shared)
-      )
-      for each in (ours, theirs)
+      _gaussians(_without(moments, model % len(moments.values)), is_shared)
+      for moments in (ours, theirs)
     )
-    scores[model] = _log_ratio(values, *kinds)
+    scores[model] = log_likelihood_ratio(values, *kinds)
   return scores
-
-
-def _log_ratio(
-  values: np.ndarray, ours: Gaussians, theirs: Gaussians
-) -> np.ndarray:
-  def log_density(to: Gaussians) -> np.ndarray:
-    return -0.5 * ((values - to.mean) / to.std) ** 2 - np.log(to.std)
-
-  return log_density(ours) - log_density(theirs)
 
 
 def klom(
@@ -400,18 +381,19 @@ def klom(
   span = np.maximum(p.max(0), q.max(0)) - low
   # All the same: one bin.
   span = np.where(span > 0, span, 1.0)
-
-  def shares(values: np.ndarray) -> np.ndarray:
-    bins = np.floor((values - low) / span * num_bins).astype(np.int64)
-    bins = np.minimum(bins, num_bins - 1)
-    places = bins + num_bins * np.arange(values.shape[1])
-    counts = np.bincount(places.ravel(), minlength=num_bins * values.shape[1])
-    return counts.reshape(-1, num_bins) / len(values)
-
-  p, q = shares(p), shares(q)
+  p, q = (_bin_shares((x - low) / span, num_bins) for x in sides)
   q = np.where(p > 0, np.maximum(q, min_probability), q)
   q = q / q.sum(1, keepdims=True)
   return scipy.special.rel_entr(p, q).sum(1)
+
+
+def _bin_shares(values: np.ndarray, num_bins: int) -> np.ndarray:
+  """Shares of models `[N, bins]` from values `[M, N]` in [0, 1]."""
+  bins = np.floor(values * num_bins).astype(np.int64)
+  bins = np.minimum(bins, num_bins - 1)
+  places = bins + num_bins * np.arange(values.shape[1])
+  counts = np.bincount(places.ravel(), minlength=num_bins * values.shape[1])
+  return counts.reshape(-1, num_bins) / len(values)
 
 
 def draw_membership(

@@ -7,93 +7,65 @@ bring labels of their own.
 
 import dataclasses
 import functools
+import inspect
 import time
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from psg_jax import (
+  batches,
   boundary,
   checks,
+  engine,
   inference,
-  parallel,
-  progress,
+  optimizers,
+  relabelling,
+  steps,
   streaming,
   training,
   types,
 )
 
-_RELABELLING_FIELDS = (
-  "labels",
-  "logits",
-  "is_crossed",
-  "distance",
-  "num_steps",
-)
-LABELS = ("hard", "soft", "soft_other", "raw_logits")
+LABELS = relabelling.LABELS
+Relabelling = relabelling.Relabelling
+SearchFn = relabelling.SearchFn
+check_labels = relabelling.check_labels
+relabel = relabelling.relabel
+soft_targets = relabelling.soft_targets
+
 RETAIN_LABELS = ("hard", "soft", "raw_logits")
 # Fewer steps leave a small model between the old labels and the new.
 _MIN_STEPS = 60
 _MIN_EPOCHS = 3
-BATCH_STATS = ("update", "frozen")
+SCHEDULE = "one_cycle"
 SEARCH_DEFAULTS = {"num_steps": 50, "step_size": 0.01}
-
-
-class SearchFn(Protocol):
-  """A search with its options bound, such as a partial of `boundary.search`."""
-
-  def __call__(
-    self,
-    apply_fn: types.ApplyFn,
-    variables: types.Variables,
-    images: jax.Array,
-    labels: jax.Array,
-    key: jax.Array,
-  ) -> boundary.SearchOutput:
-    """Searches from float images `[B, H, W, C]`; `key` is one or `[B]`."""
-    ...
-
-
-@types.pytree
-class Relabelling:
-  """The outcome of the search over the forget set.
-
-  Attributes:
-    labels: int32 `[N]`, the class reached, or the runner-up.
-    logits: float32 `[N, K]` at the last point.
-    is_crossed: bool `[N]`, whether the boundary was crossed.
-    distance: float32 `[N]`, in pixel units.
-    num_steps: int32 `[N]`.
-  """
-
-  labels: np.ndarray
-  logits: np.ndarray
-  is_crossed: np.ndarray
-  distance: np.ndarray
-  num_steps: np.ndarray
+_SEARCH_NAMES = tuple(
+  field.name for field in dataclasses.fields(boundary.Search) if field.init
+)
 
 
 @types.pytree
 class UnlearnOutput:
-  """What unlearning returns.
+  """What unlearning returns, by this method or another.
 
   Attributes:
-    variables: The unlearned model's.
-    targets: Targets of the forget set in the last pass: int32 classes `[N]`
-      for hard labels, float32 `[N, K]` for soft ones.
-    history: One record a pass; see `update`. The first also says how many
+    variables: The unlearned model's, new arrays.
+    history: One record a pass: `epoch` from 1, `seconds` (without callbacks),
+      and the method's own figures; see `update`. The first also says how many
       `search_seconds` went before it.
-    relabelling: What the search found, in the last pass.
+    targets: Targets of the forget set in the last pass: int32 classes `[N]`
+      for hard labels, float32 `[N, K]` for soft ones. None of other methods.
+    relabelling: What the search found, in the last pass. None of other methods.
   """
 
   variables: types.Variables
-  targets: np.ndarray
-  history: training.History
-  relabelling: Relabelling
+  history: engine.History
+  targets: np.ndarray | None = None
+  relabelling: Relabelling | None = None
 
 
 def unlearn(
@@ -105,22 +77,13 @@ def unlearn(
   search_fn: SearchFn | None = None,
   search_batch_size: int = 128,
   eval_batch_size: int = 256,
-  optimizer: optax.GradientTransformation | None = None,
-  num_epochs: int | None = None,
-  batch_size: int = 64,
-  schedule: training.Schedule = "one_cycle",
   retain_weight: float = 1.0,
   labels: str = "hard",
   retain_labels: str | None = None,
   top_k: int | None = None,
-  batch_stats: str = "update",
   refresh_labels: bool = False,
   target_accuracy: float | None = None,
-  num_parts: int = 1,
-  callback: Callable[[training.TrainState, dict[str, Any]], None] | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-  show_progress: bool = True,
-  **search_options: Any,
+  **options: Any,
 ) -> UnlearnOutput:
   """Takes the forget set out of a trained model.
 
@@ -134,18 +97,12 @@ def unlearn(
     variables: The original model's, frozen and left as they are.
     split: The forget and the retain set.
     key: One typed key.
-    search_fn: A `boundary.Search` or another search, in place of
-      `search_options`; None for those.
+    search_fn: A `boundary.Search` or another search, in place of its options;
+      None for those.
     search_batch_size: Images searched at a time, and likewise
       `eval_batch_size`, images predicted at a time: what fits the memory; the
       result is the same, but that of a `search_fn` that looks at its batch.
     eval_batch_size: See there.
-    optimizer: Any Optax optimiser, whose learning rate is the highest; None for
-      `training.sgd(2e-3)`, and `training.sgd(1e-3)` with a constant rate.
-    num_epochs: Passes over the forget set, positive; None for 3, or as many
-      as make 60 steps.
-    batch_size: Forget images, and as many retain images, a step.
-    schedule: Of the learning rate, as for `training.schedule_fn`.
     retain_weight: `φ`, 0 or more; 0 uses no retain image.
     labels: `"hard"`: the class reached; `"soft"`: the prediction at the
       boundary point; `"soft_other"`: the same among the other classes, so that
@@ -156,9 +113,6 @@ def unlearn(
       the frozen model's own predictions; `"raw_logits"`. None for those of
       `labels`, and hard ones with `"soft_other"`.
     top_k: With soft labels, the number of largest entries kept, or None.
-    batch_stats: `"update"`: BatchNorm in training mode, on forget and retain
-      images together; `"frozen"`: inference mode, the better choice where
-      `retain_weight` is 0.
     refresh_labels: Whether to search again before each pass, with new noise.
       Without noise the labels cannot change and are searched once.
     target_accuracy: Stop as soon as the accuracy on the forget set, by its true
@@ -168,12 +122,10 @@ def unlearn(
       often as on unseen images of the kind: that is the target then. Where the
       original model is there already, it is returned as it is, and the history
       is empty; the targets are then those that a first pass would have used.
-    num_parts: Gradient accumulation; see `training.run_steps`.
-    callback: Called after each pass with the state and the pass's record.
-    mesh: Devices to work on; None for one.
-    show_progress: Whether to show progress bars.
-    **search_options: Those of `boundary.Search`, by default `num_steps=50` and
-      `step_size=0.01`.
+    **options: Those of `boundary.Search`, by default `num_steps=50` and
+      `step_size=0.01`; and those of `engine.Passes`, by default those of
+      `update`. Where `retain_weight` is 0, `batch_stats="frozen"` is the better
+      choice.
 
   Returns:
     The unlearned variables, the targets, and the history.
@@ -186,265 +138,171 @@ def unlearn(
     Nahass et al., Targeted Unlearning Using Perturbed Sign Gradient Methods
     With Applications On Medical Images, 2025, Algorithms 1 to 3.
   """
-  check_split(split, retain_weight)
-  for part in split:
-    if len(part):
-      training.check_classes(model, variables, part)
-  check_labels(labels, top_k, split.forget.num_classes)
+  search_options = {
+    name: options.pop(name) for name in _SEARCH_NAMES if name in options
+  }
+  passes = _passes(model, variables, split, retain_weight, options)
   if retain_labels is None:
     retain_labels = "hard" if labels == "soft_other" else labels
+  check_labels(labels, top_k, split.forget.num_classes)
   checks.one_of("retain_labels", retain_labels, RETAIN_LABELS)
-  checks.one_of("batch_stats", batch_stats, BATCH_STATS)
-  checks.key(key)
-  checks.integer("batch_size", batch_size, at_least=1)
-  checks.integer("num_parts", num_parts, at_least=1)
-  if num_epochs is None:
-    num_epochs = default_num_epochs(len(split.forget), batch_size)
-  checks.integer("num_epochs", num_epochs, at_least=1)
-  training.check_schedule(schedule)
   checks.integer("search_batch_size", search_batch_size, at_least=1)
   checks.integer("eval_batch_size", eval_batch_size, at_least=1)
   if target_accuracy is not None:
     checks.number("target_accuracy", target_accuracy, at_least=0, at_most=1)
+  checks.key(key)
   if search_fn is None:
     search_fn = boundary.Search(**{**SEARCH_DEFAULTS, **search_options})
-  can_change = True
   if isinstance(search_fn, boundary.Search):
-    can_change = bool(search_fn.noise_scale > 0)
-    # One image is enough to check before any work.
-    one = split.forget.take([0])
-    images = training.to_float(jnp.asarray(one.images))
-    search_fn.prepare(
-      model.apply, variables, images, jnp.asarray(one.labels), key
-    )
-  search_key, update_key = jax.random.split(key)
+    _check_search(search_fn, model, variables, split.forget, key)
+    refresh_labels = refresh_labels and bool(search_fn.noise_scale > 0)
   predict = functools.partial(
-    inference.predict, model.apply, batch_size=eval_batch_size, mesh=mesh
+    inference.predict,
+    model.apply,
+    batch_size=eval_batch_size,
+    mesh=passes.mesh,
   )
   retain_targets = split.retain.labels
   if retain_labels != "hard" and retain_weight > 0:
     logits = predict(variables, split.retain.images)
     retain_targets = soft_targets(logits, labels=retain_labels, top_k=top_k)
-  is_refreshed = refresh_labels and can_change
-  if is_refreshed:
-    # Each call of `update` knows but the passes until then.
-    schedule = training.schedule_fn(
-      schedule, num_epochs * _num_steps(split, batch_size)
-    )
+  search_key, update_key = jax.random.split(key)
 
-  def is_reached(current: types.Variables) -> bool:
-    if target_accuracy is None:
-      return False
-    logits = predict(current, split.forget.images)
-    is_right = np.argmax(logits, -1) == split.forget.labels
-    return bool(is_right.mean() <= target_accuracy)
-
-  state: training.TrainState | None = None
-  history: training.History = []
-  is_done = is_reached(variables)
-  for first_epoch in range(num_epochs if is_refreshed else 1):
-    start = time.perf_counter()
-    found = relabel(
+  def search(index: int) -> tuple[Relabelling, np.ndarray]:
+    relabelling = relabel(
       model.apply,
       variables,
       split.forget,
-      jax.random.fold_in(search_key, first_epoch),
+      jax.random.fold_in(search_key, index),
       search_fn=search_fn,
       batch_size=search_batch_size,
-      mesh=mesh,
-      show_progress=show_progress,
+      mesh=passes.mesh,
+      show_progress=passes.show_progress,
     )
+    return relabelling, _targets(relabelling, split.forget, labels, top_k)
+
+  def is_last(current: types.Variables) -> bool:
+    if target_accuracy is not None:
+      logits = predict(current, split.forget.images)
+      is_right = np.argmax(logits, -1) == split.forget.labels
+      if is_right.mean() <= target_accuracy:
+        return True
+    return passes.stop_fn is not None and passes.stop_fn(current)
+
+  def move(targets: np.ndarray, changed: engine.Passes) -> Any:
+    return _update(
+      *(model, variables, split, targets, update_key, changed),
+      retain_targets=retain_targets,
+      retain_weight=retain_weight,
+    )
+
+  return _search_and_move(
+    variables, split, passes, search, move, is_last, refresh_labels
+  )
+
+
+def defaults() -> dict[str, Any]:
+  """Returns all options of `unlearn` by name, with their defaults.
+
+  None stands for what depends on the data or on another option.
+  """
+  own = inspect.signature(unlearn).parameters.values()
+  return {
+    **_field_defaults(boundary.Search),
+    **SEARCH_DEFAULTS,
+    **_field_defaults(engine.Passes),
+    "schedule": SCHEDULE,
+    **{x.name: x.default for x in own if x.kind is x.KEYWORD_ONLY},
+  }
+
+
+def _field_defaults(cls: Any) -> dict[str, Any]:
+  return {
+    field.name: None if field.default is dataclasses.MISSING else field.default
+    for field in dataclasses.fields(cls)
+    if field.init
+  }
+
+
+def _search_and_move(
+  variables: types.Variables,
+  split: types.Split,
+  passes: engine.Passes,
+  search: Callable[[int], tuple[Relabelling, np.ndarray]],
+  move: Callable[..., tuple[steps.TrainState, engine.History]],
+  is_last: Callable[[types.Variables], bool],
+  is_refreshed: bool,
+) -> UnlearnOutput:
+  """Searches once and makes all passes, or searches before each of them."""
+  num_steps = _num_steps(split, passes.batch_size)
+  num_epochs, state = passes.num_epochs, passes.state
+  first = 0 if state is None else int(state.step) // num_steps
+  ends: Iterable[int] = [num_epochs]
+  shared = passes.replace(stop_fn=is_last)
+  if is_refreshed:
+    ends = range(first + 1, num_epochs + 1)
+    # Each call knows but the passes until then.
+    schedule = optimizers.schedule_fn(passes.schedule, num_epochs * num_steps)
+    shared = passes.replace(schedule=schedule, stop_fn=None)
+  history: engine.History = []
+  is_done = is_last(variables if state is None else state.variables)
+  for end in ends:
+    start = time.perf_counter()
+    relabelling, targets = search(end - 1 if is_refreshed else 0)
     search_seconds = time.perf_counter() - start
-    targets = found.labels
-    if labels != "hard":
-      targets = soft_targets(
-        found.logits,
-        labels=labels,
-        top_k=top_k,
-        old_labels=split.forget.labels,
-      )
     if is_done:
       break
-    state, records = update(
-      model,
-      variables,
-      split,
-      targets,
-      update_key,
-      retain_targets=retain_targets,
-      optimizer=optimizer,
-      num_epochs=first_epoch + 1 if is_refreshed else num_epochs,
-      batch_size=batch_size,
-      schedule=schedule,
-      retain_weight=retain_weight,
-      batch_stats=batch_stats,
-      num_parts=num_parts,
-      callback=callback,
-      # One pass a call is asked about below, where it also ends the search.
-      stop_fn=None if is_refreshed else is_reached,
-      state=state,
-      mesh=mesh,
-      show_progress=show_progress,
-    )
+    state, records = move(targets, shared.replace(num_epochs=end, state=state))
     records[0]["search_seconds"] = search_seconds
     history += records
     # The targets returned are those of the last pass.
-    if is_refreshed and is_reached(state.variables):
+    if is_refreshed and is_last(state.variables):
       break
   if state is None:
-    variables = jax.tree.map(jnp.copy, training.plain_variables(variables))
+    variables = jax.tree.map(jnp.copy, steps.plain_variables(variables))
   else:
     variables = state.variables
   return UnlearnOutput(
     variables=variables,
     targets=targets,
     history=history,
-    relabelling=found,
+    relabelling=relabelling,
   )
 
 
-def relabel(
-  apply_fn: types.ApplyFn,
+def _check_search(
+  search: boundary.Search,
+  model: types.Model,
   variables: types.Variables,
-  dataset: types.Dataset,
+  forget_set: types.Dataset,
   key: jax.Array,
-  *,
-  search_fn: SearchFn,
-  batch_size: int = 128,
-  first_steps: int = 8,
-  mesh: jax.sharding.Mesh | None = None,
-  show_progress: bool = True,
-) -> Relabelling:
-  """Searches a near class across the boundary for a whole data set.
+) -> None:
+  """Checks a search on one image, which is enough, before any work."""
+  one = forget_set.take([0])
+  images = steps.to_float(jnp.asarray(one.images))
+  search.prepare(model.apply, variables, images, jnp.asarray(one.labels), key)
 
-  Args:
-    apply_fn: The frozen network in inference mode.
-    variables: Its variables.
-    dataset: The forget set.
-    key: One typed key; image `i` draws with `fold_in(key, i)`, whatever the
-      batch size.
-    search_fn: A `boundary.Search`, or another search with its options bound.
-    batch_size: Images at a time, positive; the last batch is filled up.
-    first_steps: Of a `boundary.Search` with twice as many or more. Most images
-      are across the boundary by then: only those that are not are searched
-      again, from the start, so that a batch does not wait for its slowest
-      image. The result is the same.
-    mesh: Devices that a `boundary.Search` works on; None for one.
-    show_progress: Whether to show a progress bar.
 
-  Returns:
-    The classes reached and how the search went, `[N]` each.
-
-  Raises:
-    ValueError: If an argument is out of its range.
-  """
-  checks.integer("batch_size", batch_size, at_least=1)
-  checks.integer("first_steps", first_steps, at_least=1)
-  checks.key(key)
-  if not len(dataset):
-    raise ValueError("dataset must not be empty, got 0 images")
-  num_images = len(dataset)
-  batch_size = min(batch_size, num_images)
-  found: dict[str, np.ndarray] = {}
-
-  def run(
-    rows: np.ndarray, search: SearchFn, last_step: int | None = None
-  ) -> None:
-    """Searches these rows, and keeps what was found."""
-    fn = search
-    if mesh is not None and isinstance(search, boundary.Search):
-      fn = functools.partial(parallel.search, mesh=mesh, search=search)
-    # The last batch is filled up from the first image on: one program.
-    plan = [
-      rows[np.arange(start, start + batch_size) % len(rows)]
-      for start in range(0, len(rows), batch_size)
-    ]
-    starts = range(0, len(rows), batch_size)
-    for start, chosen, images in zip(
-      starts, plan, streaming.batches(dataset.images, plan), strict=True
-    ):
-      real = chosen[: len(rows) - start]
-      output = fn(
-        apply_fn,
-        variables,
-        training.to_float(jnp.asarray(images)),
-        jnp.asarray(dataset.labels[chosen]),
-        boundary.sample_keys(key, jnp.asarray(chosen)),
-      )
-      for name in _RELABELLING_FIELDS:
-        values = np.asarray(getattr(output, name))[: len(real)]
-        if name not in found:
-          shape = (num_images, *values.shape[1:])
-          found[name] = np.zeros(shape, values.dtype)
-        found[name][real] = values
-      num_done = len(real)
-      if last_step is not None:
-        num_done = int((found["num_steps"][real] < last_step).sum())
-      bar.advance(num_done, crossed=float(found["is_crossed"][real].mean()))
-
-  with progress.bar(
-    "boundary search", num_images, unit="image", is_shown=show_progress
-  ) as bar:
-    rows = np.arange(num_images)
-    if (
-      isinstance(search_fn, boundary.Search)
-      and search_fn.num_steps >= 2 * first_steps
-      # This schedule knows the number of steps.
-      and search_fn.distance_decay != "linear"
-    ):
-      short = dataclasses.replace(search_fn, num_steps=first_steps)
-      run(rows, short, first_steps)
-      rows = np.flatnonzero(found["num_steps"] >= first_steps)
-    if rows.size:
-      run(rows, search_fn)
-  return Relabelling(**found)
+def _targets(
+  relabelling: Relabelling,
+  forget_set: types.Dataset,
+  labels: str,
+  top_k: int | None,
+) -> np.ndarray:
+  """Returns the targets of the forget set that follow from its search."""
+  if labels == "hard":
+    return relabelling.labels
+  return soft_targets(
+    relabelling.logits,
+    labels=labels,
+    top_k=top_k,
+    old_labels=forget_set.labels,
+  )
 
 
 def default_num_epochs(num_forget: int, batch_size: int) -> int:
   """Returns 3 passes, or as many as make 60 steps."""
   return max(_MIN_EPOCHS, -(-_MIN_STEPS // -(-num_forget // batch_size)))
-
-
-def soft_targets(
-  logits: np.ndarray,
-  *,
-  labels: str = "soft",
-  top_k: int | None = None,
-  old_labels: np.ndarray | None = None,
-) -> np.ndarray:
-  """Turns predictions into targets (Algorithm 3).
-
-  Args:
-    logits: float `[N, K]`.
-    labels: `"soft"`: the softmax; `"soft_other"`: the softmax over the classes
-      other than `old_labels`; `"raw_logits"`: the logits themselves, as in the
-      released code, which feeds them where probabilities belong.
-    top_k: Number of largest entries kept, the others becoming 0; probabilities
-      are then normalised again. None keeps all.
-    old_labels: int `[N]`, needed for `"soft_other"`.
-
-  Returns:
-    float32 `[N, K]`; probabilities sum to 1 in each row.
-
-  Raises:
-    ValueError: If an argument is missing or out of its range.
-  """
-  num_classes = logits.shape[-1]
-  check_labels(labels, top_k, num_classes)
-  targets = jnp.asarray(logits, jnp.float32)
-  if labels == "soft_other":
-    if old_labels is None:
-      raise ValueError("old_labels must be given with soft_other, got None")
-    is_old = jnp.asarray(old_labels)[:, None] == jnp.arange(num_classes)
-    targets = jnp.where(is_old, -jnp.inf, targets)
-  if labels != "raw_logits":
-    targets = jax.nn.softmax(targets)
-  if top_k is not None:
-    kept = jax.nn.one_hot(jax.lax.top_k(targets, top_k)[1], num_classes).sum(-2)
-    targets = targets * kept
-    if labels != "raw_logits":
-      targets = targets / targets.sum(-1, keepdims=True)
-  return np.asarray(targets)
 
 
 def update(
@@ -455,19 +313,9 @@ def update(
   key: jax.Array,
   *,
   retain_targets: np.ndarray | None = None,
-  optimizer: optax.GradientTransformation | None = None,
-  num_epochs: int | None = None,
-  batch_size: int = 64,
-  schedule: training.Schedule = "one_cycle",
   retain_weight: float = 1.0,
-  batch_stats: str = "update",
-  num_parts: int = 1,
-  callback: Callable[[training.TrainState, dict[str, Any]], None] | None = None,
-  stop_fn: Callable[[types.Variables], bool] | None = None,
-  state: training.TrainState | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-  show_progress: bool = True,
-) -> tuple[training.TrainState, training.History]:
+  **options: Any,
+) -> tuple[steps.TrainState, engine.History]:
   """Moves a copy of the model to the targets of the forget set.
 
   For each minibatch of the forget set, with one of the retain set beside it:
@@ -481,21 +329,10 @@ def update(
     targets: Of the forget set: int `[N]` classes or float `[N, K]`.
     key: One typed key, for the order.
     retain_targets: Of the retain set, likewise; None for its labels.
-    optimizer: As for `unlearn`.
-    num_epochs: Passes over the forget set, as for `unlearn`.
-    batch_size: Forget images (or all, where they are fewer), and retain images,
-      a step.
-    schedule: Of the learning rate, as for `training.schedule_fn`.
     retain_weight: `φ`, 0 or more; 0 uses no retain image.
-    batch_stats: `"update"` or `"frozen"`, as for `unlearn`.
-    num_parts: Gradient accumulation; see `training.run_steps`.
-    callback: Called after each pass with the state (to be copied or saved
-      before it returns) and the pass's record.
-    stop_fn: Called with the variables after each pass; where it says so, that
-      was the last.
-    state: A state of an earlier run with the same arguments, to go on from.
-    mesh: Devices to work on; None for one.
-    show_progress: Whether to show a progress bar.
+    **options: Those of `engine.Passes`, by default `num_epochs` of 3, or as
+      many as make 60 steps, over the forget set, `schedule="one_cycle"`, and
+      `training.sgd(2e-3)`, or `sgd(1e-3)` with a constant rate.
 
   Returns:
     The final state, and one record a pass: `epoch` from 1, `forget_loss` and
@@ -508,124 +345,99 @@ def update(
     ValueError: If an argument is of the wrong shape, type or range.
     FloatingPointError: If the loss is NaN or infinite.
   """
-  check_split(split, retain_weight)
-  checks.integer("batch_size", batch_size, at_least=1)
-  checks.integer("num_parts", num_parts, at_least=1)
-  if num_epochs is None:
-    num_epochs = default_num_epochs(len(split.forget), batch_size)
-  checks.integer("num_epochs", num_epochs, at_least=1)
-  training.check_schedule(schedule)
-  checks.one_of("batch_stats", batch_stats, BATCH_STATS)
+  passes = _passes(model, variables, split, retain_weight, options)
   checks.key(key)
-  num_classes = split.forget.num_classes
+  return _update(
+    *(model, variables, split, targets, key, passes),
+    retain_targets=retain_targets,
+    retain_weight=retain_weight,
+  )
+
+
+def _passes(
+  model: types.Model,
+  variables: types.Variables,
+  split: types.Split,
+  retain_weight: float,
+  options: Mapping[str, Any],
+) -> engine.Passes:
+  """Checks what `unlearn` and `update` share, and fills up the options."""
+  check_split(split, retain_weight)
+  for part in split:
+    if len(part):
+      steps.check_classes(model, variables, part)
+  options = {"schedule": SCHEDULE, **options}
+  if options.get("num_epochs") is None:
+    size = options.get("batch_size", engine.Passes.batch_size)
+    checks.integer("batch_size", size, at_least=1)
+    options["num_epochs"] = default_num_epochs(len(split.forget), size)
+  passes = engine.Passes(**options)
+  if passes.optimizer is None:
+    rate = 1e-3 if passes.schedule == "constant" else 2e-3
+    passes = passes.replace(optimizer=training.sgd(rate))
+  return passes
+
+
+def _update(
+  model: types.Model,
+  variables: types.Variables,
+  split: types.Split,
+  targets: np.ndarray,
+  key: jax.Array,
+  passes: engine.Passes,
+  *,
+  retain_targets: np.ndarray | None,
+  retain_weight: float,
+) -> tuple[steps.TrainState, engine.History]:
+  """`update`, with its options checked."""
+  images: np.ndarray | streaming.Images = split.forget.images
   targets = _checked_targets("targets", targets, split.forget)
-  for part in split if retain_weight > 0 else split[:1]:
-    training.check_classes(model, variables, part)
-  if optimizer is None:
-    optimizer = training.sgd(1e-3 if schedule == "constant" else 2e-3)
-  pool_images: np.ndarray | streaming.Images = split.forget.images
-  pool_targets = targets
   if retain_weight > 0:
     if retain_targets is None:
       retain_targets = split.retain.labels
     retain_targets = _checked_targets(
       "retain_targets", retain_targets, split.retain
     )
-    pool_images = streaming.concatenate([pool_images, split.retain.images])
+    images = streaming.concatenate([images, split.retain.images])
     if targets.ndim != retain_targets.ndim:
+      num_classes = split.forget.num_classes
       targets = _as_probabilities(targets, num_classes)
       retain_targets = _as_probabilities(retain_targets, num_classes)
-    pool_targets = np.concatenate([targets, retain_targets])
-  if state is None:
-    state = training.init_state(variables, optimizer, key)
-  else:
-    state = jax.tree.map(jnp.copy, state)  # The caller keeps theirs.
-  num_forget, num_retain = len(split.forget), len(split.retain)
-  # A patient's few images need no batch of padding.
-  forget_size = min(batch_size, num_forget)
-  num_steps = _num_steps(split, batch_size)
-  factors = training.schedule_factors(schedule, num_epochs * num_steps)
-  first_epoch = int(state.step) // num_steps
-  order_key = jax.random.fold_in(state.key, np.iinfo(np.int32).max)
+    targets = np.concatenate([targets, retain_targets])
+  sizes = len(split.forget), len(split.retain), passes.batch_size
+  plans = batches.each_pass(
+    training.order_key(passes.state, key),
+    passes.num_epochs,
+    lambda key: batches.beside_forget(key, *sizes, retain_weight),
+  )
+  return engine.run(
+    model,
+    variables,
+    images,
+    targets,
+    [[engine.Phase(steps.mean_cross_entropy, plan)] for plan in plans],
+    key,
+    passes,
+    record_fn=_record,
+  )
 
-  def plan(epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    forget_key, retain_key = jax.random.split(
-      jax.random.fold_in(order_key, epoch)
-    )
-    rows, weights = training.epoch_batches(forget_key, num_forget, forget_size)
-    if retain_weight == 0:
-      return rows, weights
-    retain_rows = _retain_rows(retain_key, num_retain, num_steps, batch_size)
-    retain_weights = np.full(
-      (num_steps, batch_size), retain_weight / batch_size, np.float32
-    )
-    return (
-      np.concatenate([rows, num_forget + retain_rows], 1),
-      np.concatenate([weights, retain_weights], 1),
-    )
 
-  epochs = range(first_epoch, num_epochs)
-  all_rows = (rows for epoch in epochs for rows in plan(epoch)[0])
-  state = parallel.replicate(state, mesh)
-  history: training.History = []
-  total = (num_epochs - first_epoch) * num_steps
-  with (
-    training.open_pool(pool_images, pool_targets, all_rows, mesh) as pool,
-    progress.bar(
-      "unlearning", total, unit="step", is_shown=show_progress
-    ) as bar,
-  ):
-    for epoch in epochs:
-      start = time.perf_counter()
-      rows, weights = plan(epoch)
-      state, reported = training.run_epoch(
-        model,
-        optimizer,
-        state,
-        pool,
-        rows,
-        weights,
-        factors=factors[epoch * num_steps : (epoch + 1) * num_steps],
-        batch_stats=batch_stats,
-        num_parts=num_parts,
-        mesh=mesh,
-        bar=bar,
-      )
-      record: dict[str, Any] = {"epoch": epoch + 1}
-      is_forget = np.arange(rows.shape[1]) < forget_size
-      for name, is_part in (("forget", is_forget), ("retain", ~is_forget)):
-        is_counted = (weights > 0) & is_part
-        if is_counted.any():
-          summary = training.summarise(reported, is_counted)
-          record |= {f"{name}_{what}": x for what, x in summary.items()}
-      # Of the new labels: it rises as the forget set is forgotten.
-      record["label_accuracy"] = record.pop("forget_accuracy")
-      record["seconds"] = time.perf_counter() - start
-      history.append(record)
-      if callback is not None:
-        callback(state, record)
-      if stop_fn is not None and stop_fn(state.variables):
-        break
-  training.check_variables(state)
-  return state, history
+def _record(report: engine.Report) -> dict[str, Any]:
+  """Loss and accuracy on the new labels, and on retained images."""
+  record: dict[str, Any] = {}
+  is_real, is_forget = report.plan.weights > 0, report.plan.is_forget
+  for name, is_part in (("forget", is_forget), ("retain", ~is_forget)):
+    if (is_real & is_part).any():
+      summary = engine.summarise(report, is_real & is_part)
+      record |= {f"{name}_{what}": x for what, x in summary.items()}
+  # Of the new labels: it rises as the forget set is forgotten.
+  record["label_accuracy"] = record.pop("forget_accuracy")
+  return record
 
 
 def _num_steps(split: types.Split, batch_size: int) -> int:
   """Minibatches of a pass over the forget set."""
   return -(-len(split.forget) // min(batch_size, len(split.forget)))
-
-
-def _retain_rows(
-  key: jax.Array, num_rows: int, num_steps: int, batch_size: int
-) -> np.ndarray:
-  """Draws `[num_steps, batch_size]` rows, each as often as any other."""
-  num_needed = num_steps * batch_size
-  num_rounds = -(-num_needed // num_rows)
-  orders = [
-    np.asarray(jax.random.permutation(each, num_rows), np.int32)
-    for each in jax.random.split(key, num_rounds)
-  ]
-  return np.concatenate(orders)[:num_needed].reshape(num_steps, batch_size)
 
 
 def _as_probabilities(targets: np.ndarray, num_classes: int) -> np.ndarray:
@@ -643,20 +455,6 @@ def check_split(split: types.Split, retain_weight: float) -> None:
     raise ValueError(
       "the retain set must not be empty with"
       f" retain_weight={retain_weight}, got 0 images"
-    )
-
-
-def check_labels(labels: str, top_k: int | None, num_classes: int) -> None:
-  """Raises ValueError unless this form of labels exists."""
-  checks.one_of("labels", labels, LABELS)
-  if top_k is None:
-    return
-  if labels == "hard":
-    raise ValueError(f"top_k must be None with hard labels, got {top_k}")
-  checks.integer("top_k", top_k, at_least=1)
-  if top_k > num_classes:
-    raise ValueError(
-      f"top_k must be at most the {num_classes} classes, got {top_k}"
     )
 
 

@@ -8,13 +8,15 @@ samples. It answers "equivalent", "not equivalent" or "cannot tell".
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from psg_jax import checks, resampling
+from psg_jax.metrics import common
 
 EQUIVALENT = "equivalent"
 NOT_EQUIVALENT = "not equivalent"
@@ -67,10 +69,8 @@ class Comparison:
 
   def as_dict(self) -> dict[str, Any]:
     """Returns a dictionary for JSON."""
-    result = dataclasses.asdict(self)
-    result["interval"] = None if self.interval is None else list(self.interval)
-    result["reasons"] = list(self.reasons)
-    return result
+    interval = None if self.interval is None else list(self.interval)
+    return {**vars(self), "interval": interval, "reasons": list(self.reasons)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Verification:
     Equivalent if all are, which needs no correction for their number (an
     intersection-union test, Berger 1982); not equivalent as soon as one is not.
     """
-    verdicts = {each.verdict for each in self.comparisons if each.num_images}
+    verdicts = {row.verdict for row in self.comparisons if row.num_images}
     if NOT_EQUIVALENT in verdicts:
       return NOT_EQUIVALENT
     return EQUIVALENT if verdicts == {EQUIVALENT} else CANNOT_TELL
@@ -142,45 +142,37 @@ class Verification:
     Raises:
       ValueError: If there is none of these names.
     """
-    for each in self.comparisons:
-      if (each.statistic, each.split) == (statistic, split):
-        return each
+    for row in self.comparisons:
+      if (row.statistic, row.split) == (statistic, split):
+        return row
     raise ValueError(f"there is no statistic {statistic!r} of split {split!r}")
 
   def as_dict(self) -> dict[str, Any]:
     """Returns a dictionary for JSON."""
     return {
-      **{
-        field.name: getattr(self, field.name)
-        for field in dataclasses.fields(self)
-      },
-      "comparisons": [each.as_dict() for each in self.comparisons],
+      **vars(self),
+      "comparisons": [row.as_dict() for row in self.comparisons],
       "verdict": self.verdict,
       "claims": self.claims.as_dict(),
     }
 
   def __str__(self) -> str:
-    interval = f"{100 * self.confidence:g} % interval"
     rows = [
       (
         *("statistic", "split", "unlearned", "retrained", "difference"),
-        *(interval, "margin", "verdict"),
+        *(f"{100 * self.confidence:g} % interval", "margin", "verdict"),
       )
     ]
-    for each in self.comparisons:
-      bounds = each.interval
-      rows.append(
-        (
-          each.statistic,
-          each.split,
-          _text(each.unlearned),
-          _text(each.retrained),
-          _text(each.difference, "+.3f"),
-          "-" if bounds is None else f"[{bounds[0]:+.3f}, {bounds[1]:+.3f}]",
-          _text(each.margin),
-          each.verdict,
-        )
+    rows += [
+      (
+        *(row.statistic, row.split),
+        *(_text("{:.3f}", row.unlearned), _text("{:.3f}", row.retrained)),
+        _text("{:+.3f}", row.difference),
+        _text("[{:+.3f}, {:+.3f}]", *(row.interval or (None,))),
+        *(_text("{:.3f}", row.margin), row.verdict),
       )
+      for row in self.comparisons
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
       "  ".join(
@@ -194,9 +186,9 @@ class Verification:
   def _notes(self) -> list[str]:
     """Each reason once, with the statistics that it is about."""
     about: dict[str, list[str]] = {}
-    for each in self.comparisons:
-      for reason in each.reasons:
-        name = f"{each.statistic} of {each.split}"
+    for row in self.comparisons:
+      for reason in row.reasons:
+        name = f"{row.statistic} of {row.split}"
         about.setdefault(reason, []).append(name)
     return [
       f"note, {names[0]}{' and others' * (len(names) > 1)}: {reason}"
@@ -204,8 +196,43 @@ class Verification:
     ]
 
 
-def _text(value: float | None, form: str = ".3f") -> str:
-  return "-" if value is None else format(value, form)
+def _text(form: str, *values: float | None) -> str:
+  return "-" if None in values else form.format(*values)
+
+
+# By the fewest retrained models that they need.
+_CLAIMS = (
+  (
+    0,
+    "the unlearned model's accuracy on each split",
+    "how far it moved from the original model",
+    "whether a given membership attack tells the forget images from images"
+    " never trained on",
+  ),
+  (
+    1,
+    "what a model that never saw the forget set scores on it",
+    "whether accuracy lost on retained images is the price of forgetting or"
+    " damage by the method",
+    "agreement with, and divergence from, a retrained model",
+  ),
+  (
+    2,
+    "that the accuracies are, or are not, those of retraining within a margin",
+    "how far two retrained models are from each other (the noise floor)",
+  ),
+  (
+    3,
+    "that the predictions are, or are not, as near to a retrained model as"
+    " retrained models are to each other",
+  ),
+)
+_NEVER = (
+  "that no attack can find a trace of the forget set",
+  "a formal guarantee, as certified or exact unlearning gives",
+  "anything about single images (that needs many models: see `ulira`)",
+)
+_GENERAL = "that the method does as well on other training runs"
 
 
 def claims(num_retrained: int, *, num_training_seeds: int = 1) -> Claims:
@@ -223,47 +250,11 @@ def claims(num_retrained: int, *, num_training_seeds: int = 1) -> Claims:
   """
   checks.integer("num_retrained", num_retrained, at_least=0)
   checks.integer("num_training_seeds", num_training_seeds, at_least=1)
-  can = [
-    "the unlearned model's accuracy on each split",
-    "how far it moved from the original model",
-    "whether a given membership attack tells the forget images from images"
-    " never trained on",
-  ]
-  cannot = [
-    "that no attack can find a trace of the forget set",
-    "a formal guarantee, as certified or exact unlearning gives",
-    "anything about single images (that needs many models: see `ulira`)",
-  ]
-  needed: list[tuple[int, list[str]]] = [
-    (
-      1,
-      [
-        "what a model that never saw the forget set scores on it",
-        "whether accuracy lost on retained images is the price of forgetting or"
-        " damage by the method",
-        "agreement with, and divergence from, a retrained model",
-      ],
-    ),
-    (
-      2,
-      [
-        "that the accuracies are, or are not, those of retraining within a"
-        " margin",
-        "how far two retrained models are from each other (the noise floor)",
-      ],
-    ),
-    (
-      3,
-      [
-        "that the predictions are, or are not, as near to a retrained model as"
-        " retrained models are to each other",
-      ],
-    ),
-  ]
-  for number, these in needed:
-    (can if num_retrained >= number else cannot).extend(these)
-  general = "that the method does as well on other training runs"
-  (can if num_training_seeds >= 2 else cannot).append(general)
+  can: list[str] = []
+  cannot = list(_NEVER)
+  for number, *texts in _CLAIMS:
+    (can if num_retrained >= number else cannot).extend(map(str, texts))
+  (can if num_training_seeds >= 2 else cannot).append(_GENERAL)
   return Claims(can=tuple(can), cannot=tuple(cannot))
 
 
@@ -339,150 +330,74 @@ def compare(
     Schuirmann, A comparison of the two one-sided tests procedure and the power
     approach for assessing the equivalence of average bioavailability, 1987.
   """
-  checks.integer("num_resamples", num_resamples, at_least=100)
-  checks.integer("seed", seed, at_least=0)
-  checks.number("confidence", confidence, above=0.5)
-  if confidence >= 1:
-    raise ValueError(f"confidence must be below 1, got {confidence}")
   statistics = dict(statistics or {})
   margins = _checked_margins(margins, statistics, labels)
-  resampling.check_splits(
-    labels, {"unlearned": unlearned, "retrained": retrained}
-  )
-  references, runs, group_of = {}, {}, {}
-  for split in labels:
-    where = np.asarray(labels[split])
-    runs[split] = resampling.checked_runs(split, unlearned[split], where)
-    references[split] = resampling.checked_reference(
-      split, None if retrained is None else retrained[split], runs[split]
-    )
-    group_of[split] = resampling.checked_groups(
-      split, (groups or {}).get(split), where
-    )
-  sizes = resampling.common("unlearned", [each.sizes for each in runs.values()])
-  num_retrained = resampling.common(
-    "retrained", [len(x) for x in references.values()]
-  )
-  # Streams of their own: a further split changes no other's resamples.
-  streams = np.random.SeedSequence(seed).spawn(1 + len(labels))
-  rng = np.random.default_rng(streams[0])
-  weights = (
-    resampling.unlearned_weights(rng, sizes, num_resamples),
-    resampling.drawn_weights(rng, max(num_retrained, 1), num_resamples),
+  bootstrap, splits = resampling.prepare(
+    retrained,
+    unlearned,
+    labels,
+    groups=groups,
+    confidence=confidence,
+    num_resamples=num_resamples,
+    seed=seed,
   )
   comparisons = []
-  for split, stream in zip(labels, streams[1:], strict=True):
-    here = np.asarray(labels[split])
-    found = _statistics(runs[split].logits, references[split], here, statistics)
-    resampled = resampling.resample(
-      found,
-      (runs[split].logits, references[split], here),
-      group_of[split],
-      num_resamples,
-      np.random.default_rng(stream),
-    )
-    for statistic, means in zip(found, resampled, strict=True):
-      comparisons.append(
-        _compare(
-          statistic,
-          split,
-          means,
-          weights,
-          sizes=sizes,
-          num_retrained=num_retrained,
-          num_images=len(here),
-          num_groups=len(np.unique(group_of[split])),
-          confidence=confidence,
-          margin=margins.get(
-            f"{statistic.name}/{split}", margins.get(statistic.name, math.nan)
-          ),
-        )
-      )
+  for split in splits:
+    measured = _statistics(split, statistics)
+    resampled = resampling.resample(measured, split, num_resamples)
+    for statistic, means in zip(measured, resampled, strict=True):
+      names = (f"{statistic.name}/{split.name}", statistic.name)
+      margin = next(margins[name] for name in names if name in margins)
+      comparisons.append(_compare(statistic, split, means, bootstrap, margin))
   return Verification(
     comparisons=tuple(comparisons),
     confidence=confidence,
     num_resamples=num_resamples,
     seed=seed,
-    num_retrained=num_retrained,
-    num_training_seeds=len(sizes),
-    num_unlearned=sum(sizes),
+    num_retrained=bootstrap.num_retrained,
+    num_training_seeds=len(bootstrap.sizes),
+    num_unlearned=sum(bootstrap.sizes),
   )
 
 
 def _compare(
   statistic: resampling.Statistic,
-  split: str,
+  split: resampling.Split,
   means: tuple[resampling.Values, resampling.Values] | None,
-  weights: tuple[np.ndarray, np.ndarray],
-  *,
-  sizes: tuple[int, ...],
-  num_retrained: int,
-  num_images: int,
-  num_groups: int,
-  confidence: float,
+  bootstrap: resampling.Bootstrap,
   margin: float,
 ) -> Comparison:
   """Turns the values on all images and on resampled ones into a verdict."""
-  name = statistic.name
-  is_distance = name in _SIDES
+  name, num_images = statistic.name, len(split.labels)
   if means is None:
-    reason = (
-      "the split has no images"
-      if not num_images
-      else ("there is no retrained reference")
-    )
+    reason = _NO_REFERENCE if num_images else "the split has no images"
     return Comparison(
-      *(name, split, num_images, None, None, None, None, margin, CANNOT_TELL),
-      reasons=(reason,),
+      *(name, split.name, num_images, None, None, None, None, margin),
+      *(CANNOT_TELL, (reason,)),
     )
-  whole, resampled = means
-  uniform = resampling.uniform_weights(sizes)
-  equal = np.full((1, max(num_retrained, 1)), 1 / max(num_retrained, 1))
-  theirs = whole.unlearned[:, :, 0].mean(1)
-  estimate = resampling.combine(whole, uniform, equal)
-  value = float(uniform[0] @ theirs)
-  reasons = _reasons(num_retrained, sizes, num_groups, is_distance=is_distance)
-  is_blocked = bool(reasons) and reasons[0] != _ONE_ORIGINAL
+  whole, is_distance = means[0], name in _SIDES
+  values = whole.unlearned[:, :, 0].mean(1)
+  value = float(bootstrap.uniform[0] @ values)
+  blocks = _blocks(bootstrap.num_retrained, split.num_groups, is_distance)
+  reasons = list(blocks)
+  if len(bootstrap.sizes) == 1:
+    reasons.append(_ONE_ORIGINAL)
   difference, interval = None, None
-  if estimate is not None:
-    difference = float(estimate[0])
-    replicates = resampling.combine(resampled, *weights)
-    assert replicates is not None
-    is_finite = np.isfinite(replicates)
-    if not is_finite.all():
+  if whole.retrained is not None:
+    difference, interval, is_complete = _interval(
+      statistic, means, bootstrap, split.num_groups
+    )
+    if not is_complete:
       reasons.append("undefined on some resamples, which were left out")
-    if is_finite.mean() > 0.5:
-      interval = resampling.interval(
-        difference,
-        replicates[is_finite],
-        # Seeds alone, on all images.
-        [
-          (resampling.combine(whole, uniform, weights[1]), num_retrained - 1),
-          (
-            resampling.combine(whole, weights[0], equal),
-            resampling.seed_freedom(sizes),
-          ),
-        ],
-        num_groups - 1,
-        confidence,
-      )
-      if statistic.is_share:
-        slack = 1 - ((1 - confidence) / 2) ** (1 / num_groups)
-        interval = (
-          min(interval[0], difference - slack),
-          max(interval[1], difference + slack),
-        )
   verdict = CANNOT_TELL
-  if interval is not None and not is_blocked:
+  if interval is not None and not blocks:
     verdict = _verdict(interval, margin, _SIDES.get(name, "both"))
     if verdict == CANNOT_TELL:
       reasons.append("the interval reaches across the margin")
-  training_std, unlearning_std = _seed_stds(theirs, sizes)
+  training_std, unlearning_std = _seed_stds(values, bootstrap.sizes)
+  has_spread = bootstrap.num_retrained > 1 and not is_distance
   return Comparison(
-    statistic=name,
-    split=split,
-    num_images=num_images,
-    unlearned=value,
+    *(name, split.name, num_images, value),
     retrained=None if difference is None else value - difference,
     difference=difference,
     interval=interval,
@@ -493,51 +408,68 @@ def _compare(
     unlearning_std=unlearning_std,
     retrained_std=(
       float(np.std(whole.retrained[:, 0], ddof=1))
-      if whole.retrained is not None and num_retrained > 1 and not is_distance
+      if whole.retrained is not None and has_spread
       else None
     ),
   )
 
 
+_NO_REFERENCE = "there is no retrained reference"
 _ONE_ORIGINAL = (
   "one training seed was unlearned: the verdict is about this model alone"
 )
 
 
-def _reasons(
-  num_retrained: int,
-  sizes: tuple[int, ...],
-  num_groups: int,
-  *,
-  is_distance: bool,
+def _blocks(
+  num_retrained: int, num_groups: int, is_distance: bool
 ) -> list[str]:
-  """Says what is unknown; what forbids a verdict comes first."""
-  reasons = []
-  if num_retrained == 0:
-    reasons.append("there is no retrained reference")
-  elif num_retrained == 1:
-    reasons.append("one retrained seed: how much seeds differ is unknown")
-  elif num_retrained == 2 and is_distance:
-    reasons.append(
-      "two retrained seeds make one pair: how much pairs differ is unknown"
-    )
-  if num_groups < 2:
-    reasons.append("one image or group: how much they differ is unknown")
-  if len(sizes) == 1:
-    reasons.append(_ONE_ORIGINAL)
-  return reasons
+  """Says what is unknown and forbids a verdict."""
+  rules = (
+    (num_retrained == 0, _NO_REFERENCE),
+    (
+      num_retrained == 1,
+      "one retrained seed: how much seeds differ is unknown",
+    ),
+    (
+      num_retrained == 2 and is_distance,
+      "two retrained seeds make one pair: how much pairs differ is unknown",
+    ),
+    (num_groups < 2, "one image or group: how much they differ is unknown"),
+  )
+  return [message for is_met, message in rules if is_met]
+
+
+def _interval(
+  statistic: resampling.Statistic,
+  means: tuple[resampling.Values, resampling.Values],
+  bootstrap: resampling.Bootstrap,
+  num_groups: int,
+) -> tuple[float, tuple[float, float] | None, bool]:
+  """The difference, its interval, and whether all resamples have one."""
+  whole, resampled = means
+  ours, theirs = resampling.sides(whole, bootstrap.uniform, bootstrap.equal)
+  difference = float((ours - theirs)[0])
+  replicates = bootstrap.replicates(resampled)
+  is_finite = np.isfinite(replicates)
+  if is_finite.mean() <= 0.5:
+    return difference, None, False
+  low, high = bootstrap.interval(
+    difference, replicates[is_finite], whole, num_groups - 1
+  )
+  if statistic.is_share:
+    # The rule of three.
+    slack = 1 - ((1 - bootstrap.confidence) / 2) ** (1 / num_groups)
+    low, high = min(low, difference - slack), max(high, difference + slack)
+  return difference, (low, high), bool(is_finite.all())
 
 
 def _verdict(interval: tuple[float, float], margin: float, side: str) -> str:
   low, high = interval
-  if side == "upper":
-    inside, outside = high <= margin, low > margin
-  elif side == "lower":
-    inside, outside = low >= -margin, high < -margin
-  else:
-    inside = low >= -margin and high <= margin
-    outside = low > margin or high < -margin
-  return EQUIVALENT if inside else NOT_EQUIVALENT if outside else CANNOT_TELL
+  least = -math.inf if side == "upper" else -margin
+  most = math.inf if side == "lower" else margin
+  if least <= low and high <= most:
+    return EQUIVALENT
+  return NOT_EQUIVALENT if low > most or high < least else CANNOT_TELL
 
 
 def _seed_stds(
@@ -557,61 +489,54 @@ def _seed_stds(
 
 
 def _statistics(
-  unlearned: np.ndarray,
-  retrained: np.ndarray,
-  labels: np.ndarray,
-  extra: Mapping[str, resampling.StatisticFn],
+  split: resampling.Split, extra: Mapping[str, resampling.StatisticFn]
 ) -> list[resampling.Statistic]:
   """Computes the statistics of a split, image by image where possible."""
-  if not len(labels):
+  if not len(split.labels):
     names = (*DEFAULT_MARGINS, *extra)
-    return [resampling.Statistic(name, None, None, False) for name in names]
-  found = [
-    resampling.Statistic(
-      "accuracy",
-      resampling.Values(
-        (np.argmax(unlearned, -1) == labels)[:, None].astype(np.float64),
-        (np.argmax(retrained, -1) == labels).astype(np.float64)
-        if len(retrained)
-        else None,
-      ),
-      None,
-      True,
-    )
-  ]
+    return [resampling.Statistic(name) for name in names]
+  accuracy = _of_images(
+    functools.partial(common.is_right, labels=split.labels), split
+  )
+  statistics = [resampling.Statistic("accuracy", accuracy, is_share=True)]
   for name, distance, is_share in (
     ("agreement", resampling.agreement, True),
-    ("kl_divergence", resampling.kl_divergence, False),
+    ("kl_divergence", common.pairwise_kl, False),
   ):
     values = None
-    if len(retrained):
-      values = resampling.Values(
-        distance(unlearned, retrained),
-        resampling.pseudo_values(distance(retrained, retrained)),
-      )
-    found.append(resampling.Statistic(name, values, None, is_share))
-  for name, fn in extra.items():
-    first = _checked_value(name, fn(unlearned[0], labels), len(labels))
-    if not first.ndim:
-      found.append(resampling.Statistic(name, None, fn, False))
-      continue
-    ours, theirs = (
-      np.stack(
-        [_checked_value(name, fn(x, labels), len(labels)) for x in logits]
-      )
-      if len(logits)
-      else None
-      for logits in (unlearned, retrained)
-    )
-    assert ours is not None  # There is at least one unlearned model.
-    every = ours if theirs is None else np.concatenate([ours, theirs])
-    is_share = bool(np.all((every >= 0) & (every <= 1)))
-    found.append(
-      resampling.Statistic(
-        name, resampling.Values(ours[:, None], theirs), None, is_share
-      )
-    )
-  return found
+    if len(split.retrained):
+      values, _ = resampling.pairs(distance, split.unlearned, split.retrained)
+    statistics.append(resampling.Statistic(name, values, is_share=is_share))
+  return statistics + [_extra(name, fn, split) for name, fn in extra.items()]
+
+
+def _extra(
+  name: str, fn: resampling.StatisticFn, split: resampling.Split
+) -> resampling.Statistic:
+  """A statistic that was given: of each image, or a number."""
+
+  def checked(logits: np.ndarray) -> np.ndarray:
+    value = fn(logits, split.labels)
+    return _checked_value(name, value, len(split.labels))
+
+  if not checked(split.unlearned[0]).ndim:
+    return resampling.Statistic(name, fn=fn)
+  values = _of_images(lambda x: np.stack([checked(y) for y in x]), split)
+  is_share = all(
+    bool(np.all((x >= 0) & (x <= 1))) for x in values if x is not None
+  )
+  return resampling.Statistic(name, values, is_share=is_share)
+
+
+def _of_images(
+  fn: Callable[[np.ndarray], np.ndarray], split: resampling.Split
+) -> resampling.Values:
+  """Values of images `[M, N]` from logits `[M, N, K]`, of both sides."""
+  theirs = None
+  if len(split.retrained):
+    theirs = fn(split.retrained).astype(np.float64)
+  ours = fn(split.unlearned).astype(np.float64)
+  return resampling.Values(ours[:, None], theirs)
 
 
 def _checked_value(name: str, value: Any, num_images: int) -> np.ndarray:

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import scipy.special
 import scipy.stats
 
 from psg_jax import checks, resampling
+from psg_jax.metrics import common
 
 DISTANCES = ("kl_divergence", "disagreement", "kl_to_mean", "class_accuracy")
 LEVELS = ("accuracy", "true_class_probability")
@@ -60,10 +60,10 @@ class Distance:
 
   name: str
   split: str | None
-  value: float | None
-  interval: tuple[float, float] | None
-  unlearned: float | None
-  floor: float | None
+  value: float | None = None
+  interval: tuple[float, float] | None = None
+  unlearned: float | None = None
+  floor: float | None = None
   references: tuple[float, ...] = ()
   reasons: tuple[str, ...] = ()
 
@@ -88,11 +88,11 @@ class Level:
   name: str
   split: str | None
   unlearned: float
-  retrained: float | None
-  sd: float | None
-  difference: float | None
-  p: float | None
-  interval: tuple[float, float] | None
+  retrained: float | None = None
+  sd: float | None = None
+  difference: float | None = None
+  p: float | None = None
+  interval: tuple[float, float] | None = None
   reasons: tuple[str, ...] = ()
 
   @property
@@ -145,24 +145,24 @@ class Measurement:
   @property
   def forget_split(self) -> str | None:
     """The split to judge by: test images to forget, or training images."""
-    known = [each.split for each in self.spreads if each.num_images]
+    known = [row.split for row in self.spreads if row.num_images]
     return next((split for split in _FORGET if split in known), None)
 
   def distance(self, name: str, split: str | None) -> Distance | None:
     """Returns a distance; None if it was not measured."""
-    return next(
-      (x for x in self.distances if (x.name, x.split) == (name, split)), None
-    )
+    return _named(self.distances, name, split)
 
   def level(self, name: str, split: str | None) -> Level | None:
     """Returns a level; None if it was not measured."""
-    return next(
-      (x for x in self.levels if (x.name, x.split) == (name, split)), None
-    )
+    return _named(self.levels, name, split)
 
   def spread(self, split: str | None) -> Spread | None:
     """Returns the spread on a split; None if it was not measured."""
     return next((x for x in self.spreads if x.split == split), None)
+
+
+def _named(rows: Sequence[Any], name: str, split: str | None) -> Any:
+  return next((x for x in rows if (x.name, x.split) == (name, split)), None)
 
 
 def measure(
@@ -225,51 +225,27 @@ def measure(
   Raises:
     ValueError: If splits, shapes or numbers do not fit together.
   """
-  checks.integer("num_resamples", num_resamples, at_least=100)
-  checks.integer("seed", seed, at_least=0)
-  checks.number("confidence", confidence, above=0.5)
-  if confidence >= 1:
-    raise ValueError(f"confidence must be below 1, got {confidence}")
-  resampling.check_splits(
-    labels, {"unlearned": unlearned, "retrained": retrained}
-  )
-  streams = np.random.SeedSequence(seed).spawn(1 + len(labels))
-  sides: dict[str, tuple[resampling.Runs, np.ndarray, np.ndarray]] = {}
-  for split in labels:
-    truth = np.asarray(labels[split])
-    runs = resampling.checked_runs(split, unlearned[split], truth)
-    references = resampling.checked_reference(split, retrained[split], runs)
-    sides[split] = (runs, references, truth)
-  sizes = resampling.common(
-    "unlearned", [x.sizes for x, _, _ in sides.values()]
-  )
-  num_references = resampling.common(
-    "retrained", [len(x) for _, x, _ in sides.values()]
-  )
-  rng = np.random.default_rng(streams[0])
-  bootstrap = _Bootstrap(
-    resampling.unlearned_weights(rng, sizes, num_resamples),
-    resampling.drawn_weights(rng, num_references, num_resamples),
-    sizes,
-    num_references,
-    confidence,
+  bootstrap, splits = resampling.prepare(
+    retrained,
+    unlearned,
+    labels,
+    groups=groups,
+    confidence=confidence,
+    num_resamples=num_resamples,
+    seed=seed,
   )
   distances: list[Distance] = []
   levels: list[Level] = []
   spreads: list[Spread] = []
-  for (split, data), stream in zip(sides.items(), streams[1:], strict=True):
-    group = resampling.checked_groups(split, (groups or {}).get(split), data[2])
-    generator = np.random.default_rng(stream)
-    found = _of_split(split, data, group, bootstrap, generator)
-    distances += found
-    levels += _levels(split, data, bootstrap)
-    floors = {each.name: each.floor for each in found}
-    apart = floors.get("disagreement")
+  for split in splits:
+    measured = _of_split(split, bootstrap)
+    distances += measured
+    levels += _levels(split, bootstrap)
+    floors = {row.name: row.floor for row in measured}
+    apart = floors["disagreement"]
     spreads.append(
       Spread(
-        split,
-        len(data[2]),
-        floors.get("kl_divergence"),
+        *(split.name, len(split.labels), floors["kl_divergence"]),
         None if apart is None else 1 - apart,
       )
     )
@@ -285,82 +261,46 @@ def measure(
     levels=tuple(levels),
     attacks=tuple(flags),
     spreads=tuple(spreads),
-    num_references=num_references,
-    num_seeds=len(sizes),
+    num_references=bootstrap.num_retrained,
+    num_seeds=len(bootstrap.sizes),
     confidence=confidence,
   )
 
 
-class _Bootstrap(NamedTuple):
-  """What all statistics are resampled with."""
-
-  ours: np.ndarray  # [B, M]
-  theirs: np.ndarray  # [B, S]
-  sizes: tuple[int, ...]
-  num_references: int
-  confidence: float
-
-
 def _of_split(
-  split: str,
-  data: tuple[resampling.Runs, np.ndarray, np.ndarray],
-  groups: np.ndarray,
-  bootstrap: _Bootstrap,
-  rng: np.random.Generator,
+  split: resampling.Split, bootstrap: resampling.Bootstrap
 ) -> list[Distance]:
   """The four distances of a split."""
-  runs, references, truth = data
-  if not len(truth):
-    reason = ("the split has no images",)
-    return [
-      Distance(name, split, None, None, None, None, (), reason)
-      for name in DISTANCES
-    ]
-  values = dict(
-    zip(
-      DISTANCES[:3],
-      (
-        _pairs(resampling.kl_divergence, runs.logits, references),
-        _pairs(_disagreement, runs.logits, references),
-        _to_mean(runs.logits, references),
-      ),
-      strict=True,
-    )
+  if not len(split.labels):
+    reasons = ("the split has no images",)
+    return [Distance(name, split.name, reasons=reasons) for name in DISTANCES]
+  models = split.unlearned, split.retrained
+  *names, by_class = DISTANCES
+  values = (
+    _pairs(common.pairwise_kl, *models),
+    _pairs(_disagreement, *models),
+    _to_mean(*models),
   )
-  resampled = resampling.resample(
-    [
-      resampling.Statistic(name, x, None, False)
-      for name, (x, _) in values.items()
-    ],
-    (runs.logits, references, truth),
-    groups,
-    len(bootstrap.ours),
-    rng,
-  )
-  found = [
-    _normalised(
-      name, split, means, of_reference, len(np.unique(groups)) - 1, bootstrap
-    )
-    for (name, (_, of_reference)), means in zip(
-      values.items(), resampled, strict=True
-    )
+  statistics = [
+    resampling.Statistic(name, x)
+    for name, (x, _) in zip(names, values, strict=True)
+  ]
+  resampled = resampling.resample(statistics, split, len(bootstrap.ours))
+  distances = [
+    _normalised(name, split.name, means, x, split.num_groups - 1, bootstrap)
+    for name, means, (_, x) in zip(names, resampled, values, strict=True)
     if means is not None
   ]
-  classes = np.unique(truth)
+  classes = np.unique(split.labels)
+  is_right = (common.is_right(x, split.labels) for x in models)
   ours, theirs = (
-    np.stack(
-      [
-        np.mean(np.argmax(logits[:, truth == label], -1) == label, -1)
-        for label in classes
-      ],
-      -1,
-    )
-    for logits in (runs.logits, references)
+    np.stack([x[:, split.labels == y].mean(-1) for y in classes], -1)
+    for x in is_right
   )
-  found.append(
-    _figure_distance("class_accuracy", split, ours, theirs, bootstrap)
+  distances.append(
+    _figure_distance(by_class, split.name, ours, theirs, bootstrap)
   )
-  return found
+  return distances
 
 
 def _disagreement(logits: np.ndarray, retrained: np.ndarray) -> np.ndarray:
@@ -371,22 +311,12 @@ def _pairs(
   distance: Any, logits: np.ndarray, references: np.ndarray
 ) -> tuple[resampling.Values, np.ndarray | None]:
   """Values of a distance, and each reference's mean to the others `[S]`."""
-  between = distance(references, references)
-  return (
-    resampling.Values(
-      distance(logits, references), resampling.pseudo_values(between)
-    ),
-    _to_others(between.mean(-1)),
-  )
-
-
-def _to_others(between: np.ndarray) -> np.ndarray | None:
-  """Mean over the others of distances `[S, S]` that a model has to them."""
+  values, between = resampling.pairs(distance, logits, references)
   num = len(between)
   if num < 2:
-    return None
-  off = between * (1 - np.eye(num))
-  return np.asarray(off.sum(1) / (num - 1))
+    return values, None
+  off = between.mean(-1) * (1 - np.eye(num))
+  return values, off.sum(1) / (num - 1)
 
 
 def _to_mean(
@@ -398,12 +328,12 @@ def _to_mean(
     return resampling.Values(
       np.zeros((len(logits), 1, logits.shape[1])), None
     ), None
-  p = scipy.special.softmax(np.asarray(references, np.float64), -1)
+  p = common.probabilities(references)
   # A mean of probabilities has no logits; a floor keeps the logarithm finite.
   means = np.maximum((p.sum(0) - p) / (num - 1), np.finfo(np.float64).tiny)
   log_means = np.log(means)
-  ours = resampling.kl_divergence(logits, log_means)
-  theirs = np.einsum("ssn->sn", resampling.kl_divergence(references, log_means))
+  ours = common.pairwise_kl(logits, log_means)
+  theirs = np.einsum("ssn->sn", common.pairwise_kl(references, log_means))
   return resampling.Values(ours, theirs), theirs.mean(-1)
 
 
@@ -412,7 +342,7 @@ def _figure_distance(
   split: str | None,
   ours: np.ndarray,
   theirs: np.ndarray,
-  bootstrap: _Bootstrap,
+  bootstrap: resampling.Bootstrap,
 ) -> Distance:
   """Mean absolute difference of figures `[M, C]` and `[S, C]`."""
 
@@ -420,11 +350,13 @@ def _figure_distance(
     return np.abs(x[:, None] - y[None]).mean(-1, keepdims=True)
 
   values, of_reference = _pairs(distance, ours, theirs)
-  found = _normalised(name, split, (values, values), of_reference, 1, bootstrap)
-  if found.interval is None:
-    return found
+  measured = _normalised(
+    name, split, (values, values), of_reference, 1, bootstrap
+  )
+  if measured.interval is None:
+    return measured
   reason = "the interval is over seeds alone: images are taken as they are"
-  return dataclasses.replace(found, reasons=(*found.reasons, reason))
+  return dataclasses.replace(measured, reasons=(*measured.reasons, reason))
 
 
 def _normalised(
@@ -433,98 +365,71 @@ def _normalised(
   means: tuple[resampling.Values, resampling.Values],
   of_reference: np.ndarray | None,
   image_freedom: int,
-  bootstrap: _Bootstrap,
+  bootstrap: resampling.Bootstrap,
 ) -> Distance:
   """The ratio of both sides, and its interval on the scale of logarithms."""
-  whole, resampled = means
-  num = bootstrap.num_references
-  uniform = resampling.uniform_weights(bootstrap.sizes)
-  equal = np.full((1, num), 1 / num)
-  both = resampling.sides(whole, uniform, equal)
-  if both is None or of_reference is None:
-    mean = float(uniform[0] @ whole.unlearned.mean((1, 2)))
+  whole = means[0]
+  if whole.retrained is None or of_reference is None:
+    mean = float(bootstrap.uniform[0] @ whole.unlearned.mean((1, 2)))
     reason = "one retrained model: it has no other to be compared with"
     value = None if name == "kl_to_mean" else mean
-    return Distance(name, split, None, None, value, None, (), (reason,))
-  ours, floor = (float(side[0]) for side in both)
+    return Distance(name, split, unlearned=value, reasons=(reason,))
+  ours, floor = (
+    float(side[0])
+    for side in resampling.sides(whole, bootstrap.uniform, bootstrap.equal)
+  )
   # Of pseudo-values, whose rounding must not make a floor of nothing.
   if floor <= 1e-12 * max(1.0, ours):
     reason = "the references do not differ from one another"
-    return Distance(name, split, None, None, ours, floor, (), (reason,))
+    return Distance(name, split, unlearned=ours, floor=floor, reasons=(reason,))
   value = ours / floor
-  references = tuple(float(x) for x in of_reference / floor)
-  if num < 3:
-    reason = (
+  interval, reasons = None, []
+  if bootstrap.num_retrained < 3:
+    reasons = [
       "two retrained models make one pair: how much pairs differ is unknown"
+    ]
+  else:
+    # To first order, the logarithm of the ratio.
+    scaled, drawn = (
+      resampling.Values(x.unlearned / ours, x.retrained / floor)
+      for x in means
+      if x.retrained is not None
     )
-    return Distance(
-      name, split, value, None, ours, floor, references, (reason,)
+    low, high = bootstrap.interval(
+      0.0, bootstrap.replicates(drawn), scaled, image_freedom
     )
-
-  def combine(
-    values: resampling.Values, ours_w: np.ndarray, theirs_w: np.ndarray
-  ) -> np.ndarray:
-    assert values.retrained is not None
-    scaled = resampling.Values(
-      values.unlearned / ours, values.retrained / floor
-    )
-    logs = resampling.combine(scaled, ours_w, theirs_w)
-    assert logs is not None
-    return logs
-
-  low, high = resampling.interval(
-    0.0,
-    combine(resampled, bootstrap.ours, bootstrap.theirs),
-    [
-      (combine(whole, uniform, bootstrap.theirs), num - 1),
-      (
-        combine(whole, bootstrap.ours, equal),
-        resampling.seed_freedom(bootstrap.sizes),
-      ),
-    ],
-    image_freedom,
-    bootstrap.confidence,
-  )
-  reasons: tuple[str, ...] = ()
-  if len(bootstrap.sizes) == 1:
-    reasons = ("one training seed was unlearned: this model alone",)
+    interval = (value * math.exp(low), value * math.exp(min(high, 700.0)))
+    if len(bootstrap.sizes) == 1:
+      reasons = ["one training seed was unlearned: this model alone"]
   return Distance(
-    name,
-    split,
-    value,
-    (value * math.exp(low), value * math.exp(min(high, 700.0))),
-    ours,
-    floor,
-    references,
-    reasons,
+    *(name, split, value, interval, ours, floor),
+    tuple(float(x) for x in of_reference / floor),
+    tuple(reasons),
   )
 
 
 def _levels(
-  split: str,
-  data: tuple[resampling.Runs, np.ndarray, np.ndarray],
-  bootstrap: _Bootstrap,
+  split: resampling.Split, bootstrap: resampling.Bootstrap
 ) -> list[Level]:
   """Accuracy and mean probability of the true class, among the references."""
-  runs, references, truth = data
-  if not len(truth):
+  labels = split.labels
+  if not len(labels):
     return []
-  rows = np.arange(len(truth))
+  rows = np.arange(len(labels))
 
   def probability(logits: np.ndarray) -> np.ndarray:
-    p = scipy.special.softmax(np.asarray(logits, np.float64), -1)
-    return np.asarray(p[:, rows, truth].mean(-1))
+    return np.asarray(common.probabilities(logits)[:, rows, labels].mean(-1))
 
   def accuracy(logits: np.ndarray) -> np.ndarray:
-    return np.asarray(np.mean(np.argmax(logits, -1) == truth, -1))
+    return np.asarray(common.is_right(logits, labels).mean(-1))
 
-  found = []
+  levels = []
   for name, fn in zip(LEVELS, (accuracy, probability), strict=True):
-    theirs = fn(references)
-    share = (len(truth) * theirs.mean() + 1) / (len(truth) + 2)
-    least = math.sqrt(share * (1 - share) / len(truth))
-    found.append(_level(name, split, fn(runs.logits), theirs, least, bootstrap))
-  return found
+    ours, theirs = fn(split.unlearned), fn(split.retrained)
+    share = (len(labels) * theirs.mean() + 1) / (len(labels) + 2)
+    least = math.sqrt(share * (1 - share) / len(labels))
+    levels.append(_level(name, split.name, ours, theirs, least, bootstrap))
+  return levels
 
 
 def _level(
@@ -533,34 +438,25 @@ def _level(
   ours: np.ndarray,
   theirs: np.ndarray,
   least: float,
-  bootstrap: _Bootstrap,
+  bootstrap: resampling.Bootstrap,
 ) -> Level:
   """Student's test of new values against the references."""
-  mean = float(resampling.uniform_weights(bootstrap.sizes)[0] @ ours)
+  mean, expected = float(bootstrap.uniform[0] @ ours), float(theirs.mean())
   num = len(theirs)
   if num < 2:
     reason = "one retrained model: how much they vary is unknown"
-    return Level(
-      name, split, mean, float(theirs.mean()), None, None, None, None, (reason,)
-    )
-  reasons = []
-  sd = float(np.std(theirs, ddof=1))
+    return Level(name, split, mean, expected, reasons=(reason,))
+  sd, reasons = float(np.std(theirs, ddof=1)), []
   if sd < least:
-    sd = least
-    reasons.append("the deviation is that of chance over images")
-  difference = (mean - float(theirs.mean())) / sd
+    sd, reasons = least, ["the deviation is that of chance over images"]
+  difference = (mean - expected) / sd
   width = math.sqrt(1 / len(bootstrap.sizes) + 1 / num)
   half = scipy.stats.t.isf((1 - bootstrap.confidence) / 2, num - 1) * width * sd
   return Level(
-    name,
-    split,
-    mean,
-    float(theirs.mean()),
-    sd,
-    difference,
-    float(2 * scipy.stats.t.sf(abs(difference) / width, num - 1)),
-    (float(theirs.mean() - half), float(theirs.mean() + half)),
-    tuple(reasons),
+    *(name, split, mean, expected, sd, difference),
+    p=float(2 * scipy.stats.t.sf(abs(difference) / width, num - 1)),
+    interval=(float(expected - half), float(expected + half)),
+    reasons=tuple(reasons),
   )
 
 
@@ -569,7 +465,7 @@ def _attack_level(
   ours: np.ndarray,
   theirs: np.ndarray,
   attack: Attack,
-  bootstrap: _Bootstrap,
+  bootstrap: resampling.Bootstrap,
 ) -> Level:
   """Where an attack's figure lies among the references', or beside chance."""
   null = null_std(attack.num_samples)
@@ -577,11 +473,11 @@ def _attack_level(
     # All are attacked with the same images: chance over these is no bound.
     least = null if np.std(theirs) == 0 else 0.0
     return _level(name, None, ours, theirs, least, bootstrap)
-  found = _level(name, None, ours, theirs, null, bootstrap)
+  level = _level(name, None, ours, theirs, null, bootstrap)
   half = scipy.stats.norm.isf((1 - bootstrap.confidence) / 2) * null
   reason = "one retrained model: compared with chance"
   return dataclasses.replace(
-    found, interval=(0.5 - half, 0.5 + half), reasons=(reason,)
+    level, interval=(0.5 - half, 0.5 + half), reasons=(reason,)
   )
 
 
@@ -591,12 +487,12 @@ def null_std(num_samples: int) -> float:
 
 
 def _checked_attack(
-  name: str, attack: Attack, bootstrap: _Bootstrap
+  name: str, attack: Attack, bootstrap: resampling.Bootstrap
 ) -> tuple[np.ndarray, np.ndarray]:
   checks.integer(f"num_samples of {name}", attack.num_samples, at_least=1)
   ours = np.asarray(attack.unlearned, np.float64)
   theirs = np.asarray(attack.retrained, np.float64)
-  expected = ((sum(bootstrap.sizes),), (bootstrap.num_references,))
+  expected = ((sum(bootstrap.sizes),), (bootstrap.num_retrained,))
   if (ours.shape, theirs.shape) != expected or not (
     np.isfinite(ours).all() and np.isfinite(theirs).all()
   ):

@@ -11,17 +11,18 @@ import pytest
 
 from psg_jax import (
   baselines,
+  batches,
   inference,
   metrics,
+  optimizers,
   parallel,
+  steps,
   streaming,
   training,
   types,
   unlearning,
 )
 from psg_jax.baselines import (
-  _engine,
-  _plans,
   bad_teacher,
   boundary_expanding,
   boundary_shrink,
@@ -114,7 +115,7 @@ def test_every_method_keeps_the_contract(trained, name):
   seen = []
   options = {"batch_size": 32, **NEEDS.get(name, {})}
   parameters = inspect.signature(method.fn).parameters
-  if "num_epochs" in parameters:
+  if "num_epochs" in baselines.parameters(name):
     options["num_epochs"] = 2
   output = run(
     method.fn,
@@ -140,6 +141,88 @@ def test_every_method_keeps_the_contract(trained, name):
     x.kind in (x.KEYWORD_ONLY, x.VAR_KEYWORD)
     for x in list(parameters.values())[4:]
   )
+
+
+TRAINING = [
+  name
+  for name in baselines.METHODS
+  # SCRUB+R needs the models of all passes.
+  if "state" in baselines.parameters(name) and name != "scrub_r"
+]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_method_goes_on_where_it_was(trained, name):
+  states = []
+  options = {
+    "batch_size": 32,
+    "num_epochs": 3,
+    "optimizer": training.sgd(0.05),
+    **NEEDS.get(name, {}),
+  }
+  fn = baselines.find(name).fn
+  whole = run(
+    fn,
+    trained,
+    callback=lambda state, _: states.append(jax.tree.map(jnp.copy, state)),
+    **options,
+  )
+  for number, state in enumerate(states[:-1], 1):
+    resumed = run(fn, trained, state=state, **options)
+    chex.assert_trees_all_equal(resumed.variables, whole.variables)
+    epochs = [record["epoch"] for record in resumed.history]
+    assert epochs == list(range(number + 1, len(states) + 1))
+
+
+# EU-k draws weights anew before it trains.
+@pytest.mark.parametrize(
+  "name", [x for x in TRAINING if x not in ("retrain", "eu_k")]
+)
+def test_every_method_leaves_alone_what_is_not_trainable(trained, name):
+  variables, _ = trained
+  kernel = kernel_of(variables)
+  mask = np.arange(kernel.size).reshape(kernel.shape) % 2 == 0
+  trainable = {"params": {"kernel": mask, "bias": False}}
+  options = {
+    "num_epochs": 2,
+    # Weight decay alone would move all weights.
+    "optimizer": training.sgd(0.1, weight_decay=0.1),
+    **NEEDS.get(name, {}),
+  }
+  if name == "boundary_expanding":
+    shadow = {"kernel": True, "bias": True}
+    trainable = {"params": {"network": trainable["params"], "shadow": shadow}}
+  after = run(baselines.find(name).fn, trained, trainable=trainable, **options)
+  bias = variables["params"]["bias"]
+  np.testing.assert_array_equal(after.variables["params"]["bias"], bias)
+  is_moved = kernel_of(after.variables) != kernel
+  assert not is_moved[~mask].any()
+  assert is_moved[mask].any()
+
+
+@pytest.mark.parametrize("name", [x for x in TRAINING if x != "unsir"])
+def test_every_method_accumulates_gradients(trained, name):
+  options = {
+    "batch_size": 16,
+    "num_epochs": 2,
+    "optimizer": training.sgd(0.05),
+    **NEEDS.get(name, {}),
+  }
+  fn = baselines.find(name).fn
+  whole, parts = (
+    run(fn, trained, num_parts=n, **options).variables for n in (1, 4)
+  )
+  # Sums of 16 in another order, over at most 30 steps.
+  chex.assert_trees_all_close(parts, whole, atol=1e-5)
+
+
+def test_trainable_must_be_like_the_variables(trained):
+  with pytest.raises(ValueError, match=r"trainable must be trees like"):
+    run(finetune.finetune, trained, trainable={"params": {"kernel": True}})
+  with pytest.raises(ValueError, match=r"num_parts must be 1 .* got 2"):
+    run(unsir.unsir, trained, num_parts=2)
+  with pytest.raises(ValueError, match=r"state must be None"):
+    run(scrub.scrub_r, trained, reference_error=1.0, state=trained)
 
 
 def test_psg_with_soft_labels_is_less_sure_of_forget_images(trained):
@@ -411,7 +494,7 @@ def test_scrub_forgets_in_max_passes_and_decays_its_rate(trained):
   assert accuracy(output.variables, split.retain) > 0.95
   has_max = ["forget_distance" in record for record in output.history]
   assert has_max == [True] * 5 + [False]
-  rate = scrub._decayed(0.5, (4, 6))
+  rate = scrub.decayed(0.5, (4, 6))
   np.testing.assert_allclose(
     [rate(step) for step in (0, 3, 4, 5, 6, 9)],
     [0.5, 0.5, 0.05, 0.05, 0.005, 0.005],
@@ -585,7 +668,7 @@ def test_unsir_noise_errs_and_repair_restores(trained):
   make = functools.partial(
     unsir._maximise_error,
     MODEL.apply,
-    _engine.adam(0.1),
+    optimizers.adam(0.1),
     variables,
     KEY,
     labels,
@@ -713,24 +796,24 @@ def test_divergence_names_the_step(trained, fn):
 
 
 def test_no_phase_is_compiled_twice(trained):
-  before = _engine._jitted_run_steps._cache_size()
+  before = steps.num_programs()
   for key in jax.random.split(KEY):
     # Neither set is a multiple of the batch.
     run(scrub.scrub, trained, key, batch_size=19, num_epochs=4)
-  assert _engine._jitted_run_steps._cache_size() == before + 2
+  assert steps.num_programs() == before + 2
   for penalty in (0.1, 0.2):
     run(l1_sparse.l1_sparse, trained, penalty=penalty, batch_size=19)
-  assert _engine._jitted_run_steps._cache_size() == before + 3
+  assert steps.num_programs() == before + 3
   for _ in range(2):
     run(boundary_expanding.boundary_expanding, trained, batch_size=19)
-  assert _engine._jitted_run_steps._cache_size() == before + 4
+  assert steps.num_programs() == before + 4
 
 
 # Long passes are cut into calls of one program, with steps of padding.
 def test_long_passes_equal_short_calls(trained, monkeypatch):
   options = {"num_epochs": 1, "batch_size": 4, "optimizer": training.sgd(0.1)}
   whole = run(neggrad.neggrad_plus, trained, **options)
-  monkeypatch.setattr(training, "_MAX_STEPS_PER_CALL", 8)
+  monkeypatch.setattr(batches, "MAX_STEPS_PER_CALL", 8)
   cut = run(neggrad.neggrad_plus, trained, **options)
   chex.assert_trees_all_close(whole.variables, cut.variables, atol=1e-6)
   assert len(cut.history[0]["step_losses"]) == len(
@@ -777,7 +860,7 @@ def test_images_on_disk_change_nothing(trained, name):
 
 
 def test_plans_take_each_image_as_often_as_any_other():
-  plan = _plans.paired(KEY, 10, 37, 8)
+  plan = batches.beside_retain(KEY, 10, 37, 8)
   assert plan.rows.shape == (5, 16)
   retain = plan.rows[~plan.is_forget & (plan.weights > 0)]
   np.testing.assert_array_equal(np.sort(retain), np.arange(10, 47))
@@ -785,11 +868,11 @@ def test_plans_take_each_image_as_often_as_any_other():
   assert counts.max() - counts.min() <= 1
   for is_part in (plan.is_forget, ~plan.is_forget):
     np.testing.assert_allclose((plan.weights * is_part).sum(1), 1, rtol=1e-6)
-  both = _plans.mixed(KEY, 10, 37, 8)
+  both = batches.mixed(KEY, 10, 37, 8)
   real = both.rows[both.weights > 0]
   np.testing.assert_array_equal(np.sort(real), np.arange(47))
   np.testing.assert_array_equal(both.is_forget, both.rows < 10)
-  small = _plans.forget_only(KEY, 3, 8)
+  small = batches.forget_only(KEY, 3, 8)
   assert small.rows.shape == (1, 3)
 
 

@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 
 import experiments
-from experiments import benchmark, cli
-from psg_jax import boundary, data, models, torch_weights, training
+from experiments import benchmark, benchmark_tasks, cli
+from psg_jax import (
+  batches,
+  boundary,
+  data,
+  engine,
+  models,
+  steps,
+  torch_weights,
+  training,
+)
 from tests import fakes
 
 KEY = jax.random.key(0)
@@ -128,15 +137,17 @@ def test_update_gives_the_same_weights(torch_loop, tmp_path):
   # The last minibatch has 2 images.
   is_real = np.arange(64).reshape(4, 16) < 50
   weights = is_real / is_real.sum(1, keepdims=True)
-  state, _ = training.run_epoch(
-    model,
-    optimizer,
-    training.init_state(variables, optimizer, KEY),
-    training.resident_pool(images, labels),
-    rows,
-    weights.astype(np.float32),
+  plan = batches.Plan(
+    rows, weights.astype(np.float32), np.zeros(rows.shape, bool)
   )
-  batches = [
+  loss_fn = steps.mean_cross_entropy
+  state, _ = engine.run_phase(
+    steps.Program(model=model, optimizer=optimizer, loss_fn=loss_fn),
+    training.init_state(variables, optimizer, KEY),
+    batches.resident_pool(images, labels),
+    engine.Phase(loss_fn, plan),
+  )
+  minibatches = [
     torch_loop.to_integers(row[real])
     for row, real in zip(rows, is_real, strict=True)
   ]
@@ -144,7 +155,7 @@ def test_update_gives_the_same_weights(torch_loop, tmp_path):
     network,
     inputs_of(torch_loop, images),
     torch_loop.to_integers(labels),
-    batches,
+    minibatches,
     **sgd,
   )
   before, after = (net.state_dict() for net in (network, trained))
@@ -260,8 +271,8 @@ def test_benchmark_writes_what_it_measured(
 def test_measure_counts_all_rounds_but_the_first():
   calls = []
   tasks = [
-    benchmark.Task("a", "a", lambda: calls.append("ours"), None),
-    benchmark.Task(
+    benchmark_tasks.Task("a", "a", lambda: calls.append("ours"), None),
+    benchmark_tasks.Task(
       "b", "b", lambda: "ours", lambda: calls.append("theirs"), scale=1e6
     ),
   ]

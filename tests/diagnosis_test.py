@@ -186,7 +186,7 @@ def test_each_rule_names_its_setting(rule, cases, arguments, setting):
 def test_every_rule_has_a_test():
   marks = test_each_rule_names_its_setting.pytestmark[0].args[1]
   tested = {rule for rule, *_ in marks} | {"pushed too far"}
-  assert tested == {rule.name for rule in diagnosis._RULES}
+  assert tested == {rule.name for rule in diagnosis.RULES}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Several models of the same images, in one program or one by one."""
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -32,6 +34,30 @@ def test_fit_many_is_the_same_in_all_modes(mode):
   kernel = one_by_one["params"]["kernel"]
   assert len(kernel) == 2
   assert np.any(kernel[0] != kernel[1])
+
+
+def test_an_ensemble_goes_on_where_it_was():
+  dataset, states = fakes.blobs(60), []
+  # Models of 60 and of 13 images, in minibatches of 8.
+  membership = np.arange(60) < np.array([[60], [13]])
+
+  def train(**options):
+    return ensembles.train(
+      ulira_test.MODEL,
+      dataset,
+      membership,
+      ulira_test.KEY,
+      **{**ulira_test.OPTIONS, **options},
+    )
+
+  whole, _ = train(
+    callback=lambda state, _: states.append(jax.tree.map(jnp.copy, state))
+  )
+  rest, history = train(state=states[0])
+  chex.assert_trees_all_equal(rest, whole)
+  assert [record["epoch"] for record in history] == [2]
+  with pytest.raises(ValueError, match="trainable must be None"):
+    train(trainable={"params": True})
 
 
 @pytest.mark.parametrize(

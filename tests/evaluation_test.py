@@ -101,3 +101,19 @@ def test_names_of_the_package():
   assert psg.search is psg.boundary.search
   with pytest.raises(AttributeError, match="no attribute 'serch'"):
     psg.serch  # noqa: B018
+
+
+def test_networks_without_features_lack_their_figures_alone(models):
+  parts, original, retrained = models
+  plain = types.Model(MODEL.init, MODEL.apply)
+  table = psg.evaluate(
+    plain,
+    parts,
+    names=("accuracy_test_retain", "linear_probe"),
+    original=original,
+    retrained=retrained,
+  )
+  assert table.value("original", "accuracy", "test_retain") > 0.9
+  rows = [row for row in table if row.metric == "linear_probe"]
+  assert [row.value for row in rows] == [None, None]
+  assert all("features" in row.reason for row in rows)

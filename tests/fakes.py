@@ -76,10 +76,10 @@ class _QuickCNN(_OneBlock):
 
 
 def _quick_layout():
-  block = torch_layouts._conv_block(
+  block = torch_layouts.conv_block(
     ("block_0",), "features.0.0", "features.0.1", ("channels", "block_0"), 3
   )
-  head = torch_layouts._head("classifier.0", "features")
+  head = torch_layouts.linear_head("classifier.0", "features")
   return torch_layouts.Layout((*block, *head), "classifier.0")
 
 

@@ -1,6 +1,7 @@
 """Compares what two checkouts compute, bit for bit, and what they take for it.
 
     python tests/frozen.py BEFORE AFTER
+    python tests/frozen.py BEFORE AFTER --cases dense/
     python tests/frozen.py BEFORE AFTER --seconds
 
 runs the cases below in both, each with its own package and its own list of
@@ -198,7 +199,7 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
       yield (
         f"{name}/baseline/{method.name}",
         lambda method=method, model=model, trained=trained, needs=needs: (
-          method.fn(model, trained, split, key, **quiet, **needs)
+          _rounded(method.fn(model, trained, split, key, **quiet, **needs))
         ),
       )
     yield (
@@ -207,6 +208,16 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         model, dataset, key, num_models=2, num_epochs=2, **quiet
       ),
     )
+
+
+def _rounded(output: Any) -> dict[str, Any]:
+  """Keeps all bits of the weights, and five digits of the figures."""
+  import jax
+
+  history = jax.tree.map(
+    lambda x: float(f"{x:.5g}") if isinstance(x, float) else x, output.history
+  )
+  return {"variables": output.variables, "history": history}
 
 
 def timed() -> dict[str, Callable[[], Any]]:
@@ -260,6 +271,8 @@ def _serve() -> None:
 
   if sys.argv[2] == "digests":
     for name, compute in cases():
+      if sys.argv[3] not in name:
+        continue
       try:
         result = digest(compute())
       except Exception as error:  # An error is a result, too.
@@ -276,12 +289,14 @@ def _serve() -> None:
     print(json.dumps(time.perf_counter() - begin), flush=True)
 
 
-def _start(checkout: pathlib.Path, what: str) -> subprocess.Popen[str]:
+def _start(
+  checkout: pathlib.Path, what: str, part: str = ""
+) -> subprocess.Popen[str]:
   """Starts the cases of a checkout, or these where it has none of its own."""
   script = checkout / "tests" / "frozen.py"
   script = script if script.is_file() else pathlib.Path(__file__)
   return subprocess.Popen(
-    [sys.executable, script.resolve(), "--serve", what],
+    [sys.executable, script.resolve(), "--serve", what, part],
     cwd=checkout,
     env=os.environ | {"PYTHONPATH": str(checkout.resolve())},
     stdin=subprocess.PIPE,
@@ -299,9 +314,11 @@ def _answer(process: subprocess.Popen[str], line: str | None = None) -> Any:
   return json.loads(process.stdout.readline())
 
 
-def compare(before: pathlib.Path, after: pathlib.Path) -> int:
+def compare(before: pathlib.Path, after: pathlib.Path, part: str = "") -> int:
   """Prints the cases that differ, and returns how many."""
-  processes = [_start(checkout, "digests") for checkout in (before, after)]
+  processes = [
+    _start(checkout, "digests", part) for checkout in (before, after)
+  ]
   outputs = [process.communicate()[0] for process in processes]
   if any(process.returncode for process in processes):
     raise SystemExit("error: the cases did not run to their end")
@@ -338,11 +355,12 @@ def main() -> None:
   parser.add_argument("before", type=pathlib.Path)
   parser.add_argument("after", type=pathlib.Path)
   parser.add_argument("--seconds", action="store_true")
+  parser.add_argument("--cases", default="", help="part of the cases' names")
   options = parser.parse_args()
   if options.seconds:
     clock(options.before, options.after)
   else:
-    sys.exit(compare(options.before, options.after) > 0)
+    sys.exit(compare(options.before, options.after, options.cases) > 0)
 
 
 if __name__ == "__main__":

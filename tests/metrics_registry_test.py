@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -141,6 +142,9 @@ def test_every_metric_states_what_it_is():
     assert metric.needs
     assert metric.direction in ("up", "down", "as_retrained")
     assert metric.ideal == "retrained" or metric.ideal >= 0
+    assert metric.unit in ("share", "nats", "steps", "ratio", "")
+    is_plain = name.startswith(("accuracy_", "agreement_", "kl_divergence_"))
+    assert bool(re.fullmatch(r".+, \d{4}( \(.+\))?", metric.source)) != is_plain
   titles = [metric.title for metric in metrics.METRICS.values()]
   assert len(set(titles)) == len(titles)
 

@@ -394,6 +394,7 @@ def test_interrupted_training_goes_on(tmp_path, data_dir, monkeypatch):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(checkpoints, "save", stop)
+  monkeypatch.setattr(jobs, "EPOCH_SAVE_SECONDS", 0.0)
   with pytest.raises(SystemExit) as caught:
     call(train, *arguments, "--name=parts")
   assert caught.value.code == 130
@@ -416,6 +417,24 @@ def test_interrupted_training_goes_on(tmp_path, data_dir, monkeypatch):
   history = read(tmp_path / "parts", "history.json")
   assert [x["seconds"] > 1e3 for x in history["original"]] == [False, True]
   assert history["original_seconds"] > 1e3
+
+
+def test_short_epochs_are_not_kept_one_by_one(tmp_path, data_dir, monkeypatch):
+  save = checkpoints.save
+  kept = {"each": [], "last": []}
+
+  def count(path, state, **options):
+    if path.name.endswith(".partial"):
+      kept[path.parent.name].append(int(state.step))
+    save(path, state, **options)
+
+  monkeypatch.setattr(checkpoints, "save", count)
+  arguments = [*SMALL, "--no-retrained", "--training.num_epochs=3"]
+  for seconds, name in ((0.0, "each"), (1e9, "last")):
+    monkeypatch.setattr(jobs, "EPOCH_SAVE_SECONDS", seconds)
+    call(train, *arguments, f"--runs_dir={tmp_path}", f"--name={name}")
+  epoch, *_ = kept["each"]
+  assert kept == {"each": [epoch, 2 * epoch, 3 * epoch], "last": [3 * epoch]}
 
 
 def test_runs_that_exist_or_do_not(runs, tmp_path, capsys):

@@ -12,9 +12,11 @@ import pytest
 
 from psg_jax import (
   augment,
+  batches,
   data,
   forget,
   inference,
+  steps,
   streaming,
   training,
   types,
@@ -120,7 +122,7 @@ def test_training_gives_the_same_weights(pair):
   }
   expected, _ = training.fit(model, variables, memory, KEY, **options)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(training, "_STREAM_BYTES", 4 * 16 * 32 * 32)
+    patch.setattr(batches, "STREAM_BYTES", 4 * 16 * 32 * 32)
     found, _ = training.fit(model, variables, disk, KEY, **options)
   chex.assert_trees_all_close(found, expected, atol=1e-6)
 
@@ -128,9 +130,9 @@ def test_training_gives_the_same_weights(pair):
 def test_streamed_training_compiles_once(pair):
   disk = pair[1].take(np.arange(70))
   model, variables = linear(disk)
-  before = training._jitted_run_steps._cache_size()
+  before = steps.num_programs()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(training, "_STREAM_BYTES", 2 * 16 * 32 * 32)
+    patch.setattr(batches, "STREAM_BYTES", 2 * 16 * 32 * 32)
     training.fit(
       model,
       variables,
@@ -141,7 +143,7 @@ def test_streamed_training_compiles_once(pair):
       batch_size=16,
       show_progress=False,
     )
-  assert training._jitted_run_steps._cache_size() == before + 1
+  assert steps.num_programs() == before + 1
 
 
 def test_unlearning_and_evaluation_give_the_same(pair):
@@ -192,7 +194,7 @@ def test_going_on_within_an_epoch(pair, is_on_disk):
     kept.append(jax.tree.map(jnp.copy, state))
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(training, "_MAX_STEPS_PER_CALL", 4)
+    patch.setattr(batches, "MAX_STEPS_PER_CALL", 4)
     expected, _ = training.fit(
       model, variables, dataset, KEY, step_callback=keep, **options
     )
@@ -243,20 +245,26 @@ def test_accumulation_needs_less_memory():
   state = training.init_state(
     model.init(KEY, jnp.zeros((1, 16, 16, 1))), optimizer, KEY
   )
-  batches = training.Batches(
-    rows=jnp.arange(32)[None], weights=jnp.full((1, 32), 1 / 32)
+  minibatch = steps.Steps(
+    rows=jnp.arange(32)[None],
+    weights=jnp.full((1, 32), 1 / 32),
+    is_forget=jnp.zeros((1, 32), bool),
   )
 
   def num_bytes(num_parts):
-    compiled = training._jitted_run_steps.lower(
-      model,
-      optimizer,
+    program = steps.Program(
+      model=model,
+      optimizer=optimizer,
+      loss_fn=steps.mean_cross_entropy,
+      is_masked=False,
+      num_parts=num_parts,
+    )
+    compiled = steps.compiled_run_steps.lower(
+      program,
       state,
       jnp.asarray(dataset.images),
       jnp.asarray(dataset.labels),
-      batches,
-      is_masked=False,
-      num_parts=num_parts,
+      minibatch,
     ).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from psg_jax import augment, training
+from psg_jax import augment, batches, steps, training
 from tests import fakes
 
 KEY = jax.random.key(0)
@@ -164,10 +164,10 @@ def test_resumed_state_is_left_alone():
 
 
 def test_every_image_counts_once_an_epoch():
-  rows, is_real = training.shuffled_rows(KEY, 21, 8)
+  rows, is_real = batches.shuffled_rows(KEY, 21, 8)
   assert rows.shape == (3, 8)
   np.testing.assert_array_equal(np.sort(rows[is_real]), np.arange(21))
-  _, weights = training.epoch_batches(KEY, 21, 8)
+  weights = batches.mixed(KEY, 0, 21, 8).weights
   np.testing.assert_allclose(weights.sum(1), 1, atol=1e-6)
   np.testing.assert_allclose(weights[2, :5], 0.2, atol=1e-6)
   np.testing.assert_array_equal(weights[2, 5:], 0)
@@ -197,10 +197,10 @@ def test_resuming_gives_the_same_weights():
 
 
 def test_one_compilation_for_all_epochs():
-  before = training._jitted_run_steps._cache_size()
+  before = steps.num_programs()
   # Forty steps are cut into calls, and the last is filled up.
   fit(fakes.blobs(41), batch_size=1, optimizer=training.sgd(0.123))
-  assert training._jitted_run_steps._cache_size() == before + 1
+  assert steps.num_programs() == before + 1
 
 
 def test_any_optax_optimizer():

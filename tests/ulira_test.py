@@ -285,7 +285,7 @@ def test_models_that_learn_by_heart_are_found_out():
 def test_divergence_names_the_model(ensemble):
   dataset, membership, _ = ensemble
   optimizer = training.sgd(1e38)
-  with pytest.raises(FloatingPointError, match=r"of model \d is not finite in"):
+  with pytest.raises(FloatingPointError, match=r"of model \d is not finite at"):
     ensembles.train(
       MODEL, dataset, membership, KEY, **{**OPTIONS, "optimizer": optimizer}
     )

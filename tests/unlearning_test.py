@@ -7,7 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from psg_jax import baselines, boundary, inference, training, unlearning
+from psg_jax import (
+  baselines,
+  boundary,
+  inference,
+  steps,
+  training,
+  unlearning,
+)
 from tests import fakes, tolerances
 
 KEY = jax.random.key(0)
@@ -277,8 +284,8 @@ def test_batch_statistics_frozen_or_updated(small_cnn):
 
 
 def test_one_compilation_for_each_phase(small_cnn):
-  searches = boundary._jitted_search_batch._cache_size()
-  updates = training._jitted_run_steps._cache_size()
+  searches = boundary.num_programs()
+  updates = steps.num_programs()
   # Batches that do not divide evenly, and several passes.
   unlearn(
     small_cnn,
@@ -288,8 +295,8 @@ def test_one_compilation_for_each_phase(small_cnn):
     num_epochs=2,
     optimizer=training.sgd(0.011),
   )
-  assert boundary._jitted_search_batch._cache_size() == searches + 1
-  assert training._jitted_run_steps._cache_size() == updates + 1
+  assert boundary.num_programs() == searches + 1
+  assert steps.num_programs() == updates + 1
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ the `learning_rate`, `momentum` and `weight_decay` of its optimiser.
 
 import ast
 import functools
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -25,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import optax
 
 from experiments import jobs, recipes
-from psg_jax import baselines, boundary, checks, training, unlearning
+from psg_jax import baselines, checks, training, unlearning
 
 SETTINGS = ("default", "paper")
 # Methods with the options of the job.
@@ -36,7 +35,8 @@ _RESERVED = frozenset(
   {
     *("model", "variables", "split", "key", "callback", "mesh"),
     *("show_progress", "optimizer", "repair_optimizer", "search_fn"),
-    *("augment_fn", "validation", "options", "search_options"),
+    *("augment_fn", "validation", "trainable", "state", "description"),
+    *("step_callback", "stop_fn"),
   }
 )
 _BATCH_SIZE = 64
@@ -168,15 +168,7 @@ def parse(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def names(method: str) -> tuple[str, ...]:
   """Returns the arguments of a method that can be set."""
-  fn: Any = baselines.find(method).fn
-  # What these pass on is not in their own signatures.
-  inner: dict[str, Any] = {
-    **dict.fromkeys(OURS, (unlearning.unlearn, boundary.Search)),
-    "scrub_r": (baselines.find("scrub").fn,),
-  }
-  functions = [fn, *inner.get(method, ())]
-  signatures = (inspect.signature(function) for function in functions)
-  parameters = dict.fromkeys(x for y in signatures for x in y.parameters)
+  parameters = baselines.parameters(method)
   rates = _RATES if "optimizer" in parameters else ()
   return (*(x for x in parameters if x not in _RESERVED), *rates)
 

@@ -8,11 +8,13 @@ for it, `num_epochs`, `batch_size`, `optimizer`, `callback`, `mesh` and
 file and one line here.
 """
 
+import dataclasses
+import inspect
 import types as python_types
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from psg_jax import checks
+from psg_jax import checks, engine, unlearning
 from psg_jax.baselines import (
   bad_teacher,
   boundary_expanding,
@@ -32,9 +34,9 @@ from psg_jax.baselines import (
   ssd,
   unsir,
 )
-from psg_jax.baselines._engine import Output
+from psg_jax.baselines._common import Output
 
-__all__ = ["METHODS", "Method", "Output", "find"]
+__all__ = ["METHODS", "Method", "Output", "find", "parameters"]
 
 
 class Method(NamedTuple):
@@ -47,6 +49,7 @@ class Method(NamedTuple):
     paper: Where it comes from.
     needs: Keyword arguments of `fn` without a default, of which, for
       `scrub_r`, one is enough.
+    defaults: What `fn` has other values for than `engine.Passes`.
   """
 
   name: str
@@ -54,6 +57,7 @@ class Method(NamedTuple):
   fn: Callable[..., Output]
   paper: str
   needs: tuple[str, ...] = ()
+  defaults: Mapping[str, Any] = python_types.MappingProxyType({})
 
 
 _NAHASS = "Nahass et al., TMLR 2025"
@@ -62,63 +66,82 @@ _GOEL = "Goel et al., 2022"
 _KURMANJI = "Kurmanji et al., NeurIPS 2023"
 _CHEN = "Chen et al., CVPR 2023"
 
+_OURS = ("psg", "psg_soft", "psg_released", "boundary_shrink")
+
+
+def _method(
+  title: str,
+  fn: Callable[..., Output],
+  paper: str,
+  defaults: Mapping[str, Any],
+  *needs: str,
+) -> Method:
+  return Method(fn.__name__, title, fn, paper, needs, defaults)
+
+
 _ALL = (
   Method("psg", "PSG", psg.psg, _NAHASS),
-  Method("psg_soft", "PSG, soft labels", psg.psg_soft, _NAHASS),
-  Method(
-    "psg_released",
+  _method("PSG, soft labels", psg.psg_soft, _NAHASS, {"labels": "soft_other"}),
+  _method(
     "PSG, released code",
     psg.psg_released,
     _NAHASS,
-    ("model_mean", "model_std"),
+    psg.RELEASED_DEFAULTS,
+    *("model_mean", "model_std"),
   ),
-  Method("retrain", "Retrain", retrain.retrain, "(exact unlearning)"),
-  Method("finetune", "Finetune", finetune.finetune, _GOLATKAR),
-  Method(
-    "gradient_ascent",
+  _method("Retrain", retrain.retrain, "(exact unlearning)", retrain.DEFAULTS),
+  _method("Finetune", finetune.finetune, _GOLATKAR, finetune.DEFAULTS),
+  _method(
     "Gradient ascent",
     gradient_ascent.gradient_ascent,
     "Thudi et al., EuroS&P 2022",
+    gradient_ascent.DEFAULTS,
   ),
-  Method("neggrad", "NegGrad", neggrad.neggrad, _GOLATKAR),
-  Method("neggrad_plus", "NegGrad+", neggrad.neggrad_plus, _KURMANJI),
-  Method(
-    "random_labels", "Random labels", random_labels.random_labels, _GOLATKAR
+  _method("NegGrad", neggrad.neggrad, _GOLATKAR, neggrad.DEFAULTS),
+  _method("NegGrad+", neggrad.neggrad_plus, _KURMANJI, neggrad.PLUS_DEFAULTS),
+  _method(
+    "Random labels",
+    random_labels.random_labels,
+    _GOLATKAR,
+    random_labels.DEFAULTS,
   ),
-  Method(
-    "l1_sparse", "l1-sparse", l1_sparse.l1_sparse, "Jia et al., NeurIPS 2023"
+  _method(
+    "l1-sparse",
+    l1_sparse.l1_sparse,
+    "Jia et al., NeurIPS 2023",
+    l1_sparse.DEFAULTS,
   ),
-  Method("cf_k", "CF-k", cf_k.cf_k, _GOEL),
-  Method("eu_k", "EU-k", eu_k.eu_k, _GOEL),
-  Method("scrub", "SCRUB", scrub.scrub, _KURMANJI),
-  Method(
-    "scrub_r",
+  _method("CF-k", cf_k.cf_k, _GOEL, cf_k.DEFAULTS),
+  _method("EU-k", eu_k.eu_k, _GOEL, eu_k.DEFAULTS),
+  _method("SCRUB", scrub.scrub, _KURMANJI, scrub.DEFAULTS),
+  _method(
     "SCRUB+R",
     scrub.scrub_r,
     _KURMANJI,
-    ("validation", "reference_error"),
+    scrub.DEFAULTS,
+    *("validation", "reference_error"),
   ),
-  Method(
-    "bad_teacher",
+  _method(
     "Bad Teacher",
     bad_teacher.bad_teacher,
     "Chundawat et al., AAAI 2023",
+    bad_teacher.DEFAULTS,
   ),
-  Method("salun", "SalUn", salun.salun, "Fan et al., ICLR 2024"),
-  Method("ssd", "SSD", ssd.ssd, "Foster et al., AAAI 2024"),
-  Method("unsir", "UNSIR", unsir.unsir, "Tarun et al., TNNLS 2023"),
-  Method("fisher", "Fisher forgetting", fisher.fisher, _GOLATKAR),
-  Method(
-    "boundary_shrink",
+  _method("SalUn", salun.salun, "Fan et al., ICLR 2024", salun.DEFAULTS),
+  _method("SSD", ssd.ssd, "Foster et al., AAAI 2024", {}),
+  _method("UNSIR", unsir.unsir, "Tarun et al., TNNLS 2023", unsir.DEFAULTS),
+  _method("Fisher forgetting", fisher.fisher, _GOLATKAR, {}),
+  _method(
     "Boundary shrink",
     boundary_shrink.boundary_shrink,
     _CHEN,
+    boundary_shrink.DEFAULTS,
   ),
-  Method(
-    "boundary_expanding",
+  _method(
     "Boundary expanding",
     boundary_expanding.boundary_expanding,
     _CHEN,
+    boundary_expanding.DEFAULTS,
   ),
 )
 
@@ -126,6 +149,42 @@ METHODS: Mapping[str, Method] = python_types.MappingProxyType(
   {method.name: method for method in _ALL}
 )
 """All methods, by name, in the order of tables."""
+
+
+def parameters(name: str) -> dict[str, Any]:
+  """Returns all keyword arguments of a method, with their defaults.
+
+  Args:
+    name: A key of `METHODS`.
+
+  Returns:
+    Defaults by name; `inspect.Parameter.empty` of those that must be given, and
+    None of those that depend on the data or on others.
+
+  Raises:
+    ValueError: If there is no such method.
+  """
+  method = find(name)
+  functions: tuple[Callable[..., Any], ...] = (method.fn,)
+  if name == "scrub_r":
+    functions = (scrub.scrub, method.fn)
+  arguments = [
+    x for fn in functions for x in inspect.signature(fn).parameters.values()
+  ]
+  has_more = any(x.kind is x.VAR_KEYWORD for x in arguments)
+  if name in _OURS:
+    shared = unlearning.defaults()
+  else:
+    fields = dataclasses.fields(engine.Passes) if has_more else ()
+    shared = {
+      x.name: None if x.default is dataclasses.MISSING else x.default
+      for x in fields
+    }
+  return {
+    **shared,
+    **method.defaults,
+    **{x.name: x.default for x in arguments if x.kind is x.KEYWORD_ONLY},
+  }
 
 
 def find(name: str) -> Method:

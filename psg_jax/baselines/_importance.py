@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psg_jax import parallel, progress, streaming, training, types
+from psg_jax import parallel, progress, steps, streaming, types
 
 # Images whose gradients are in memory at a time.
 _PART_SIZE = 4
@@ -147,9 +147,9 @@ def _add_gradients(
   """Adds the gradients of the cross-entropy of images `[D, W, ...]`."""
 
   def loss(params: chex.ArrayTree) -> jax.Array:
-    pixels = training.to_float(images.reshape(-1, *images.shape[2:]))
+    pixels = steps.to_float(images.reshape(-1, *images.shape[2:]))
     logits = apply_fn({**variables, "params": params}, pixels)
-    losses = training.cross_entropy(logits, labels.reshape(-1))
+    losses = steps.cross_entropy(logits, labels.reshape(-1))
     return jnp.sum(losses * is_real.reshape(-1))
 
   return jax.tree.map(jnp.add, total, jax.grad(loss)(variables["params"]))
@@ -214,7 +214,7 @@ def _add_parts(
 
   def add(total: chex.ArrayTree, part: tuple[jax.Array, ...]) -> tuple:
     pixels, classes, is_counted = part
-    values = jax.vmap(fn)(training.to_float(pixels), classes)
+    values = jax.vmap(fn)(steps.to_float(pixels), classes)
     return jax.tree.map(
       lambda x, y: x + jnp.tensordot(is_counted.astype(y.dtype), y, 1),
       total,

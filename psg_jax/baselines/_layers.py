@@ -7,7 +7,7 @@ from typing import Any
 import chex
 import jax
 
-from psg_jax import checks, types
+from psg_jax import checks, steps, types
 
 # In network order: the stem, numbered blocks, the head.
 _NAME = re.compile(r"(stem|block_(\d+)|layer(\d+)_(\d+)|head)")
@@ -87,41 +87,26 @@ def _leaf_names(tree: chex.ArrayTree) -> list[str]:
   return [_path_name(path) for path, _ in leaves]
 
 
-def cut(
-  tree: chex.ArrayTree, layers: tuple[str, ...] | None
-) -> tuple[chex.ArrayTree, chex.ArrayTree]:
-  """Separates the leaves of these layers, by name, from the others."""
-  if layers is None:
-    return tree, {}
-  inside: dict[str, Any] = {}
-  outside: dict[str, Any] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    name = _path_name(path)
-    (inside if name.startswith(layers) else outside)[name] = leaf
-  return inside, outside
+def trainable(
+  variables: types.Variables, num_layers: int, layers: Sequence[str] | None
+) -> dict[str, chex.ArrayTree]:
+  """Marks the leaves of some layers, for `engine.Passes`.
 
+  Args:
+    variables: The network's variables.
+    num_layers: As for `choose`.
+    layers: As for `choose`.
 
-def join(
-  like: chex.ArrayTree,
-  inside: chex.ArrayTree,
-  outside: chex.ArrayTree,
-  layers: tuple[str, ...] | None,
-) -> chex.ArrayTree:
-  """Undoes `cut`."""
-  if layers is None:
-    return inside
-  leaves = {**inside, **outside}
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: leaves[_path_name(path)], like
-  )
+  Returns:
+    A tree of bool like the variables, parameters and statistics alike.
 
-
-def take(
-  new: chex.ArrayTree, old: chex.ArrayTree, layers: tuple[str, ...] | None
-) -> chex.ArrayTree:
-  """Takes these layers (None: all) from `new`, the others from `old`."""
-  if layers is None:
-    return new
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x, y: x if _path_name(path).startswith(layers) else y, new, old
-  )
+  Raises:
+    ValueError: As `choose`.
+  """
+  prefixes = choose(variables, num_layers, layers)
+  return {
+    name: jax.tree_util.tree_map_with_path(
+      lambda path, _: _path_name(path).startswith(prefixes), tree
+    )
+    for name, tree in steps.plain_variables(variables).items()
+  }

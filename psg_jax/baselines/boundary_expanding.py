@@ -6,10 +6,15 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
-from psg_jax import training, types
-from psg_jax.baselines import _engine, _plans
+from psg_jax import batches, optimizers, steps, types
+from psg_jax.baselines import _common
+
+DEFAULTS = {
+  "num_epochs": 10,
+  "optimizer": optimizers.sgd(1e-5, weight_decay=0.0),
+  "description": "boundary expanding",
+}
 
 
 def boundary_expanding(
@@ -17,14 +22,8 @@ def boundary_expanding(
   variables: types.Variables,
   split: types.Split,
   key: jax.Array,
-  *,
-  num_epochs: int = 10,
-  batch_size: int = 64,
-  optimizer: optax.GradientTransformation | None = None,
-  callback: _engine.Callback | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-  show_progress: bool = True,
-) -> _engine.Output:
+  **options: Any,
+) -> _common.Output:
   """Trains the forget images into a class of their own, and removes it.
 
       loss = mean CE([f_w(x_F), u · h_w(x_F) + b], K + 1)
@@ -39,14 +38,10 @@ def boundary_expanding(
     variables: The original model's, left as they are.
     split: The forget set, and the retain set, which is not used.
     key: One typed key, for the shadow class and the order.
-    num_epochs: Passes over the forget set, positive.
-    batch_size: Images a step, positive.
-    optimizer: Any Optax optimiser; None for SGD with a learning rate of 1e-5
-      and momentum 0.9, without weight decay.
-    callback: Called after each pass with the state, without the shadow class,
-      and the pass's record.
-    mesh: Devices to work on; None for one.
-    show_progress: Whether to show a progress bar.
+    **options: Those of `engine.Passes`, but `batch_stats`; by default 10 passes
+      over the forget set, and SGD with a learning rate of 1e-5 and momentum
+      0.9, without weight decay. States of callbacks are without the shadow
+      class, which lies beside the optimiser's state.
 
   Returns:
     The variables, of the original number of classes, and one record a pass:
@@ -61,49 +56,27 @@ def boundary_expanding(
     Chen et al., Boundary Unlearning: Rapid Forgetting of Deep Networks via
     Shifting the Decision Boundary, 2023.
   """
-  _engine.check(
-    model,
-    variables,
-    split,
-    key,
-    batch_size=batch_size,
-    num_epochs=num_epochs,
-    needs_retain=False,
+  passes = _common.passes(
+    *(model, variables, split, key, options, DEFAULTS), needs_retain=False
   )
-  shadow_key, plan_key, run_key = jax.random.split(key, 3)
-  plans = _plans.each_pass(
-    plan_key,
-    num_epochs,
-    lambda key: _plans.forget_only(key, len(split.forget), batch_size),
-  )
+  callback, start = passes.callback, passes.state
+  shadow_key, *keys = jax.random.split(key, 3)
 
-  def without_shadow(
-    state: training.TrainState, record: dict[str, Any]
-  ) -> None:
+  def without_shadow(state: steps.TrainState, record: dict[str, Any]) -> None:
     if callback is not None:
-      pruned = training.TrainState(
-        variables=_prune(state.variables),
-        opt_state=state.opt_state,
-        key=state.key,
-        step=state.step,
-      )
-      callback(pruned, record)
+      callback(_pruned(state), record)
 
-  output = _engine.run(
-    model,
-    _widen(model, variables, split, shadow_key),
-    split.forget.images,
-    split.forget.labels,
-    [[_engine.Phase(_loss_fn(model), *plan)] for plan in plans],
-    run_key,
-    optimizer=optimizer or training.sgd(1e-5, weight_decay=0.0),
-    batch_stats="frozen",
-    callback=without_shadow,
-    mesh=mesh,
-    description="boundary expanding",
-    show_progress=show_progress,
+  output = _common.train(
+    *(model, _widen(model, variables, split, shadow_key), split, keys),
+    passes.replace(
+      batch_stats="frozen",
+      callback=without_shadow,
+      state=None if start is None else _widened(start),
+    ),
+    plan_fn=batches.forget_only,
+    loss_fn=_loss_fn(model),
   )
-  return _engine.Output(
+  return _common.Output(
     variables=_prune(output.variables), history=output.history
   )
 
@@ -126,21 +99,43 @@ def _widen(
   }
 
 
+def _pruned(state: steps.TrainState) -> steps.TrainState:
+  """Puts the shadow class beside the optimiser's state."""
+  return steps.TrainState(
+    variables=_prune(state.variables),
+    opt_state=(state.opt_state, state.variables["params"]["shadow"]),
+    key=state.key,
+    step=state.step,
+  )
+
+
+def _widened(state: steps.TrainState) -> steps.TrainState:
+  """Undoes `_pruned`."""
+  opt_state, shadow = state.opt_state
+  params = {"network": state.variables["params"], "shadow": shadow}
+  return steps.TrainState(
+    variables={**state.variables, "params": params},
+    opt_state=opt_state,
+    key=state.key,
+    step=state.step,
+  )
+
+
 def _prune(variables: types.Variables) -> types.Variables:
   """Removes the shadow class."""
   return {**variables, "params": variables["params"]["network"]}
 
 
 @functools.lru_cache
-def _loss_fn(model: types.Model) -> _engine.LossFn:
+def _loss_fn(model: types.Model) -> steps.LossFn:
   """The loss of the widened network; one object a model, as it is compiled."""
 
   def loss_fn(
-    apply_fn: _engine.ApplyFn,
+    apply_fn: steps.ApplyFn,
     variables: types.Variables,
-    batch: _engine.Batch,
+    batch: steps.Batch,
     context: chex.ArrayTree,
-  ) -> tuple[jax.Array, tuple[types.Variables, _engine.Figures]]:
+  ) -> tuple[jax.Array, tuple[types.Variables, steps.Figures]]:
     del apply_fn, context
     network, shadow = _prune(variables), variables["params"]["shadow"]
     logits = model.apply(network, batch.images)
@@ -148,11 +143,11 @@ def _loss_fn(model: types.Model) -> _engine.LossFn:
     extra = features @ shadow["kernel"] + shadow["bias"]
     widened = jnp.concatenate([logits, extra[:, None]], 1)
     targets = jnp.full(len(extra), logits.shape[1])
-    losses = training.cross_entropy(widened, targets)
-    is_correct = _engine.is_predicted(widened, targets)
+    losses = steps.cross_entropy(widened, targets)
+    is_correct = steps.is_predicted(widened, targets)
     return jnp.sum(losses * batch.weights), (
       variables,
-      _engine.by_set(batch, loss=losses, accuracy=is_correct),
+      {"loss": losses, "accuracy": is_correct},
     )
 
   return loss_fn

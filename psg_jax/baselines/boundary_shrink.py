@@ -1,12 +1,18 @@
 """Boundary shrink: relabels by one adversarial step, and finetunes."""
 
 import functools
+from typing import Any
 
 import jax
-import optax
 
-from psg_jax import boundary, checks, training, types, unlearning
-from psg_jax.baselines import _engine
+from psg_jax import boundary, checks, optimizers, types, unlearning
+from psg_jax.baselines import _common
+
+DEFAULTS = {
+  "num_epochs": 10,
+  "optimizer": optimizers.sgd(1e-5, weight_decay=0.0),
+  "retain_weight": 0.0,
+}
 
 
 def boundary_shrink(
@@ -16,14 +22,8 @@ def boundary_shrink(
   key: jax.Array,
   *,
   step_size: float = 0.1,
-  num_epochs: int = 10,
-  batch_size: int = 64,
-  optimizer: optax.GradientTransformation | None = None,
-  batch_stats: str = "update",
-  callback: _engine.Callback | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-  show_progress: bool = True,
-) -> _engine.Output:
+  **options: Any,
+) -> _common.Output:
   """Splits the forget images among their neighbours across the boundary.
 
       y' = argmax f(x + ε sign(∇_x CE(f(x), y)))
@@ -39,15 +39,9 @@ def boundary_shrink(
     split: The forget set, and the retain set, which is not used.
     key: One typed key, for the order.
     step_size: `ε`, in pixel units, positive.
-    num_epochs: Passes over the forget set, positive.
-    batch_size: Images a step, positive.
-    optimizer: Any Optax optimiser; None for SGD with a learning rate of 1e-5
-      and momentum 0.9, without weight decay.
-    batch_stats: `"update"`, BatchNorm in training mode, as released, or
-      `"frozen"`.
-    callback: Called after each pass with the state and the pass's record.
-    mesh: Devices to work on; None for one.
-    show_progress: Whether to show progress bars.
+    **options: Those of `unlearning.unlearn`; by default 10 passes over the
+      forget set, and SGD with a learning rate of 1e-5 and momentum 0.9, without
+      weight decay. BatchNorm in training mode is as released.
 
   Returns:
     The variables, and the history of `unlearning.unlearn`.
@@ -70,19 +64,5 @@ def boundary_shrink(
     attack_std=1.0,
     step_size=step_size,
   )
-  output = unlearning.unlearn(
-    model,
-    variables,
-    split,
-    key,
-    search_fn=search_fn,
-    optimizer=optimizer or training.sgd(1e-5, weight_decay=0.0),
-    num_epochs=num_epochs,
-    batch_size=batch_size,
-    retain_weight=0.0,
-    batch_stats=batch_stats,
-    callback=callback,
-    mesh=mesh,
-    show_progress=show_progress,
-  )
-  return _engine.Output(variables=output.variables, history=output.history)
+  options = {**DEFAULTS, **options, "search_fn": search_fn}
+  return unlearning.unlearn(model, variables, split, key, **options)

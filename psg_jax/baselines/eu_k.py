@@ -1,12 +1,14 @@
 """EU-k: the last layers are drawn anew and trained."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-import optax
 
-from psg_jax import training, types
-from psg_jax.baselines import _engine, _layers, finetune
+from psg_jax import steps, types
+from psg_jax.baselines import _common, _layers, cf_k, finetune
+
+DEFAULTS = {**cf_k.DEFAULTS, "description": "EU-k"}
 
 
 def eu_k(
@@ -17,13 +19,8 @@ def eu_k(
   *,
   num_layers: int = 2,
   layers: Sequence[str] | None = None,
-  num_epochs: int = 10,
-  batch_size: int = 64,
-  optimizer: optax.GradientTransformation | None = None,
-  callback: _engine.Callback | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-  show_progress: bool = True,
-) -> _engine.Output:
+  **options: Any,
+) -> _common.Output:
   """Initialises the last `k` layers anew and trains them on the retain set.
 
   Exact unlearning of the last `k` layers: their parameters and the statistics
@@ -32,18 +29,13 @@ def eu_k(
   they were.
 
   Args:
-    model: As for `cf_k.cf_k`, and so are those not named here.
+    model: The network.
     variables: The original model's, left as they are.
     split: The forget set, which is not used, and the retain set.
     key: One typed key, for the initialisation and the order.
     num_layers: `k`, positive.
     layers: Prefixes of paths, instead of `num_layers`.
-    num_epochs: Passes over the retain set, positive.
-    batch_size: Images a step, positive.
-    optimizer: As for `cf_k.cf_k`.
-    callback: Called after each pass with the state and the pass's record.
-    mesh: Devices to work on; None for one.
-    show_progress: Whether to show a progress bar.
+    **options: Those of `engine.Passes`; by default those of `cf_k.cf_k`.
 
   Returns:
     As `finetune.finetune`.
@@ -56,27 +48,14 @@ def eu_k(
     Goel et al., Towards Adversarial Evaluations for Inexact Machine Unlearning,
     2022.
   """
-  chosen = _layers.choose(variables, num_layers, layers)
-  _engine.check(
-    model, variables, split, key, batch_size=batch_size, num_epochs=num_epochs
-  )
+  trainable = _layers.trainable(variables, num_layers, layers)
+  _common.check(model, variables, split, key)
   init_key, train_key = jax.random.split(key)
-  fresh = _engine.fresh_variables(model, split, init_key)
-  return finetune.on_retain_set(
-    model,
-    variables,
-    split,
-    train_key,
-    num_epochs=num_epochs,
-    batch_size=batch_size,
-    optimizer=optimizer or training.sgd(0.01, momentum=0.0, weight_decay=0.0),
-    start={
-      name: _layers.take(fresh[name], tree, chosen)
-      for name, tree in variables.items()
-    },
-    layers=chosen,
-    callback=callback,
-    mesh=mesh,
-    description="EU-k",
-    show_progress=show_progress,
+  start = jax.tree.map(
+    lambda is_new, new, old: new if is_new else old,
+    trainable,
+    steps.plain_variables(_common.fresh_variables(model, split, init_key)),
+    steps.plain_variables(variables),
   )
+  options = {"trainable": trainable, **DEFAULTS, **options}
+  return finetune.finetune(model, start, split, train_key, **options)

@@ -5,8 +5,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from psg_jax import checks, types
-from psg_jax.baselines import _engine, _importance
+from psg_jax import checks, engine, types
+from psg_jax.baselines import _common, _importance
 
 # Keeps the inverse finite where a weight has no influence.
 _FLOOR = 1e-8
@@ -22,10 +22,10 @@ def fisher(
   power: float = 1.0,
   max_inverse: float = 1e3,
   batch_size: int = 64,
-  callback: _engine.Callback | None = None,
+  callback: engine.Callback | None = None,
   mesh: jax.sharding.Mesh | None = None,
   show_progress: bool = True,
-) -> _engine.Output:
+) -> _common.Output:
   """Adds Gaussian noise along the directions that do not hurt the retain set.
 
       w_i ← w_i + sqrt(α min((F_i + 1e-8)^-p, c)) n_i,   n ~ N(0, I)
@@ -66,7 +66,8 @@ def fisher(
   checks.number("noise_scale", noise_scale, at_least=0)
   checks.number("power", power, above=0)
   checks.number("max_inverse", max_inverse, above=0)
-  _engine.check(model, variables, split, key, batch_size=batch_size)
+  checks.integer("batch_size", batch_size, at_least=1)
+  _common.check(model, variables, split, key)
   start = time.perf_counter()
   information = _importance.fisher(
     model,
@@ -91,7 +92,6 @@ def fisher(
     deviations,
     keys,
   )
-  unlearned = {**jax.tree.map(jnp.copy, dict(variables)), "params": params}
   scales = jax.tree.leaves(deviations)
   total = sum(float(x.sum()) for x in scales)
   record = {
@@ -99,4 +99,4 @@ def fisher(
     "mean_noise": total / sum(x.size for x in scales),
     "seconds": time.perf_counter() - start,
   }
-  return _engine.finish(unlearned, key, record, callback)
+  return _common.finish(variables, params, key, record, callback)

@@ -1,11 +1,19 @@
 """Gradient ascent on the forget set."""
 
+from typing import Any
+
 import chex
 import jax
-import optax
 
-from psg_jax import training, types
-from psg_jax.baselines import _engine, _plans
+from psg_jax import batches, optimizers, steps, types
+from psg_jax.baselines import _common
+
+DEFAULTS = {
+  "num_epochs": 5,
+  "batch_size": 256,
+  "optimizer": optimizers.sgd(1e-4, weight_decay=5e-4),
+  "description": "gradient ascent",
+}
 
 
 def gradient_ascent(
@@ -13,15 +21,8 @@ def gradient_ascent(
   variables: types.Variables,
   split: types.Split,
   key: jax.Array,
-  *,
-  num_epochs: int = 5,
-  batch_size: int = 256,
-  optimizer: optax.GradientTransformation | None = None,
-  batch_stats: str = "update",
-  callback: _engine.Callback | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-  show_progress: bool = True,
-) -> _engine.Output:
+  **options: Any,
+) -> _common.Output:
   """Takes steps that raise the loss on the forget set.
 
       loss = - mean CE(f_w(x_F), y_F)
@@ -30,19 +31,15 @@ def gradient_ascent(
   No retained image is used.
 
   Args:
-    model: As for `finetune.finetune`, and so are those not named here.
+    model: The network.
     variables: The original model's, left as they are.
     split: The forget set, and the retain set, which is not used.
     key: One typed key, for the order.
-    num_epochs: Passes over the forget set, positive.
-    batch_size: Images a step, positive.
-    optimizer: Any Optax optimiser; None for SGD with a learning rate of 1e-4,
-      momentum 0.9 and weight decay 5e-4, as in Jia et al. (2023).
-    batch_stats: `"update"`, BatchNorm in training mode, is what the released
-      codes have; `"frozen"` keeps it from adapting to the forget set.
-    callback: Called after each pass with the state and the pass's record.
-    mesh: Devices to work on; None for one.
-    show_progress: Whether to show a progress bar.
+    **options: Those of `engine.Passes`; by default 5 passes over the forget set
+      in minibatches of 256, and SGD with a learning rate of 1e-4, momentum 0.9
+      and weight decay 5e-4, as in Jia et al. (2023). BatchNorm in training mode
+      is what the released codes have; `batch_stats="frozen"` keeps it from
+      adapting to the forget set.
 
   Returns:
     The variables, and one record a pass: `epoch` from 1, `forget_loss` (nats)
@@ -56,43 +53,23 @@ def gradient_ascent(
     Thudi et al., Unrolling SGD: Understanding Factors Influencing Machine
     Unlearning, 2022.
   """
-  _engine.check(
-    model,
-    variables,
-    split,
-    key,
-    batch_size=batch_size,
-    num_epochs=num_epochs,
-    batch_stats=batch_stats,
-    needs_retain=False,
+  passes = _common.passes(
+    *(model, variables, split, key, options, DEFAULTS), needs_retain=False
   )
-  plan_key, run_key = jax.random.split(key)
-  plans = _plans.each_pass(
-    plan_key,
-    num_epochs,
-    lambda key: _plans.forget_only(key, len(split.forget), batch_size),
-  )
-  return _engine.run(
-    model,
-    variables,
-    split.forget.images,
-    split.forget.labels,
-    [[_engine.Phase(_loss, *plan)] for plan in plans],
-    run_key,
-    optimizer=optimizer or training.sgd(1e-4, weight_decay=5e-4),
-    batch_stats=batch_stats,
-    callback=callback,
-    mesh=mesh,
-    description="gradient ascent",
-    show_progress=show_progress,
+  return _common.train(
+    *(model, variables, split, jax.random.split(key), passes),
+    plan_fn=batches.forget_only,
+    loss_fn=_loss,
   )
 
 
+@steps.row_loss
 def _loss(
-  apply_fn: _engine.ApplyFn,
-  variables: types.Variables,
-  batch: _engine.Batch,
-  context: chex.ArrayTree,
-) -> tuple[jax.Array, tuple[types.Variables, _engine.Figures]]:
-  loss, aux = _engine.mean_cross_entropy(apply_fn, variables, batch, context)
-  return -loss, aux
+  logits: jax.Array, batch: steps.Batch, context: chex.ArrayTree
+) -> tuple[jax.Array, steps.Figures]:
+  del context
+  losses = steps.cross_entropy(logits, batch.targets)
+  return -losses, {
+    "loss": losses,
+    "accuracy": steps.is_predicted(logits, batch.targets),
+  }

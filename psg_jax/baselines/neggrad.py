@@ -1,12 +1,20 @@
 """NegGrad: finetuning on the retain set against the gradient of the other."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
-import optax
 
-from psg_jax import checks, training, types
-from psg_jax.baselines import _engine, _plans
+from psg_jax import batches, checks, optimizers, steps, types
+from psg_jax.baselines import _common
+
+DEFAULTS = {
+  "num_epochs": 5,
+  "optimizer": optimizers.sgd(0.01, momentum=0.0, weight_decay=0.0),
+  "description": "NegGrad",
+}
+PLUS_DEFAULTS = {**DEFAULTS, "num_epochs": 10}
 
 
 def neggrad(
@@ -16,14 +24,8 @@ def neggrad(
   key: jax.Array,
   *,
   retain_share: float = 0.9999,
-  num_epochs: int = 5,
-  batch_size: int = 64,
-  optimizer: optax.GradientTransformation | None = None,
-  batch_stats: str = "update",
-  callback: _engine.Callback | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-  show_progress: bool = True,
-) -> _engine.Output:
+  **options: Any,
+) -> _common.Output:
   """Lowers the loss on the retain set and raises it on the forget set.
 
       loss = α mean CE(f_w(x_R), y_R) - (1 - α) mean CE(f_w(x_F), y_F)
@@ -33,20 +35,14 @@ def neggrad(
   makes it nearly a finetuning; `neggrad_plus` has those of Kurmanji et al.
 
   Args:
-    model: As for `finetune.finetune`, and so are those not named here.
+    model: The network.
     variables: The original model's, left as they are.
     split: The forget and the retain set.
     key: One typed key, for the order.
     retain_share: `α`, in [0, 1].
-    num_epochs: Passes over the retain set, positive.
-    batch_size: Retain images a step, and as many forget images (or all, where
-      they are fewer).
-    optimizer: Any Optax optimiser; None for SGD with a learning rate of 0.01,
-      without momentum and weight decay.
-    batch_stats: `"update"` or `"frozen"`.
-    callback: Called after each pass with the state and the pass's record.
-    mesh: Devices to work on; None for one.
-    show_progress: Whether to show a progress bar.
+    **options: Those of `engine.Passes`; by default 5 passes over the retain
+      set, and SGD with a learning rate of 0.01, without momentum and weight
+      decay.
 
   Returns:
     The variables, and one record a pass: `epoch` from 1, loss (nats) and
@@ -62,33 +58,12 @@ def neggrad(
     al., Towards Unbounded Machine Unlearning, 2023.
   """
   checks.number("retain_share", retain_share, at_least=0, at_most=1)
-  _engine.check(
-    model,
-    variables,
-    split,
-    key,
-    batch_size=batch_size,
-    num_epochs=num_epochs,
-    batch_stats=batch_stats,
-  )
-  plan_key, run_key = jax.random.split(key)
-  sizes = len(split.forget), len(split.retain), batch_size
-  plans = _plans.each_pass(
-    plan_key, num_epochs, lambda key: _plans.paired(key, *sizes)
-  )
-  share = jnp.float32(retain_share)
-  return _engine.run(
-    model,
-    variables,
-    *_plans.pool(split),
-    [[_engine.Phase(_loss, *plan, share)] for plan in plans],
-    run_key,
-    optimizer=optimizer or training.sgd(0.01, momentum=0.0, weight_decay=0.0),
-    batch_stats=batch_stats,
-    callback=callback,
-    mesh=mesh,
-    description="NegGrad",
-    show_progress=show_progress,
+  passes = _common.passes(model, variables, split, key, options, DEFAULTS)
+  return _common.train(
+    *(model, variables, split, jax.random.split(key), passes),
+    plan_fn=batches.beside_retain,
+    loss_fn=_loss,
+    contexts=[jnp.float32(retain_share)] * passes.num_epochs,
   )
 
 
@@ -99,67 +74,28 @@ def neggrad_plus(
   key: jax.Array,
   *,
   retain_share: float = 0.95,
-  num_epochs: int = 10,
-  batch_size: int = 64,
-  optimizer: optax.GradientTransformation | None = None,
-  batch_stats: str = "update",
-  callback: _engine.Callback | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-  show_progress: bool = True,
-) -> _engine.Output:
-  """NegGrad+: the loss of `neggrad` with an α that is tuned.
+  **options: Any,
+) -> _common.Output:
+  """NegGrad+: `neggrad` with an `α` that the paper tunes for each data set.
 
-  Args:
-    model: As for `neggrad`, and so are all others.
-    variables: As for `neggrad`.
-    split: As for `neggrad`.
-    key: As for `neggrad`.
-    retain_share: `α`, in [0, 1]; the paper tunes it for each data set.
-    num_epochs: As for `neggrad`.
-    batch_size: As for `neggrad`.
-    optimizer: As for `neggrad`.
-    batch_stats: As for `neggrad`.
-    callback: As for `neggrad`.
-    mesh: As for `neggrad`.
-    show_progress: As for `neggrad`.
-
-  Returns:
-    As `neggrad`.
-
-  Raises:
-    ValueError: As `neggrad`.
-    FloatingPointError: As `neggrad`.
+  By default there are 10 passes.
 
   References:
     Kurmanji et al., Towards Unbounded Machine Unlearning, 2023.
   """
+  options = {**PLUS_DEFAULTS, **options}
   return neggrad(
-    model,
-    variables,
-    split,
-    key,
-    retain_share=retain_share,
-    num_epochs=num_epochs,
-    batch_size=batch_size,
-    optimizer=optimizer,
-    batch_stats=batch_stats,
-    callback=callback,
-    mesh=mesh,
-    show_progress=show_progress,
+    model, variables, split, key, retain_share=retain_share, **options
   )
 
 
+@steps.row_loss
 def _loss(
-  apply_fn: _engine.ApplyFn,
-  variables: types.Variables,
-  batch: _engine.Batch,
-  context: chex.ArrayTree,
-) -> tuple[jax.Array, tuple[types.Variables, _engine.Figures]]:
-  logits, variables = apply_fn(variables, batch)
-  losses = training.cross_entropy(logits, batch.targets)
+  logits: jax.Array, batch: steps.Batch, context: chex.ArrayTree
+) -> tuple[jax.Array, steps.Figures]:
+  losses = steps.cross_entropy(logits, batch.targets)
   signs = jnp.where(batch.is_forget, context - 1, context)
-  is_correct = _engine.is_predicted(logits, batch.targets)
-  return jnp.sum(signs * losses * batch.weights), (
-    variables,
-    _engine.by_set(batch, loss=losses, accuracy=is_correct),
-  )
+  return signs * losses, {
+    "loss": losses,
+    "accuracy": steps.is_predicted(logits, batch.targets),
+  }

@@ -5,14 +5,23 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from psg_jax import checks, inference, training, types
-from psg_jax.baselines import _engine, _plans
+from psg_jax import (
+  batches,
+  checks,
+  engine,
+  inference,
+  optimizers,
+  steps,
+  types,
+)
+from psg_jax.baselines import _common
+
+DEFAULTS = {"num_epochs": 5, "description": "SCRUB"}
 
 
 def scrub(
@@ -26,15 +35,9 @@ def scrub(
   teacher_weight: float = 0.5,
   temperature: float = 4.0,
   decay_epochs: Sequence[int] = (3, 5, 9),
-  num_epochs: int = 5,
-  batch_size: int = 64,
   forget_batch_size: int | None = None,
-  optimizer: optax.GradientTransformation | None = None,
-  batch_stats: str = "update",
-  callback: _engine.Callback | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-  show_progress: bool = True,
-) -> _engine.Output:
+  **options: Any,
+) -> _common.Output:
   """Disobeys a teacher on the forget set and obeys it on the retain set.
 
   The teacher is the original model, frozen, in inference mode; the student
@@ -50,7 +53,7 @@ def scrub(
   et al. (2025), whose code however gives the student as its own teacher.
 
   Args:
-    model: As for `finetune.finetune`, and so are those not named here.
+    model: The network.
     variables: The original model's, left as they are.
     split: The forget and the retain set.
     key: One typed key, for the order.
@@ -60,15 +63,10 @@ def scrub(
     temperature: `T`, positive.
     decay_epochs: After these passes the learning rate falls to a tenth, unless
       `optimizer` is given.
-    num_epochs: Passes, positive.
-    batch_size: Retain images a min step, positive.
     forget_batch_size: Forget images a max step; None for `batch_size`.
-    optimizer: Any Optax optimiser, shared by all steps; None for SGD with a
-      learning rate of 5e-4, momentum 0.9 and weight decay 5e-4.
-    batch_stats: `"update"` or `"frozen"`, of the student.
-    callback: Called after each pass with the state and the pass's record.
-    mesh: Devices to work on; None for one.
-    show_progress: Whether to show a progress bar.
+    **options: Those of `engine.Passes`; by default 5 passes, `batch_size`
+      retain images a min step, and SGD with a learning rate of 5e-4, momentum
+      0.9 and weight decay 5e-4.
 
   Returns:
     The student, and one record a pass: `epoch` from 1, `retain_loss` (the
@@ -86,55 +84,41 @@ def scrub(
   checks.number("retain_weight", retain_weight, at_least=0)
   checks.number("teacher_weight", teacher_weight, at_least=0)
   checks.number("temperature", temperature, above=0)
+  _common.check(model, variables, split, key)
+  passes = engine.Passes(**{**DEFAULTS, **options})
   if forget_batch_size is None:
-    forget_batch_size = batch_size
+    forget_batch_size = passes.batch_size
   checks.integer("forget_batch_size", forget_batch_size, at_least=1)
-  _engine.check(
-    model,
-    variables,
-    split,
-    key,
-    batch_size=batch_size,
-    num_epochs=num_epochs,
-    batch_stats=batch_stats,
-  )
   plan_key, run_key = jax.random.split(key)
   num_forget, num_retain = len(split.forget), len(split.retain)
-  context = jnp.asarray(
-    [retain_weight, teacher_weight, temperature], jnp.float32
-  )
-  passes = []
-  for epoch in range(num_epochs):
+  context = {
+    "retain_weight": jnp.float32(retain_weight),
+    "teacher_weight": jnp.float32(teacher_weight),
+    "temperature": jnp.float32(temperature),
+  }
+  phases = []
+  for epoch in range(passes.num_epochs):
     max_key, min_key = jax.random.split(jax.random.fold_in(plan_key, epoch))
-    phases = []
-    if epoch < num_max_epochs:
-      plan = _plans.forget_only(max_key, num_forget, forget_batch_size)
-      phases.append(_engine.Phase(_max_loss, *plan, context))
-    plan = _plans.retain_only(min_key, num_forget, num_retain, batch_size)
-    phases.append(_engine.Phase(_min_loss, *plan, context))
-    passes.append(phases)
-  if optimizer is None:
-    ends = np.cumsum([sum(len(x.rows) for x in phases) for phases in passes])
-    steps = [int(ends[x - 1]) for x in decay_epochs if 1 <= x <= num_epochs]
-    optimizer = training.sgd(_decayed(5e-4, tuple(steps)), weight_decay=5e-4)
-  images, labels = _plans.pool(split)
+    up = batches.forget_only(max_key, num_forget, forget_batch_size)
+    down = batches.retain_only(
+      min_key, num_forget, num_retain, passes.batch_size
+    )
+    has_max = epoch < num_max_epochs
+    phases.append(
+      [engine.Phase(_max_loss, up, context)] * has_max
+      + [engine.Phase(_min_loss, down, context)]
+    )
+  if passes.optimizer is None:
+    passes = passes.replace(optimizer=_decayed_sgd(phases, decay_epochs))
+  images, labels = batches.join(split)
   # Without augmentation the teacher says the same in every pass.
-  teacher = inference.predict(model.apply, variables, images, mesh=mesh)
+  teacher = inference.predict(model.apply, variables, images, mesh=passes.mesh)
   one_hot = np.eye(teacher.shape[1], dtype=np.float32)[labels]
-  return _engine.run(
-    model,
-    variables,
-    images,
-    np.stack([one_hot, teacher], 1),
-    passes,
-    run_key,
-    optimizer=optimizer,
-    batch_stats=batch_stats,
-    callback=callback,
-    mesh=mesh,
-    description="SCRUB",
-    show_progress=show_progress,
+  targets = np.stack([one_hot, teacher], 1)
+  state, history = engine.run(
+    model, variables, images, targets, phases, run_key, passes
   )
+  return _common.Output(variables=state.variables, history=history)
 
 
 def scrub_r(
@@ -145,10 +129,8 @@ def scrub_r(
   *,
   validation: types.Dataset | None = None,
   reference_error: float | None = None,
-  callback: _engine.Callback | None = None,
-  mesh: jax.sharding.Mesh | None = None,
   **options: Any,
-) -> _engine.Output:
+) -> _common.Output:
   """SCRUB+R: goes back to the pass whose forget error is as it should be.
 
   A forget error above that of a model that never saw the images gives them
@@ -157,16 +139,15 @@ def scrub_r(
   like the forget set that were not trained on. Of two as near, the later.
 
   Args:
-    model: As for `scrub`, and so are those not named here.
+    model: The network.
     variables: The original model's, left as they are.
     split: The forget and the retain set.
     key: One typed key, for the order.
     validation: Images of the forget set's distribution, not trained on.
     reference_error: The reference itself, in [0, 1], instead of `validation`:
       1.0 for a whole class, which a retrained model never predicts.
-    callback: As for `scrub`.
-    mesh: As for `scrub`.
-    **options: Those of `scrub`.
+    **options: Those of `scrub`, without `state`: models of passes that were
+      made before are not at hand.
 
   Returns:
     The model chosen, and the records of `scrub` with `forget_error` after the
@@ -179,6 +160,8 @@ def scrub_r(
   References:
     Kurmanji et al., Towards Unbounded Machine Unlearning, 2023.
   """
+  if options.get("state") is not None:
+    raise ValueError("state must be None for scrub_r, got a state")
   if (validation is None) == (reference_error is None):
     raise ValueError(
       "either validation or reference_error must be given, got"
@@ -188,31 +171,30 @@ def scrub_r(
     raise ValueError("validation must not be empty, got 0 images")
   if reference_error is not None:
     checks.number("reference_error", reference_error, at_least=0, at_most=1)
-  found: list[types.Variables] = []
+  callback, mesh = options.pop("callback", None), options.get("mesh")
+  models: list[types.Variables] = []
 
-  def keep(state: training.TrainState, record: dict[str, Any]) -> None:
-    found.append(jax.tree.map(jnp.copy, state.variables))
+  def keep(state: steps.TrainState, record: dict[str, Any]) -> None:
+    models.append(jax.tree.map(jnp.copy, state.variables))
     if callback is not None:
       callback(state, record)
 
-  output = scrub(
-    model, variables, split, key, callback=keep, mesh=mesh, **options
-  )
+  output = scrub(model, variables, split, key, callback=keep, **options)
   start = time.perf_counter()
   if reference_error is None:
     assert validation is not None  # One of the two is given.
     reference_error = _error(model, output.variables, validation, mesh)
-  errors = [_error(model, each, split.forget, mesh) for each in found]
+  errors = [_error(model, x, split.forget, mesh) for x in models]
   gaps = np.abs(np.asarray(errors) - reference_error)
-  chosen = int(np.flatnonzero(gaps == gaps.min())[-1])
+  nearest = int(np.flatnonzero(gaps == gaps.min())[-1])
   history = [
-    {**record, "forget_error": error, "is_chosen": i == chosen}
+    {**record, "forget_error": error, "is_chosen": i == nearest}
     for i, (record, error) in enumerate(
       zip(output.history, errors, strict=True)
     )
   ]
   history[-1]["rewind_seconds"] = time.perf_counter() - start
-  return _engine.Output(variables=found[chosen], history=history)
+  return _common.Output(variables=models[nearest], history=history)
 
 
 def _error(
@@ -225,60 +207,50 @@ def _error(
   return float(np.mean(logits.argmax(1) != dataset.labels))
 
 
+def _decayed_sgd(
+  passes: Sequence[Sequence[engine.Phase]], decay_epochs: Sequence[int]
+) -> optax.GradientTransformation:
+  """SGD whose rate falls to a tenth after these passes."""
+  ends = np.cumsum([sum(len(x.plan.rows) for x in phases) for phases in passes])
+  falls = [int(ends[x - 1]) for x in decay_epochs if 1 <= x <= len(passes)]
+  return optimizers.sgd(decayed(5e-4, tuple(falls)), weight_decay=5e-4)
+
+
 @functools.lru_cache
-def _decayed(learning_rate: float, steps: tuple[int, ...]) -> optax.Schedule:
+def decayed(learning_rate: float, falls: tuple[int, ...]) -> optax.Schedule:
   """Divides the rate by ten after these steps; cached for compiled programs."""
   return optax.piecewise_constant_schedule(
-    learning_rate, dict.fromkeys(steps, 0.1)
+    learning_rate, dict.fromkeys(falls, 0.1)
   )
 
 
-def _distances(
-  logits: jax.Array, teacher: jax.Array, temperature: jax.Array
-) -> jax.Array:
-  """Returns `T² KL(teacher ‖ student)`, `[B]`."""
+def _measures(
+  logits: jax.Array, batch: steps.Batch, temperature: jax.Array
+) -> steps.Figures:
+  """Cross-entropy and `T² KL(teacher ‖ student)`, of targets `[B, 2, K]`."""
+  labels = batch.targets[:, 0]
   student = jax.nn.log_softmax(logits / temperature)
-  teacher = jax.nn.log_softmax(teacher / temperature)
+  teacher = jax.nn.log_softmax(batch.targets[:, 1] / temperature)
   divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), -1)
-  return jnp.square(temperature) * divergence
+  return {
+    "loss": steps.cross_entropy(logits, labels),
+    "distance": jnp.square(temperature) * divergence,
+    "accuracy": steps.is_predicted(logits, labels),
+  }
 
 
-def _evaluate(
-  apply_fn: _engine.ApplyFn,
-  variables: types.Variables,
-  batch: _engine.Batch,
-  temperature: jax.Array,
-) -> tuple[jax.Array, jax.Array, tuple[types.Variables, _engine.Figures]]:
-  """Cross-entropy and distance `[B]`, of targets `[B, 2, K]`."""
-  logits, variables = apply_fn(variables, batch)
-  labels, teacher = batch.targets[:, 0], batch.targets[:, 1]
-  losses = training.cross_entropy(logits, labels)
-  distances = _distances(logits, teacher, temperature)
-  figures = _engine.by_set(
-    batch,
-    loss=losses,
-    distance=distances,
-    accuracy=_engine.is_predicted(logits, labels),
-  )
-  return losses, distances, (variables, figures)
-
-
+@steps.row_loss
 def _max_loss(
-  apply_fn: _engine.ApplyFn,
-  variables: types.Variables,
-  batch: _engine.Batch,
-  context: chex.ArrayTree,
-) -> tuple[jax.Array, tuple[types.Variables, _engine.Figures]]:
-  _, distances, aux = _evaluate(apply_fn, variables, batch, context[2])
-  return -jnp.sum(distances * batch.weights), aux
+  logits: jax.Array, batch: steps.Batch, context: dict[str, jax.Array]
+) -> tuple[jax.Array, steps.Figures]:
+  figures = _measures(logits, batch, context["temperature"])
+  return -figures["distance"], figures
 
 
+@steps.row_loss
 def _min_loss(
-  apply_fn: _engine.ApplyFn,
-  variables: types.Variables,
-  batch: _engine.Batch,
-  context: chex.ArrayTree,
-) -> tuple[jax.Array, tuple[types.Variables, _engine.Figures]]:
-  losses, distances, aux = _evaluate(apply_fn, variables, batch, context[2])
-  total = context[0] * losses + context[1] * distances
-  return jnp.sum(total * batch.weights), aux
+  logits: jax.Array, batch: steps.Batch, context: dict[str, jax.Array]
+) -> tuple[jax.Array, steps.Figures]:
+  figures = _measures(logits, batch, context["temperature"])
+  near = context["teacher_weight"] * figures["distance"]
+  return context["retain_weight"] * figures["loss"] + near, figures

@@ -5,8 +5,8 @@ import time
 import jax
 import jax.numpy as jnp
 
-from psg_jax import checks, types
-from psg_jax.baselines import _engine, _importance
+from psg_jax import checks, engine, types
+from psg_jax.baselines import _common, _importance
 
 
 def ssd(
@@ -19,10 +19,10 @@ def ssd(
   dampening: float = 1.0,
   reference: str = "all",
   batch_size: int = 64,
-  callback: _engine.Callback | None = None,
+  callback: engine.Callback | None = None,
   mesh: jax.sharding.Mesh | None = None,
   show_progress: bool = True,
-) -> _engine.Output:
+) -> _common.Output:
   """Dampens the weights that matter to the forget set beyond proportion.
 
       w_i ← β_i w_i   where I_F,i > α I_D,i,   β_i = min(λ I_D,i / I_F,i, 1)
@@ -61,7 +61,8 @@ def ssd(
   checks.number("selection_weight", selection_weight, at_least=0)
   checks.number("dampening", dampening, at_least=0)
   checks.one_of("reference", reference, ("all", "retain"))
-  _engine.check(model, variables, split, key, batch_size=batch_size)
+  checks.integer("batch_size", batch_size, at_least=1)
+  _common.check(model, variables, split, key)
   start = time.perf_counter()
   forget, retain = (
     _importance.fisher(
@@ -99,5 +100,4 @@ def ssd(
     "dampened_fraction": num_dampened / num_weights,
     "seconds": time.perf_counter() - start,
   }
-  unlearned = {**jax.tree.map(jnp.copy, dict(variables)), "params": params}
-  return _engine.finish(unlearned, key, record, callback)
+  return _common.finish(variables, params, key, record, callback)

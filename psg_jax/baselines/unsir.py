@@ -2,6 +2,7 @@
 
 import functools
 import time
+from typing import Any
 
 import chex
 import jax
@@ -9,12 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from psg_jax import checks, training, types
-from psg_jax.baselines import _engine, _plans
+from psg_jax import batches, checks, engine, optimizers, steps, types
+from psg_jax.baselines import _common
 
 # A pixel is grey plus so much of the noise: noise in the units of networks
 # whose images are standardised, as the authors' is.
 _GREY, _CONTRAST = 0.5, 0.25
+
+
+DEFAULTS = {
+  "num_epochs": 1,
+  "batch_size": 256,
+  "optimizer": optimizers.adam(0.02),
+}
 
 
 def unsir(
@@ -28,15 +36,9 @@ def unsir(
   noise_penalty: float = 0.1,
   retain_fraction: float = 0.2,
   num_impair_epochs: int = 1,
-  num_epochs: int = 1,
-  batch_size: int = 256,
-  optimizer: optax.GradientTransformation | None = None,
   repair_optimizer: optax.GradientTransformation | None = None,
-  batch_stats: str = "update",
-  callback: _engine.Callback | None = None,
-  mesh: jax.sharding.Mesh | None = None,
-  show_progress: bool = True,
-) -> _engine.Output:
+  **options: Any,
+) -> _common.Output:
   """Unlearns classes by error-maximising noise, without any forget image.
 
   1. Noise: for the classes of the forget set, images are found on which the
@@ -50,7 +52,7 @@ def unsir(
   the classes that occur in the forget set.
 
   Args:
-    model: As for `finetune.finetune`, and so are those not named here.
+    model: The network.
     variables: The original model's, left as they are.
     split: The forget set, of which the classes are used, and the retain set.
     key: One typed key, for the noise, the choice and the order.
@@ -60,16 +62,11 @@ def unsir(
     retain_fraction: Part of the retain set that is used, in (0, 1]; about the
       authors' 1000 images a class of CIFAR-10.
     num_impair_epochs: Passes of step 2, positive.
-    num_epochs: Passes of step 3, positive.
-    batch_size: Retain images a step, positive, and noise images where there
-      are as many retain images.
-    optimizer: Any Optax optimiser, to impair; None for Adam with a learning
-      rate of 0.02.
     repair_optimizer: Likewise, to repair; None for Adam with 0.01.
-    batch_stats: `"update"` or `"frozen"`.
-    callback: Called after each pass with the state and the pass's record.
-    mesh: Devices to work on; None for one.
-    show_progress: Whether to show progress bars.
+    **options: Those of `engine.Passes`, of both kinds of passes: `num_epochs`
+      of step 3, by default 1; `batch_size` retain images, by default 256, and
+      noise images where there are as many retain images; `optimizer` to impair,
+      by default Adam with a learning rate of 0.02. `num_parts` must be 1.
 
   Returns:
     The variables, and one record a pass: `epoch` from 1, `phase` (`"impair"`
@@ -89,79 +86,86 @@ def unsir(
   checks.number("noise_penalty", noise_penalty, at_least=0)
   checks.number("retain_fraction", retain_fraction, above=0, at_most=1)
   checks.integer("num_impair_epochs", num_impair_epochs, at_least=1)
-  _engine.check(
-    model,
-    variables,
-    split,
-    key,
-    batch_size=batch_size,
-    num_epochs=num_epochs,
-    batch_stats=batch_stats,
-  )
-  noise_key, choice_key, plan_key, impair_key, repair_key = jax.random.split(
-    key, 5
-  )
-  retain = _plans.take_fraction(split.retain, retain_fraction, choice_key)
+  passes = _common.passes(model, variables, split, key, options, DEFAULTS)
+  if passes.num_parts != 1:
+    raise ValueError(f"num_parts must be 1 for UNSIR, got {passes.num_parts}")
+  noise_key, choice_key, plan_key, *run_keys = jax.random.split(key, 5)
+  retain = batches.take_fraction(split.retain, retain_fraction, choice_key)
   start = time.perf_counter()
   classes = np.unique(split.forget.labels)
-  labels = np.resize(classes, max(min(batch_size, len(retain)), len(classes)))
+  size = max(min(passes.batch_size, len(retain)), len(classes))
+  labels = jnp.asarray(np.resize(classes, size))
   images = _maximise_error(
     model.apply,
-    _engine.adam(noise_step_size),
+    optimizers.adam(noise_step_size),
     variables,
     noise_key,
-    jnp.asarray(labels),
+    labels,
     jnp.float32(noise_penalty),
     image_shape=retain.images.shape[1:],
     num_steps=num_noise_steps,
   )
-  noise = (jax.block_until_ready(images), jnp.asarray(labels))
+  noise = (jax.block_until_ready(images), labels)
   noise_seconds = time.perf_counter() - start
-  plans = _plans.each_pass(
+  plans = batches.each_pass(
     plan_key,
-    num_impair_epochs + num_epochs,
-    lambda key: _plans.retain_only(key, 0, len(retain), batch_size),
+    num_impair_epochs + passes.num_epochs,
+    lambda key: batches.retain_only(key, 0, len(retain), passes.batch_size),
   )
-  run = functools.partial(
-    _engine.run,
-    model,
-    batch_stats=batch_stats,
-    callback=callback,
-    mesh=mesh,
-    show_progress=show_progress,
-  )
-  impaired = run(
-    variables,
-    retain.images,
-    retain.labels,
+  variables, history = _impair_and_repair(
+    (model, variables, retain.images, retain.labels),
     [
-      [_engine.Phase(_impair_loss, *plan, noise)]
+      [engine.Phase(_impair_loss, plan, noise)]
       for plan in plans[:num_impair_epochs]
     ],
-    impair_key,
-    optimizer=optimizer or _engine.adam(0.02),
-    description="UNSIR, impair",
-  )
-  repaired = run(
-    impaired.variables,
-    retain.images,
-    retain.labels,
     [
-      [_engine.Phase(_engine.mean_cross_entropy, *plan)]
+      [engine.Phase(steps.mean_cross_entropy, plan)]
       for plan in plans[num_impair_epochs:]
     ],
-    repair_key,
-    optimizer=repair_optimizer or _engine.adam(0.01),
-    description="UNSIR, repair",
-    first_epoch=num_impair_epochs + 1,
+    run_keys,
+    passes,
+    repair_optimizer or optimizers.adam(0.01),
   )
-  history = [
+  if history:
+    history[0]["noise_seconds"] = noise_seconds
+  return _common.Output(variables=variables, history=history)
+
+
+def _impair_and_repair(
+  start: tuple[types.Model, types.Variables, Any, np.ndarray],
+  impairing: list[list[engine.Phase]],
+  repairing: list[list[engine.Phase]],
+  keys: list[jax.Array],
+  passes: engine.Passes,
+  repair_optimizer: optax.GradientTransformation,
+) -> tuple[types.Variables, engine.History]:
+  """Makes the passes of steps 2 and 3, each with an optimiser of its own."""
+  model, variables, images, labels = start
+  num_impair_steps = sum(len(x.plan.rows) for (x,) in impairing)
+  history: engine.History = []
+  state = passes.state
+  num_done = 0 if state is None else int(state.step)
+  if num_done < num_impair_steps:
+    state, history = engine.run(
+      *(model, variables, images, labels, impairing, keys[0]),
+      passes.replace(description="UNSIR, impair"),
+    )
+  if state is not None and num_done <= num_impair_steps:
+    # Repairing starts anew from there, with an optimiser of its own.
+    variables, state = state.variables, None
+  state, repaired = engine.run(
+    *(model, variables, images, labels, repairing, keys[1]),
+    passes.replace(
+      optimizer=repair_optimizer, description="UNSIR, repair", state=state
+    ),
+    first_epoch=len(impairing),
+    first_step=num_impair_steps,
+  )
+  return state.variables, [
     {**record, "phase": phase}
-    for phase, output in (("impair", impaired), ("repair", repaired))
-    for record in output.history
+    for phase, records in (("impair", history), ("repair", repaired))
+    for record in records
   ]
-  history[0]["noise_seconds"] = noise_seconds
-  return _engine.Output(variables=repaired.variables, history=history)
 
 
 @functools.partial(
@@ -183,7 +187,7 @@ def _maximise_error(
   def loss(noise: jax.Array) -> jax.Array:
     logits = apply_fn(variables, _GREY + _CONTRAST * noise)
     sizes = jnp.square(noise).sum((1, 2, 3))
-    losses = training.cross_entropy(logits, labels)
+    losses = steps.cross_entropy(logits, labels)
     return jnp.mean(penalty * sizes - losses)
 
   def step(_: jax.Array, carry: tuple) -> tuple:
@@ -199,29 +203,29 @@ def _maximise_error(
 
 
 def _impair_loss(
-  apply_fn: _engine.ApplyFn,
+  apply_fn: steps.ApplyFn,
   variables: types.Variables,
-  batch: _engine.Batch,
+  batch: steps.Batch,
   context: chex.ArrayTree,
-) -> tuple[jax.Array, tuple[types.Variables, _engine.Figures]]:
+) -> tuple[jax.Array, tuple[types.Variables, steps.Figures]]:
   """The mean cross-entropy over retain and noise images together."""
   images, labels = context
   num_retain, num_noise = len(batch.images), len(images)
   is_real = jnp.concatenate([batch.weights > 0, jnp.ones(num_noise, bool)])
-  joined = _engine.Batch(
+  joined = steps.Batch(
     images=jnp.concatenate([batch.images, images]),
     targets=jnp.concatenate([batch.targets, labels]),
     weights=is_real / is_real.sum(),
     is_forget=jnp.arange(num_retain + num_noise) >= num_retain,
   )
-  loss, (variables, figures) = _engine.mean_cross_entropy(
+  loss, (variables, figures) = steps.mean_cross_entropy(
     apply_fn, variables, joined, ()
   )
   return loss, (
     variables,
     {
-      "retain_loss": figures["retain_loss"],
-      "retain_accuracy": figures["retain_accuracy"],
-      "noise_loss": figures["forget_loss"],
+      "loss": figures["loss"][:num_retain],
+      "accuracy": figures["accuracy"][:num_retain],
+      "noise_loss": figures["loss"][num_retain:].mean(),
     },
   )

@@ -1,5 +1,7 @@
 """Figures computed from cached logits and features, on the host."""
 
+# ruff: noqa: F401
+
 from psg_jax.metrics.clinical import (
   auroc,
   calibration_error,
@@ -11,6 +13,7 @@ from psg_jax.metrics.clinical import (
 )
 from psg_jax.metrics.common import NotAvailableError
 from psg_jax.metrics.distances import (
+  RELEARN_MARGIN,
   activation_distance,
   anamnesis_index,
   js_divergence,
@@ -42,46 +45,3 @@ from psg_jax.metrics.membership import (
   threshold_attack,
 )
 from psg_jax.metrics.registry import METRICS, compute, find, result_of
-
-__all__ = [
-  "METRICS",
-  "SPLITS",
-  "Inputs",
-  "Metric",
-  "NotAvailableError",
-  "Outputs",
-  "accuracy",
-  "accuracy_by",
-  "activation_distance",
-  "agreement",
-  "anamnesis_index",
-  "auroc",
-  "calibration_error",
-  "compute",
-  "confusion_matrix",
-  "entropies",
-  "evaluate",
-  "false_negatives",
-  "find",
-  "flips",
-  "js_divergence",
-  "kl_divergence",
-  "label_losses",
-  "linear_cka",
-  "linear_probe",
-  "logistic_attack",
-  "modified_entropies",
-  "per_class_accuracy",
-  "relearn_steps",
-  "result_of",
-  "run_time_efficiency",
-  "sensitivity",
-  "specificity",
-  "svc_attack",
-  "threshold_attack",
-  "total_variation",
-  "tug_of_war",
-  "weight_distance",
-  "worst_subgroup",
-  "zrf",
-]

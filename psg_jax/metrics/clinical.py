@@ -105,16 +105,15 @@ def auroc(logits: np.ndarray, labels: np.ndarray) -> Auroc:
     Operating Characteristic (ROC) Curve, 1982.
   """
   common.check_logits(logits, labels)
-  odds = common.log_probabilities(logits) - common.log_complements(logits)
-  per_class: list[float | None] = []
-  for label in range(logits.shape[1]):
+  odds = common.log_odds(logits)
+
+  def area(label: int) -> float | None:
     is_positive = labels == label
-    has_both = is_positive.any() and not is_positive.all()
-    per_class.append(
-      float(sklearn.metrics.roc_auc_score(is_positive, odds[:, label]))
-      if has_both
-      else None
-    )
+    if not is_positive.any() or is_positive.all():
+      return None
+    return float(sklearn.metrics.roc_auc_score(is_positive, odds[:, label]))
+
+  per_class = [area(label) for label in range(logits.shape[1])]
   known = [area for area in per_class if area is not None]
   if not known:
     raise common.NotAvailableError("all images are of one class")
@@ -149,7 +148,7 @@ def calibration_error(
   common.check_logits(logits, labels)
   checks.integer("num_bins", num_bins, at_least=1)
   confidence = np.exp(common.log_probabilities(logits).max(-1))
-  is_right = np.argmax(logits, -1) == labels
+  is_right = common.is_right(logits, labels)
   # The upper edge belongs to a bin; rounding may carry a confidence past 1.
   bins = np.ceil(confidence * num_bins).astype(int).clip(1, num_bins) - 1
   gaps = np.bincount(bins, is_right - confidence, minlength=num_bins)
@@ -215,7 +214,7 @@ def worst_subgroup(
     )
   names, group_of = np.unique(groups.astype(str), return_inverse=True)
   counts = np.bincount(group_of)
-  is_right = np.argmax(logits, -1) == labels
+  is_right = common.is_right(logits, labels)
   accuracies = np.bincount(group_of, is_right) / counts
   large = np.flatnonzero(counts >= min_count)
   if not len(large):
@@ -344,18 +343,16 @@ def false_negatives(
   """
   common.check_pair(logits, original)
   common.check_labels(logits, labels)
-  before, after = np.argmax(original, -1), np.argmax(logits, -1)
-  chosen = _classes(positive, class_names, logits.shape[1])
-  if positive is not None and not np.any(labels == chosen[0]):
+  missed = [~common.is_right(x, labels) for x in (original, logits)]
+  classes = _classes(positive, class_names, logits.shape[1])
+  if positive is not None and not np.any(labels == classes[0]):
     raise common.NotAvailableError(f"there are no images of class {positive!r}")
   return [
     FalseNegatives(
-      label=label,
-      num_images=int(np.sum(labels == label)),
-      before=int(np.sum(before[labels == label] != label)),
-      after=int(np.sum(after[labels == label] != label)),
+      *(label, int(np.sum(labels == label))),
+      *(int(np.sum(is_missed[labels == label])) for is_missed in missed),
     )
-    for label in chosen
+    for label in classes
   ]
 
 

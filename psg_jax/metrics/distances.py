@@ -19,6 +19,9 @@ import sklearn.preprocessing
 from psg_jax import checks
 from psg_jax.metrics import common
 
+RELEARN_MARGIN = 0.05
+"""Share of the original accuracy that may be missing when it is back."""
+
 
 def js_divergence(logits: np.ndarray, reference: np.ndarray) -> float:
   """Mean Jensen-Shannon divergence of two models' predictions, in nats.
@@ -280,7 +283,10 @@ def run_time_efficiency(seconds: float, retrain_seconds: float) -> float:
 
 
 def relearn_steps(
-  accuracies: np.ndarray, original_accuracy: float, *, margin: float = 0.05
+  accuracies: np.ndarray,
+  original_accuracy: float,
+  *,
+  margin: float = RELEARN_MARGIN,
 ) -> int:
   """Steps of training on the forget set until its accuracy is back.
 
@@ -313,9 +319,7 @@ def relearn_steps(
     )
   checks.number("accuracies", curve, at_least=0, at_most=1)
   checks.number("original_accuracy", original_accuracy, above=0, at_most=1)
-  checks.number("margin", margin, at_least=0)
-  if margin >= 1:
-    raise ValueError(f"margin must be below 1, got {margin}")
+  checks.number("margin", margin, at_least=0, below=1)
   target = (1 - margin) * original_accuracy
   reached = np.flatnonzero(curve >= target)
   if not len(reached):
@@ -331,7 +335,7 @@ def anamnesis_index(
   retrained_accuracies: np.ndarray,
   original_accuracy: float,
   *,
-  margin: float = 0.05,
+  margin: float = RELEARN_MARGIN,
 ) -> float:
   """AIN: steps to relearn, as a ratio to the retrained model's.
 
@@ -416,11 +420,7 @@ def linear_probe(
     Alain and Bengio, Understanding Intermediate Layers Using Linear Classifier
     Probes, 2016.
   """
-  if features.ndim != 2 or labels.shape != features.shape[:1]:
-    raise ValueError(
-      f"features must be [N, D] and labels [N], got {list(features.shape)} and"
-      f" {list(labels.shape)}"
-    )
+  common.check_rows("features", features, labels, "D")
   checks.integer("num_folds", num_folds, at_least=2)
   if not np.all(np.isfinite(features)):
     raise common.NotAvailableError("features are not finite")

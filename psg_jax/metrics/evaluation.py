@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import scipy.special
 import sklearn.metrics
+
+from psg_jax.metrics import common
 
 
 def accuracy(logits: np.ndarray, labels: np.ndarray) -> float | None:
@@ -26,10 +27,8 @@ def accuracy(logits: np.ndarray, labels: np.ndarray) -> float | None:
   Raises:
     ValueError: If the lengths differ.
   """
-  _check(logits, labels)
-  if not len(labels):
-    return None
-  return float(np.mean(np.argmax(logits, -1) == labels))
+  common.check_rows("logits", logits, labels)
+  return common.mean(common.is_right(logits, labels))
 
 
 def per_class_accuracy(
@@ -47,10 +46,10 @@ def per_class_accuracy(
   Raises:
     ValueError: If the lengths differ.
   """
-  _check(logits, labels)
+  common.check_rows("logits", logits, labels)
+  is_right = common.is_right(logits, labels)
   return [
-    accuracy(logits[labels == label], labels[labels == label])
-    for label in range(logits.shape[1])
+    common.mean(is_right[labels == label]) for label in range(logits.shape[1])
   ]
 
 
@@ -67,7 +66,7 @@ def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
   Raises:
     ValueError: If the lengths differ.
   """
-  _check(logits, labels)
+  common.check_rows("logits", logits, labels)
   num_classes = logits.shape[1]
   if not len(labels):
     return np.zeros((num_classes, num_classes), np.int64)
@@ -92,20 +91,18 @@ def accuracy_by(
   Raises:
     ValueError: If the lengths differ.
   """
-  _check(logits, labels)
+  common.check_rows("logits", logits, labels)
   if len(values) != len(labels):
     raise ValueError(
       f"values must be as many as labels: got {len(values)} values for"
       f" {len(labels)} labels"
     )
-  groups: dict[str, dict[str, float | int | None]] = {}
-  for value in np.unique(values):
-    here = values == value
-    groups[str(value)] = {
-      "accuracy": accuracy(logits[here], labels[here]),
-      "count": int(here.sum()),
-    }
-  return groups
+  is_right = common.is_right(logits, labels)
+  groups = {value: is_right[values == value] for value in np.unique(values)}
+  return {
+    str(value): {"accuracy": common.mean(group), "count": len(group)}
+    for value, group in groups.items()
+  }
 
 
 def agreement(logits: np.ndarray, reference: np.ndarray) -> float | None:
@@ -121,10 +118,8 @@ def agreement(logits: np.ndarray, reference: np.ndarray) -> float | None:
   Raises:
     ValueError: If the shapes differ.
   """
-  _check_pair(logits, reference)
-  if not len(logits):
-    return None
-  return float(np.mean(np.argmax(logits, -1) == np.argmax(reference, -1)))
+  common.check_same(logits, reference)
+  return common.mean(common.is_same(logits, reference))
 
 
 def kl_divergence(reference: np.ndarray, logits: np.ndarray) -> float | None:
@@ -140,12 +135,10 @@ def kl_divergence(reference: np.ndarray, logits: np.ndarray) -> float | None:
   Raises:
     ValueError: If the shapes differ.
   """
-  _check_pair(logits, reference)
-  if not len(logits):
-    return None
-  log_p = scipy.special.log_softmax(np.asarray(reference, np.float64), -1)
-  log_q = scipy.special.log_softmax(np.asarray(logits, np.float64), -1)
-  return float(np.mean(np.sum(np.exp(log_p) * (log_p - log_q), -1)))
+  common.check_same(logits, reference)
+  log_p = common.log_probabilities(reference)
+  log_q = common.log_probabilities(logits)
+  return common.mean(np.sum(np.exp(log_p) * (log_p - log_q), -1))
 
 
 def evaluate(
@@ -169,19 +162,18 @@ def evaluate(
   Raises:
     ValueError: If splits are missing or lengths differ.
   """
-  for name in ("test_forget", "test_retain"):
+  parts = ("test_forget", "test_retain")
+  for name in parts:
     if name not in logits or name not in labels:
       raise ValueError(f"logits and labels must have the split {name!r}")
-  parts = ("test_forget", "test_retain")
-  test_logits = np.concatenate([logits[name] for name in parts])
-  test_labels = np.concatenate([labels[name] for name in parts])
+  test = [np.concatenate([x[name] for name in parts]) for x in (logits, labels)]
   result: dict[str, Any] = {
     "accuracy": {
       **{name: accuracy(logits[name], labels[name]) for name in logits},
-      "test": accuracy(test_logits, test_labels),
+      "test": accuracy(*test),
     },
-    "per_class_accuracy": per_class_accuracy(test_logits, test_labels),
-    "confusion_matrix": confusion_matrix(test_logits, test_labels).tolist(),
+    "per_class_accuracy": per_class_accuracy(*test),
+    "confusion_matrix": confusion_matrix(*test).tolist(),
   }
   if reference is not None:
     result["agreement"] = {
@@ -191,19 +183,3 @@ def evaluate(
       name: kl_divergence(reference[name], logits[name]) for name in logits
     }
   return result
-
-
-def _check(logits: np.ndarray, labels: np.ndarray) -> None:
-  if logits.ndim != 2 or labels.shape != logits.shape[:1]:
-    raise ValueError(
-      f"logits must be [N, K] and labels [N], got {list(logits.shape)} and"
-      f" {list(labels.shape)}"
-    )
-
-
-def _check_pair(logits: np.ndarray, reference: np.ndarray) -> None:
-  if logits.ndim != 2 or logits.shape != reference.shape:
-    raise ValueError(
-      f"logits must be [N, K] for both models, got {list(logits.shape)} and"
-      f" {list(reference.shape)}"
-    )

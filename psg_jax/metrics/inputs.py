@@ -21,7 +21,7 @@ class Outputs(NamedTuple):
     params: The parameters, `variables["params"]`, or None.
     seconds: Time of the training or unlearning without evaluation, or None.
     relearn_accuracy: float `[T + 1]`, the accuracy on the forget set before and
-      after each step of training on it again, or None.
+      after each step of training on it again (`relearning.relearn`), or None.
   """
 
   logits: Mapping[str, np.ndarray]
@@ -65,6 +65,9 @@ class Metric(NamedTuple):
     direction: Whether more is better (`"up"`), less is (`"down"`), or what the
       retrained model has (`"as_retrained"`).
     ideal: The best value, `"retrained"` for the retrained model's.
+    unit: `"share"` (in [0, 1]), `"nats"`, `"steps"` or `"ratio"`; `""` for a
+      number of its own kind.
+    source: Authors and year of what it is from; `""` for common knowledge.
     needs: Paths into `Inputs`, such as `"retrained.logits.train_forget"`.
     fn: `(Inputs) -> value`, or a dictionary for JSON with `"value"` and what
       else there is to say. May raise `NotAvailableError`.
@@ -74,6 +77,8 @@ class Metric(NamedTuple):
   title: str
   direction: Direction
   ideal: float | Literal["retrained"]
+  unit: str
+  source: str
   needs: tuple[str, ...]
   fn: Callable[[Inputs], float | dict[str, Any] | None]
 
@@ -94,19 +99,13 @@ def get(inputs: Inputs, path: str) -> Any:
 def check(inputs: Inputs) -> None:
   """Raises ValueError unless all arrays of a split have one row a label."""
   checks.integer("seed", inputs.seed, at_least=0)
-  models = {
-    name: getattr(inputs, name)
-    for name in ("model", "retrained", "original", "random")
-    if getattr(inputs, name) is not None
-  }
-  arrays = {
-    f"{name}.{kind}": getattr(each, kind)
-    for name, each in models.items()
+  kinds = [
+    f"{model}.{kind}"
+    for model in ("model", "retrained", "original", "random")
     for kind in ("logits", "features")
-  }
-  arrays |= {"labels": inputs.labels, "groups": inputs.groups}
-  for path, by_split in arrays.items():
-    for split, array in (by_split or {}).items():
+  ]
+  for path in (*kinds, "labels", "groups"):
+    for split, array in (get(inputs, path) or {}).items():
       checks.one_of(f"{path} split", split, SPLITS)
       if split not in inputs.labels:
         raise ValueError(f"labels must have the split {split!r} of {path}")

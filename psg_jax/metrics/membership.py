@@ -28,6 +28,7 @@ import sklearn.svm
 from psg_jax import checks
 from psg_jax.metrics import common
 
+_MIN_SAMPLES = 20
 _NUM_ROC_POINTS = 100
 
 
@@ -59,7 +60,6 @@ def match(
   member_labels: np.ndarray,
   non_member_labels: np.ndarray,
   *,
-  min_samples: int = 20,
   max_samples: int | None = None,
   seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +68,6 @@ def match(
   Args:
     member_labels: int `[M]`.
     non_member_labels: int `[N]`.
-    min_samples: Fewest rows a side, positive.
     max_samples: Most rows a side, drawn at random from the matched pairs; None
       for all.
     seed: Seed of the draw.
@@ -78,28 +77,27 @@ def match(
     class that only one side has are left out.
 
   Raises:
-    ValueError: If `min_samples` or `seed` is out of range.
-    NotAvailableError: If fewer than `min_samples` can be matched.
+    ValueError: If `seed` is out of range.
+    NotAvailableError: If fewer than 20 can be matched.
   """
-  checks.integer("min_samples", min_samples, at_least=1)
   checks.integer("seed", seed, at_least=0)
   rng = np.random.default_rng(seed)
   members, others = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
   for label in np.intersect1d(member_labels, non_member_labels):
-    here = rng.permutation(np.flatnonzero(member_labels == label))
-    there = rng.permutation(np.flatnonzero(non_member_labels == label))
-    count = min(len(here), len(there))
-    members.append(here[:count])
-    others.append(there[:count])
+    rows = rng.permutation(np.flatnonzero(member_labels == label))
+    other_rows = rng.permutation(np.flatnonzero(non_member_labels == label))
+    count = min(len(rows), len(other_rows))
+    members.append(rows[:count])
+    others.append(other_rows[:count])
   left, right = np.concatenate(members), np.concatenate(others)
-  if len(left) < min_samples:
+  if len(left) < _MIN_SAMPLES:
     raise common.NotAvailableError(
       f"{len(member_labels)} members and {len(non_member_labels)} non-members"
       f" have {len(left)} images of the same classes in common, and"
-      f" {min_samples} are needed"
+      f" {_MIN_SAMPLES} are needed"
     )
-  chosen = common.choose_rows(len(left), max_samples, rng)
-  return np.sort(left[chosen]), np.sort(right[chosen])
+  drawn = common.choose_rows(len(left), max_samples, rng)
+  return np.sort(left[drawn]), np.sort(right[drawn])
 
 
 def label_losses(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -165,7 +163,7 @@ def _confidence(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def _correctness(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
   common.check_logits(logits, labels)
-  return (np.argmax(logits, -1) == labels).astype(np.float64)
+  return common.is_right(logits, labels).astype(np.float64)
 
 
 SCORES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -180,6 +178,22 @@ SCORES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 """What a threshold attack looks at; the larger, the more likely a member."""
 
 
+def _matched(
+  score: Callable[[np.ndarray, np.ndarray], np.ndarray],
+  sides: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray],
+  seed: int,
+  max_samples: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Scores of the matched images, members first, and which are members."""
+  logits, labels, other_logits, other_labels = sides
+  rows, others = match(labels, other_labels, max_samples=max_samples, seed=seed)
+  values = [
+    score(logits, labels)[rows],
+    score(other_logits, other_labels)[others],
+  ]
+  return np.concatenate(values), np.repeat([1, 0], len(rows))
+
+
 def threshold_attack(
   member_logits: np.ndarray,
   member_labels: np.ndarray,
@@ -188,7 +202,6 @@ def threshold_attack(
   *,
   score: str = "loss",
   num_folds: int = 5,
-  min_samples: int = 20,
   seed: int = 0,
 ) -> Attack:
   """Calls an image a member if its score reaches a threshold.
@@ -207,7 +220,6 @@ def threshold_attack(
     score: One of `SCORES`: minus the `loss`, the `confidence` in the label,
       `correctness`, minus the `entropy` or the `modified_entropy`.
     num_folds: Folds, at least 2.
-    min_samples: Fewest matched images a side.
     seed: Seed of the subsample and the folds.
 
   Returns:
@@ -225,16 +237,8 @@ def threshold_attack(
     (true positives at a low false positive rate).
   """
   checks.one_of("score", score, SCORES)
-  here, there = match(
-    member_labels, non_member_labels, min_samples=min_samples, seed=seed
-  )
-  values = np.concatenate(
-    [
-      SCORES[score](member_logits, member_labels)[here],
-      SCORES[score](non_member_logits, non_member_labels)[there],
-    ]
-  )
-  is_member = np.repeat([1, 0], len(here))
+  sides = (member_logits, member_labels, non_member_logits, non_member_labels)
+  values, is_member = _matched(SCORES[score], sides, seed)
   hits = []
   for train, test in _folds(values, is_member, num_folds, seed):
     threshold = _best_threshold(values[train], is_member[train])
@@ -246,14 +250,16 @@ def threshold_attack(
   fpr, tpr, _ = sklearn.metrics.roc_curve(
     is_member, values, drop_intermediate=False
   )
+  num_samples = len(values) // 2
   return Attack(
     accuracy=float(np.mean(hits)),
     auc=float(sklearn.metrics.roc_auc_score(is_member, values)),
     tpr={
-      str(rate): _tpr_at(fpr, tpr, rate, len(there)) for rate in (0.01, 0.001)
+      str(rate): common.true_positive_rate(fpr, tpr, rate, num_samples)
+      for rate in (0.01, 0.001)
     },
-    roc=_thinned(fpr, tpr, len(there)),
-    num_samples=len(here),
+    roc=_thinned(fpr, tpr, num_samples),
+    num_samples=num_samples,
   )
 
 
@@ -264,7 +270,6 @@ def logistic_attack(
   non_member_labels: np.ndarray,
   *,
   num_folds: int = 10,
-  min_samples: int = 20,
   seed: int = 0,
 ) -> Attack:
   """Logistic regression on the loss of an image, cross-validated.
@@ -282,7 +287,6 @@ def logistic_attack(
     non_member_logits: float `[N, K]`, of test images.
     non_member_labels: int `[N]`.
     num_folds: Stratified folds, at least 2.
-    min_samples: Fewest matched images a side.
     seed: Seed of the subsample and the folds.
 
   Returns:
@@ -295,20 +299,13 @@ def logistic_attack(
   References:
     Kurmanji et al., Towards Unbounded Machine Unlearning, 2023.
   """
-  here, there = match(
-    member_labels, non_member_labels, min_samples=min_samples, seed=seed
-  )
-  values = np.concatenate(
-    [
-      label_losses(member_logits, member_labels)[here],
-      label_losses(non_member_logits, non_member_labels)[there],
-    ]
-  )
+  sides = (member_logits, member_labels, non_member_logits, non_member_labels)
   classifier = sklearn.pipeline.make_pipeline(
     sklearn.preprocessing.StandardScaler(),
     sklearn.linear_model.LogisticRegression(),
   )
-  return _classify(classifier, values, num_folds, seed)
+  matched = _matched(label_losses, sides, seed)
+  return _classify(classifier, *matched, num_folds, seed)
 
 
 def svc_attack(
@@ -318,7 +315,6 @@ def svc_attack(
   non_member_labels: np.ndarray,
   *,
   num_folds: int = 5,
-  min_samples: int = 20,
   max_samples: int | None = 1000,
   seed: int = 0,
 ) -> Attack:
@@ -337,7 +333,6 @@ def svc_attack(
     non_member_logits: float `[N, K]`, of test images.
     non_member_labels: int `[N]`.
     num_folds: Stratified folds, at least 2.
-    min_samples: Fewest matched images a side.
     max_samples: Most images a side, drawn at random, as the time grows with
       the square; None for all.
     seed: Seed of the subsample and the folds.
@@ -352,31 +347,22 @@ def svc_attack(
   References:
     Jia et al., Model Sparsity Can Simplify Machine Unlearning, 2023.
   """
-  here, there = match(
-    member_labels,
-    non_member_labels,
-    min_samples=min_samples,
-    max_samples=max_samples,
-    seed=seed,
-  )
-  values = np.concatenate(
-    [
-      _confidence(member_logits, member_labels)[here],
-      _confidence(non_member_logits, non_member_labels)[there],
-    ]
-  )
+  sides = (member_logits, member_labels, non_member_logits, non_member_labels)
   # The kernel and the C of the paper's code; its gamma would leave the small
   # spread of confidences unused.
   classifier = sklearn.svm.SVC(C=3.0, kernel="rbf", gamma="scale")
-  return _classify(classifier, values, num_folds, seed)
+  matched = _matched(_confidence, sides, seed, max_samples)
+  return _classify(classifier, *matched, num_folds, seed)
 
 
 def _classify(
-  classifier: Any, values: np.ndarray, num_folds: int, seed: int
+  classifier: Any,
+  values: np.ndarray,
+  is_member: np.ndarray,
+  num_folds: int,
+  seed: int,
 ) -> Attack:
-  """Cross-validates a classifier on one value an image, members first."""
-  num_samples = len(values) // 2
-  is_member = np.repeat([1, 0], num_samples)
+  """Cross-validates a classifier on one value an image."""
   features = values[:, None]
   hits, areas = [], []
   for train, test in _folds(values, is_member, num_folds, seed):
@@ -398,7 +384,7 @@ def _classify(
     auc=float(np.mean(areas)),
     tpr=None,
     roc=None,
-    num_samples=num_samples,
+    num_samples=len(values) // 2,
   )
 
 
@@ -421,14 +407,6 @@ def _best_threshold(values: np.ndarray, is_member: np.ndarray) -> float:
   """The threshold `values >= t` of the best balanced accuracy."""
   fpr, tpr, thresholds = sklearn.metrics.roc_curve(is_member, values)
   return float(thresholds[np.argmax(tpr - fpr)])
-
-
-def _tpr_at(
-  fpr: np.ndarray, tpr: np.ndarray, rate: float, num_non_members: int
-) -> float | None:
-  if num_non_members * rate < 1:
-    return None
-  return float(tpr[np.searchsorted(fpr, rate, side="right") - 1])
 
 
 def _thinned(

@@ -1,0 +1,215 @@
+"""Labels to move a model to: a search over the forget set, and its targets."""
+
+import dataclasses
+import functools
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from psg_jax import (
+  boundary,
+  checks,
+  parallel,
+  progress,
+  steps,
+  streaming,
+  types,
+)
+
+_RELABELLING_FIELDS = (
+  "labels",
+  "logits",
+  "is_crossed",
+  "distance",
+  "num_steps",
+)
+LABELS = ("hard", "soft", "soft_other", "raw_logits")
+
+
+class SearchFn(Protocol):
+  """A search with its options bound, such as a partial of `boundary.search`."""
+
+  def __call__(
+    self,
+    apply_fn: types.ApplyFn,
+    variables: types.Variables,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+  ) -> boundary.SearchOutput:
+    """Searches from float images `[B, H, W, C]`; `key` is one or `[B]`."""
+    ...
+
+
+@types.pytree
+class Relabelling:
+  """The outcome of the search over the forget set.
+
+  Attributes:
+    labels: int32 `[N]`, the class reached, or the runner-up.
+    logits: float32 `[N, K]` at the last point.
+    is_crossed: bool `[N]`, whether the boundary was crossed.
+    distance: float32 `[N]`, in pixel units.
+    num_steps: int32 `[N]`.
+  """
+
+  labels: np.ndarray
+  logits: np.ndarray
+  is_crossed: np.ndarray
+  distance: np.ndarray
+  num_steps: np.ndarray
+
+
+def relabel(
+  apply_fn: types.ApplyFn,
+  variables: types.Variables,
+  dataset: types.Dataset,
+  key: jax.Array,
+  *,
+  search_fn: SearchFn,
+  batch_size: int = 128,
+  first_steps: int = 8,
+  mesh: jax.sharding.Mesh | None = None,
+  show_progress: bool = True,
+) -> Relabelling:
+  """Searches a near class across the boundary for a whole data set.
+
+  Args:
+    apply_fn: The frozen network in inference mode.
+    variables: Its variables.
+    dataset: The forget set.
+    key: One typed key; image `i` draws with `fold_in(key, i)`, whatever the
+      batch size.
+    search_fn: A `boundary.Search`, or another search with its options bound.
+    batch_size: Images at a time, positive; the last batch is filled up.
+    first_steps: Of a `boundary.Search` with twice as many or more. Most images
+      are across the boundary by then: only those that are not are searched
+      again, from the start, so that a batch does not wait for its slowest
+      image. The result is the same.
+    mesh: Devices that a `boundary.Search` works on; None for one.
+    show_progress: Whether to show a progress bar.
+
+  Returns:
+    The classes reached and how the search went, `[N]` each.
+
+  Raises:
+    ValueError: If an argument is out of its range.
+  """
+  checks.integer("batch_size", batch_size, at_least=1)
+  checks.integer("first_steps", first_steps, at_least=1)
+  checks.key(key)
+  if not len(dataset):
+    raise ValueError("dataset must not be empty, got 0 images")
+  num_images = len(dataset)
+  batch_size = min(batch_size, num_images)
+  found: dict[str, np.ndarray] = {}
+
+  def run(
+    rows: np.ndarray, search: SearchFn, last_step: int | None = None
+  ) -> None:
+    """Searches these rows, and keeps what was found."""
+    fn = search
+    if mesh is not None and isinstance(search, boundary.Search):
+      fn = functools.partial(parallel.search, mesh=mesh, search=search)
+    # The last batch is filled up from the first image on: one program.
+    plan = [
+      rows[np.arange(start, start + batch_size) % len(rows)]
+      for start in range(0, len(rows), batch_size)
+    ]
+    starts = range(0, len(rows), batch_size)
+    for start, chosen, images in zip(
+      starts, plan, streaming.batches(dataset.images, plan), strict=True
+    ):
+      real = chosen[: len(rows) - start]
+      output = fn(
+        apply_fn,
+        variables,
+        steps.to_float(jnp.asarray(images)),
+        jnp.asarray(dataset.labels[chosen]),
+        boundary.sample_keys(key, jnp.asarray(chosen)),
+      )
+      for name in _RELABELLING_FIELDS:
+        values = np.asarray(getattr(output, name))[: len(real)]
+        if name not in found:
+          shape = (num_images, *values.shape[1:])
+          found[name] = np.zeros(shape, values.dtype)
+        found[name][real] = values
+      num_done = len(real)
+      if last_step is not None:
+        num_done = int((found["num_steps"][real] < last_step).sum())
+      bar.advance(num_done, crossed=float(found["is_crossed"][real].mean()))
+
+  with progress.bar(
+    "boundary search", num_images, unit="image", is_shown=show_progress
+  ) as bar:
+    rows = np.arange(num_images)
+    if (
+      isinstance(search_fn, boundary.Search)
+      and search_fn.num_steps >= 2 * first_steps
+      # This schedule knows the number of steps.
+      and search_fn.distance_decay != "linear"
+    ):
+      short = dataclasses.replace(search_fn, num_steps=first_steps)
+      run(rows, short, first_steps)
+      rows = np.flatnonzero(found["num_steps"] >= first_steps)
+    if rows.size:
+      run(rows, search_fn)
+  return Relabelling(**found)
+
+
+def soft_targets(
+  logits: np.ndarray,
+  *,
+  labels: str = "soft",
+  top_k: int | None = None,
+  old_labels: np.ndarray | None = None,
+) -> np.ndarray:
+  """Turns predictions into targets (Algorithm 3).
+
+  Args:
+    logits: float `[N, K]`.
+    labels: `"soft"`: the softmax; `"soft_other"`: the softmax over the classes
+      other than `old_labels`; `"raw_logits"`: the logits themselves, as in the
+      released code, which feeds them where probabilities belong.
+    top_k: Number of largest entries kept, the others becoming 0; probabilities
+      are then normalised again. None keeps all.
+    old_labels: int `[N]`, needed for `"soft_other"`.
+
+  Returns:
+    float32 `[N, K]`; probabilities sum to 1 in each row.
+
+  Raises:
+    ValueError: If an argument is missing or out of its range.
+  """
+  num_classes = logits.shape[-1]
+  check_labels(labels, top_k, num_classes)
+  targets = jnp.asarray(logits, jnp.float32)
+  if labels == "soft_other":
+    if old_labels is None:
+      raise ValueError("old_labels must be given with soft_other, got None")
+    is_old = jnp.asarray(old_labels)[:, None] == jnp.arange(num_classes)
+    targets = jnp.where(is_old, -jnp.inf, targets)
+  if labels != "raw_logits":
+    targets = jax.nn.softmax(targets)
+  if top_k is not None:
+    kept = jax.nn.one_hot(jax.lax.top_k(targets, top_k)[1], num_classes).sum(-2)
+    targets = targets * kept
+    if labels != "raw_logits":
+      targets = targets / targets.sum(-1, keepdims=True)
+  return np.asarray(targets)
+
+
+def check_labels(labels: str, top_k: int | None, num_classes: int) -> None:
+  """Raises ValueError unless this form of labels exists."""
+  checks.one_of("labels", labels, LABELS)
+  if top_k is None:
+    return
+  if labels == "hard":
+    raise ValueError(f"top_k must be None with hard labels, got {top_k}")
+  checks.integer("top_k", top_k, at_least=1)
+  if top_k > num_classes:
+    raise ValueError(
+      f"top_k must be at most the {num_classes} classes, got {top_k}"
+    )
