@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments import cli, compare_cells, compare_summary, jobs
+from experiments import cells, cli, jobs
+from experiments.comparison import summary, verdicts
 from psg_jax import checkpoints, checks, diagnosis, metrics, types
 
 _RELEARNING = ("relearn_steps", "anamnesis_index")
@@ -88,16 +89,14 @@ def measure(options: Options) -> list[dict[str, Any]]:
   )
   others = {
     name: metrics.Outputs(
-      *compare_cells.predict(
-        context, variables[name], feature_splits=metrics.SPLITS
-      ),
+      *cells.predict(context, variables[name], feature_splits=metrics.SPLITS),
       params=variables[name]["params"],
       seconds=1.0,
     )
     for name in ("original", "retrained", "random")
   }
   # Compiles what is timed.
-  compare_cells.predict(context, variables["unlearned"])
+  cells.predict(context, variables["unlearned"])
   return [
     _measure(context, variables["unlearned"], others)
     for _ in range(options.repeats)
@@ -110,10 +109,10 @@ def _measure(
   others: dict[str, metrics.Outputs],
 ) -> dict[str, Any]:
   start = time.perf_counter()
-  compare_cells.predict(context, variables)
+  cells.predict(context, variables)
   seconds = {"pass": time.perf_counter() - start}
   start = time.perf_counter()
-  logits, features = compare_cells.predict(
+  logits, features = cells.predict(
     context, variables, feature_splits=metrics.SPLITS
   )
   seconds["prediction"] = time.perf_counter() - start
@@ -121,7 +120,7 @@ def _measure(
   outputs = metrics.Outputs(
     logits, features, params=variables["params"], seconds=1.0
   )
-  figures = compare_cells.figures(context, names, outputs, others)
+  figures = cells.figures(context, names, outputs, others)
   accuracies = [
     {x: figures[f"accuracy_{x}"]["value"] for x in metrics.SPLITS},
     *(
@@ -133,12 +132,16 @@ def _measure(
     ),
   ]
   diagnosis.diagnose(accuracies[1], accuracies[0], retrained=accuracies[2])
-  compare_summary.verify(
-    {x: others["retrained"].logits[x][None] for x in compare_summary.SPLITS},
-    {x: {0: logits[x][None]} for x in compare_summary.SPLITS},
-    {x: context.parts[x].labels for x in compare_summary.SPLITS},
-    num_diverged=0,
-    num_cells=1,
+  parts = {x: context.parts[x] for x in summary.SPLITS}
+  verdicts.verify(
+    verdicts.Logits(
+      {x: others["retrained"].logits[x][None] for x in parts},
+      {"unlearned": {x: {0: logits[x][None]} for x in parts}},
+      {name: part.labels for name, part in parts.items()},
+      None,
+    ),
+    "unlearned",
+    [{"status": cells.DONE}],
   )
   seconds["evaluation"] = time.perf_counter() - start
   return {

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import figures
+from experiments.pages import figures
 from psg_jax import data, models, networks, torch_layouts, types
 
 
