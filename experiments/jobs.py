@@ -33,7 +33,6 @@ from experiments import (
   run_folder,
   sets,
 )
-from experiments.pages import yardstick as yardstick_page
 from psg_jax import (
   augment,
   checkpoints,

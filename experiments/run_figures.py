@@ -14,8 +14,8 @@ from experiments import (
   read_out,
   requests,
   run_folder,
-  yardstick_page,
 )
+from experiments.pages import yardstick as yardstick_page
 from psg_jax import (
   boundary,
   inference,
