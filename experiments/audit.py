@@ -41,29 +41,27 @@ its passes. `--resume` goes on where a run was stopped, and with another
 """
 
 import dataclasses
-import json
-import math
 import pathlib
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-import scipy.stats
 import tyro
 
 from experiments import (
-  audit_page,
+  attack,
+  cells,
   cli,
-  compare_recipes,
   files,
   jobs,
   recipes,
   requests,
   sets,
 )
+from experiments.comparison import recipes as method_recipes
+from experiments.pages import audit as audit_page
 from psg_jax import (
   baselines,
   checkpoints,
@@ -77,17 +75,10 @@ from psg_jax import (
   ulira,
 )
 
-SIDES, STEPS = audit_page.SIDES, audit_page.STEPS
-# Four pairs in each half of those never trained on an image: three to attack
-# with, and one to leave out.
-_MIN_MODELS = 16
-_MIN_SIDE = _MIN_MODELS // 4
 # With 32 models enough pairs for a false positive rate of 0.1 %. A larger part
 # of a class would change its share, and the attack would find that instead.
 _NUM_TARGETS = 64
 _MAX_TEST = 1000
-_MIN_HISTOGRAM_MODELS = 100
-_MAX_GROUPS = 20
 _PLAN_FIELDS = ("num_models", "num_targets", "retain_fraction")
 
 
@@ -141,15 +132,31 @@ class Plan(NamedTuple):
   def by_pair(self, values: np.ndarray, *, is_trained: bool) -> np.ndarray:
     """Takes from each pair the model trained on an image, or the other one.
 
-    Args:
-      values: float `[M, T]`.
-      is_trained: Whether the one trained on it.
-
-    Returns:
-      float `[M / 2, T]`.
+    From float `[M, T]` come float `[M / 2, T]`.
     """
     first = self.is_trained[::2] == is_trained
     return np.where(first, values[::2], values[1::2])
+
+  def confidences(
+    self, logits: np.ndarray, unlearned: np.ndarray, labels: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """Returns confidences in the audited images, as `attack.evaluate` takes.
+
+    Args:
+      logits: float `[M, T + test, K]`, of the models before unlearning.
+      unlearned: Likewise, after it.
+      labels: int `[T]`, of the audited images.
+    """
+    before, after = (
+      ulira.logit_confidence(part[:, : len(labels)], labels)
+      for part in (logits, unlearned)
+    )
+    return {
+      "original": self.by_pair(before, is_trained=True),
+      "unlearned": self.by_pair(after, is_trained=True),
+      "never_trained": self.by_pair(before, is_trained=False),
+      "never_unlearned": self.by_pair(after, is_trained=False),
+    }
 
 
 class Unlearned(NamedTuple):
@@ -174,13 +181,7 @@ def main() -> None:
 
 
 def run(options: Options) -> pathlib.Path:
-  """Audits; see the program's options.
-
-  Args:
-    options: The options.
-
-  Returns:
-    The path of the page.
+  """Audits; see the program's options. Returns the path of the page.
 
   Raises:
     ValueError: If an option is wrong; nothing is written then.
@@ -192,8 +193,8 @@ def run(options: Options) -> pathlib.Path:
   overrides = check(options)
   context = jobs.prepare(options)
   print(jobs.announce(context))
-  stated = {name: getattr(options, name) for name in _PLAN_FIELDS}
-  jobs.write_json(context.run_dir / "options.json", stated)
+  settled = {name: getattr(options, name) for name in _PLAN_FIELDS}
+  jobs.write_json(context.run_dir / "options.json", settled)
   plan = draw(options, context)
   variables, history = _ensemble(context, options, plan)
   start = time.perf_counter()
@@ -206,8 +207,8 @@ def run(options: Options) -> pathlib.Path:
   unlearned = _unlearn_all(context, options, resolved, plan, variables, images)
   start = time.perf_counter()
   labels = context.train.labels[plan.targets]
-  confidences = _confidences(logits, unlearned.logits, plan, labels)
-  found = evaluate(**confidences)
+  confidences = plan.confidences(logits, unlearned.logits, labels)
+  figures = attack.evaluate(**confidences)
   seconds = {
     "train": sum(record["seconds"] for record in history),
     "unlearn": sum(unlearned.seconds),
@@ -215,9 +216,9 @@ def run(options: Options) -> pathlib.Path:
     "attack": time.perf_counter() - start,
   }
   audit = {
-    "method": _method_record(options, resolved),
+    "method": _method_record(resolved),
     "scale": _scale(context, options, plan),
-    **as_dict(found),
+    **figures.as_dict(),
     "accuracy": _accuracy(context, plan, logits, unlearned.logits),
     "diverged": unlearned.diverged,
     "seconds": {**seconds, "total": sum(seconds.values())},
@@ -231,12 +232,12 @@ def run(options: Options) -> pathlib.Path:
       "ids": np.asarray(context.train.ids)[plan.targets],
       "labels": labels,
       "is_trained": plan.is_trained,
-      **_arrays(found),
+      **figures.arrays(),
     },
   )
   jobs.write_json(context.run_dir / "audit.json", audit)
   print("\n".join(audit["statements"]))
-  return audit_page.build(context.run_dir, audit, found)
+  return audit_page.build(context.run_dir, audit, figures)
 
 
 def check(options: Options) -> dict[str, Any]:
@@ -247,7 +248,7 @@ def check(options: Options) -> dict[str, Any]:
   """
   jobs.check(options)
   checks.one_of("method", options.method_name, baselines.METHODS)
-  checks.integer("num_models", options.num_models, at_least=_MIN_MODELS)
+  checks.integer("num_models", options.num_models, at_least=attack.MIN_MODELS)
   if options.num_models % 4:
     raise ValueError(
       "num_models must be a multiple of 4, for two halves of those never"
@@ -262,7 +263,7 @@ def check(options: Options) -> dict[str, Any]:
       )
   fraction = options.retain_fraction
   checks.number("retain_fraction", fraction, above=0, at_most=1)
-  checks.one_of("settings", options.settings, compare_recipes.SETTINGS)
+  checks.one_of("settings", options.settings, method_recipes.SETTINGS)
   checks.one_of("mode", options.mode, ensembles.MODES)
   for name in ("weights", "pretrained"):
     if getattr(options, name) is not None:
@@ -275,7 +276,7 @@ def check(options: Options) -> dict[str, Any]:
       "training.num_parts must be 1 for small models, got"
       f" {options.training.num_parts}"
     )
-  overrides = compare_recipes.parse(options.set)
+  overrides = method_recipes.parse(options.set)
   for method in overrides:
     if method != options.method_name:
       raise ValueError(f"set must be of the method audited, got {method!r}")
@@ -303,10 +304,9 @@ def _check_pool(options: Options) -> None:
   if options.num_train is not None:
     checks.integer("num_train", options.num_train, at_least=1)
     train = data.subset(train, min(options.num_train, len(train)))
-  asked = requests.ask(
-    dataclasses.replace(options, twins="ignore"), train, test
-  )
-  _sizes(options, len(asked.split.forget), len(train))
+  job = dataclasses.replace(options, twins="ignore")
+  num_pool = len(requests.ask(job, train, test).split.forget)
+  _sizes(options, num_pool, len(train))
 
 
 def _sizes(options: Options, num_pool: int, num_train: int) -> tuple[int, int]:
@@ -331,14 +331,8 @@ def _sizes(options: Options, num_pool: int, num_train: int) -> tuple[int, int]:
 def draw(options: Options, context: jobs.Context) -> Plan:
   """Draws the audited images, and the other images of each model.
 
-  All models have as many of both, so that one compiled program serves all.
-
-  Args:
-    options: The options.
-    context: The job's.
-
-  Returns:
-    The plan; the same for the same seed.
+  All models have as many of both, so that one compiled program serves all. The
+  plan is the same for the same seed.
   """
   rng = np.random.default_rng(options.seed)
   ids = np.asarray(context.train.ids)
@@ -346,17 +340,17 @@ def draw(options: Options, context: jobs.Context) -> Plan:
   num_targets, num_others = _sizes(options, len(pool), len(ids))
   targets = np.sort(rng.permutation(pool)[:num_targets])
   others = np.setdiff1d(np.arange(len(ids)), targets)
-  chosen = [
-    np.sort(rng.permutation(others)[:num_others])
-    for _ in range(options.num_models // 2)
+  num_pairs = options.num_models // 2
+  rows = [
+    np.sort(rng.permutation(others)[:num_others]) for _ in range(num_pairs)
   ]
   test = np.sort(rng.permutation(len(context.test))[:_MAX_TEST])
-  first = [
+  halves = [
     np.isin(np.arange(num_targets), rng.permutation(num_targets)[::2])
-    for _ in chosen
+    for _ in range(num_pairs)
   ]
-  is_trained = np.stack([half for each in first for half in (each, ~each)])
-  return Plan(targets, is_trained, np.repeat(chosen, 2, 0), test)
+  is_trained = np.stack([x for half in halves for x in (half, ~half)])
+  return Plan(targets, is_trained, np.repeat(rows, 2, 0), test)
 
 
 def _ensemble(
@@ -364,10 +358,10 @@ def _ensemble(
 ) -> tuple[types.Variables, list[dict[str, Any]]]:
   """Trains the models, or finds them in the run."""
   name = "ensemble"
-  found = checkpoints.run_checkpoints(context.run_dir)
-  if name in found:
-    variables: Any = checkpoints.restore(found[name])
-    return variables, checkpoints.metadata(found[name])["history"]
+  finished = checkpoints.run_checkpoints(context.run_dir)
+  if name in finished:
+    variables: Any = checkpoints.restore(finished[name])
+    return variables, checkpoints.metadata(finished[name])["history"]
   is_sharded = options.mode == "sharded"
   variables, history = ensembles.train(
     context.model,
@@ -375,7 +369,7 @@ def _ensemble(
     plan.membership(len(context.train)),
     jax.random.fold_in(jax.random.key(options.seed), 0),
     # What the comparison retrains with is what the job trains with.
-    **compare_recipes.resolve("retrain", context).arguments,
+    **method_recipes.resolve("retrain", context).arguments,
     mode=options.mode,
     mesh=parallel.create_mesh(options.num_devices) if is_sharded else None,
   )
@@ -385,18 +379,17 @@ def _ensemble(
   return variables, history
 
 
-def _of_model(context: jobs.Context, plan: Plan, index: int) -> jobs.Context:
+def of_model(context: jobs.Context, plan: Plan, index: int) -> jobs.Context:
   """Returns the job of one model: to forget its targets, to keep the others."""
   split = types.Split(
     context.train.take(plan.targets[plan.is_trained[index]]),
     context.train.take(plan.others[index]),
   )
-  here = context._replace(asked=context.asked._replace(split=split))
-  unlearning = dataclasses.replace(
-    context.job.unlearning, target=jobs.stop_target(here)
-  )
+  of_split = context._replace(asked=context.asked._replace(split=split))
+  target = jobs.stop_target(of_split)
+  unlearning = dataclasses.replace(context.job.unlearning, target=target)
   job = dataclasses.replace(context.job, unlearning=unlearning)
-  return here._replace(job=job)
+  return of_split._replace(job=job)
 
 
 def _resolve(
@@ -404,76 +397,61 @@ def _resolve(
   options: Options,
   plan: Plan,
   overrides: Mapping[str, Any],
-) -> compare_recipes.Resolved:
+) -> method_recipes.Resolved:
   """Returns the method's arguments, the same for all models.
 
   They and the sizes are all that a compiled update depends on.
   """
-  here = _of_model(context, plan, 0)
-  resolved = compare_recipes.resolve(
-    options.method_name,
-    here,
-    settings=options.settings,
-    overrides=overrides,
+  first = of_model(context, plan, 0)
+  resolved = method_recipes.resolve(
+    options.method_name, first, settings=options.settings, overrides=overrides
   )
-  if _is_aimed(options, resolved):
-    resolved.record["target"] = here.job.unlearning.target
-  path = context.run_dir / "unlearned" / options.method_name / "arguments.json"
-  before = jobs.read_json(path)
-  now = json.loads(json.dumps(resolved.record))
-  if before and before != now:
-    name = next(x for x in {**before, **now} if before.get(x) != now.get(x))
+  if cells.is_aimed(resolved):
+    resolved.record["target"] = first.job.unlearning.target
+  path = context.run_dir / "unlearned" / resolved.method / "arguments.json"
+  before = jobs.read_json(path) or None
+  difference = cells.change(before, resolved.record)
+  if difference is not None:
+    name, held, value = difference
     raise ValueError(
-      f"{name} of {options.method_name} must be as in the models that have"
-      f" unlearned, {before.get(name)}, got {now.get(name)}: choose another"
-      f" name, or remove {path.parent}"
+      f"{name} of {resolved.method} must be as in the models that have"
+      f" unlearned, {held}, got {value}: choose another name, or remove"
+      f" {path.parent}"
     )
   path.parent.mkdir(parents=True, exist_ok=True)
-  jobs.write_json(path, now)
+  jobs.write_json(path, resolved.record)
   return resolved
-
-
-def _is_aimed(options: Options, resolved: compare_recipes.Resolved) -> bool:
-  """Whether unlearning ends at an accuracy that depends on the model."""
-  return (
-    options.method_name in compare_recipes.OURS
-    and "target_accuracy" not in resolved.record
-  )
 
 
 def _unlearn_all(
   context: jobs.Context,
   options: Options,
-  resolved: compare_recipes.Resolved,
+  resolved: method_recipes.Resolved,
   plan: Plan,
   variables: types.Variables,
   images: np.ndarray,
 ) -> Unlearned:
   """Unlearns from each model the targets that it has, if not done."""
-  folder = context.run_dir / "unlearned" / options.method_name
+  folder = context.run_dir / "unlearned" / resolved.method
   num_models = len(plan.others)
-  with progress.bar(
-    f"unlearning by {options.method_name}",
-    num_models,
-    unit="model",
-    is_shown=True,
-  ) as bar:
-    for index in range(num_models):
-      if not (folder / f"{index:04}.json").exists():
-        own = jax.tree.map(lambda x, i=index: x[i], variables)
-        here = _of_model(context, plan, index)
-        _unlearn(here, options, resolved, own, images, folder, index)
-      bar.advance(1)
-  records = [
-    jobs.read_json(folder / f"{index:04}.json") for index in range(num_models)
+  stores = [
+    cells.Store(folder / f"{index:04}.json", folder / f"{index:04}.npz")
+    for index in range(num_models)
   ]
+  title = f"unlearning by {resolved.method}"
+  with progress.bar(title, num_models, unit="model", is_shown=True) as bar:
+    for index, store in enumerate(stores):
+      if not store.is_done():
+        model = jax.tree.map(lambda x, i=index: x[i], variables)
+        job = of_model(context, plan, index)
+        unlearn(job, options.seed, resolved, model, images, store, index)
+      bar.advance(1)
+  records = [store.read() for store in stores]
   done = [record for record in records if record["reason"] is None]
   shape = (num_models, len(images), context.train.num_classes)
   logits = np.full(shape, np.nan, np.float32)
   for index in (record["model"] for record in done):
-    logits[index] = files.read_arrays(folder / f"{index:04}.npz", "logits")[
-      "logits"
-    ]
+    logits[index] = stores[index].read_logits()["logits"]
   return Unlearned(
     logits=logits,
     seconds=[record["seconds"] for record in done],
@@ -486,207 +464,43 @@ def _unlearn_all(
   )
 
 
-def _unlearn(
+def unlearn(
   context: jobs.Context,
-  options: Options,
-  resolved: compare_recipes.Resolved,
+  seed: int,
+  resolved: method_recipes.Resolved,
   variables: types.Variables,
   images: np.ndarray,
-  folder: pathlib.Path,
+  store: cells.Store,
   index: int,
 ) -> None:
-  """Unlearns from one model; its record is written last, when all is there."""
-  method = baselines.find(options.method_name)
-  key = jax.random.fold_in(jax.random.key(options.seed), 1)
+  """Unlearns from the model `index`, and keeps its logits of images."""
+  key = jax.random.fold_in(jax.random.key(seed), 1)
   record: dict[str, Any] = {"model": index, "step": None, "reason": None}
-  start = time.perf_counter()
+  logits: dict[str, Any] = {}
   try:
-    arguments = dict(resolved.arguments)
-    if _is_aimed(options, resolved):
-      arguments["target_accuracy"] = jobs.target_accuracy(context, variables)
-    output = method.fn(
-      context.model,
+    unlearned = cells.unlearn(
+      context,
+      resolved,
       variables,
-      context.split,
       jax.random.fold_in(key, index),
-      **arguments,
-      mesh=context.mesh,
       show_progress=False,
     )
-    jax.block_until_ready(output.variables)
-    record["seconds"] = time.perf_counter() - start
-    logits = inference.predict(
+    record["seconds"] = unlearned.seconds
+    start = time.perf_counter()
+    predicted = inference.predict(
       context.model.apply,
-      output.variables,
+      unlearned.output.variables,
       images,
       batch_size=context.job.eval_batch_size,
     )
-    if not np.isfinite(logits).all():
-      raise FloatingPointError("the logits are not finite after the last step")
-    record["predict_seconds"] = time.perf_counter() - start - record["seconds"]
-    files.save_arrays(folder / f"{index:04}.npz", {"logits": logits})
+    cells.check_finite(predicted)
+    record["predict_seconds"] = time.perf_counter() - start
+    logits = {"logits": predicted}
   except FloatingPointError as error:
-    step = re.search(r"step (\d+)", str(error))
-    record["reason"] = f"diverged: {error}"
-    record["step"] = None if step is None else int(step.group(1))
+    record |= cells.divergence(error)
   except ValueError as error:
-    raise ValueError(f"{method.name}: {error}") from error
-  jobs.write_json(folder / f"{index:04}.json", record)
-
-
-def _confidences(
-  logits: np.ndarray, unlearned: np.ndarray, plan: Plan, labels: np.ndarray
-) -> dict[str, np.ndarray]:
-  """Returns confidences in the audited images, the arguments of `evaluate`."""
-  before, after = (
-    ulira.logit_confidence(part[:, : len(labels)], labels)
-    for part in (logits, unlearned)
-  )
-  return {
-    "original": plan.by_pair(before, is_trained=True),
-    "unlearned": plan.by_pair(after, is_trained=True),
-    "never_trained": plan.by_pair(before, is_trained=False),
-    "never_unlearned": plan.by_pair(after, is_trained=False),
-  }
-
-
-def evaluate(
-  original: np.ndarray,
-  unlearned: np.ndarray,
-  never_trained: np.ndarray,
-  never_unlearned: np.ndarray | None = None,
-) -> audit_page.Figures:
-  """Attacks the models before and after unlearning, and a control.
-
-  Args:
-    original: float `[P, T]`, confidences (`ulira.logit_confidence`) in the
-      audited images of the model of each pair that was trained on the image.
-    unlearned: float `[P, T]`, of the same models after unlearning. Pairs with
-      NaN are left out, and with too few pairs what needs more.
-    never_trained: float `[P, T]`, of the other model of each pair.
-    never_unlearned: float `[P, T]`, of the other model after unlearning what it
-      had; the same as before by default. Models that unlearned exactly have
-      seen none of the audited images, and cannot differ from these; from those
-      before unlearning they do, which have half of the others of its kind.
-
-  Returns:
-    The figures.
-  """
-  # Both halves of the control have images of each model, as both sides of the
-  # attack have.
-  is_first = np.random.default_rng(0).random((len(never_trained) // 2, 1)) < 0.5
-  is_first = is_first ^ (np.arange(never_trained.shape[1]) % 2 == 0)
-  first, second = (
-    np.where(choice, never_trained[::2], never_trained[1::2])
-    for choice in (is_first, ~is_first)
-  )
-  if never_unlearned is None:
-    never_unlearned = never_trained
-  is_done = np.isfinite(unlearned + never_unlearned).all(1)
-  unlearned = unlearned[is_done]
-  pairs = {
-    "original": (original, never_trained),
-    "unlearned": (unlearned, never_unlearned[is_done]),
-    "control": (first, second),
-  }
-  attacks = {
-    side: ulira.attack(*pair)
-    for side, pair in pairs.items()
-    if len(pair[0]) >= _MIN_SIDE
-  }
-  is_large = len(first) >= _MIN_HISTOGRAM_MODELS
-  klom_method = "histogram" if is_large else "gaussian"
-
-  def klom(halves: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    each = [ulira.klom(*pair, method=klom_method) for pair in halves]
-    result: np.ndarray = np.mean(each, 0)
-    return result
-
-  # With few models KLOM is far above 0, so that all sides have as many models
-  # as the control: halves.
-  divergences = {
-    side: klom([(p, q) for p in (x[::2], x[1::2]) for q in (first, second)])
-    for side, x in (("original", original), ("unlearned", unlearned))
-    if len(x) >= 2 * _MIN_SIDE
-  }
-  divergences["control"] = klom([(first, second), (second, first)])
-  change = None
-  if "unlearned" in attacks:
-    before = (original[is_done], never_trained[is_done])
-    change = auc_interval(*pairs["unlearned"], less=before)
-  return audit_page.Figures(
-    attacks=attacks,
-    intervals={side: auc_interval(*pairs[side]) for side in attacks},
-    klom=divergences,
-    klom_method=klom_method,
-    change=change,
-  )
-
-
-def auc_interval(
-  positives: np.ndarray,
-  negatives: np.ndarray,
-  *,
-  less: tuple[np.ndarray, np.ndarray] | None = None,
-) -> tuple[float, float]:
-  """Returns the 90 % interval of the attack's AUC over models (jackknife).
-
-  The images stay, and one pair of models is left out at a time (of many, one of
-  20 groups), as all images of a model move together. The attack is made anew
-  without it: the distributions that it fits vary as much as what it scores, and
-  resampling scores would miss that (intervals of 90 % then covered 60 to 80 %
-  of simulated ones).
-
-  Args:
-    positives: float `[P, T]`, confidences; `P` 4 or more.
-    negatives: float `[P, T]`, likewise.
-    less: Positives and negatives of the same models, whose AUC is subtracted.
-  """
-
-  def auc(group: np.ndarray) -> float:
-    left = [np.delete(x, group, 0) for x in (positives, negatives)]
-    value = ulira.attack(*left).auc
-    if less is not None:
-      value -= ulira.attack(*(np.delete(x, group, 0) for x in less)).auc
-    return value
-
-  rows = np.arange(len(positives))
-  groups = np.array_split(rows, min(_MAX_GROUPS, len(rows)))
-  total = (len(groups) - 1) * float(np.var([auc(group) for group in groups]))
-  half = scipy.stats.norm.ppf(0.95) * math.sqrt(total)
-  value, lowest = auc(rows[:0]), 0.0 if less is None else -1.0
-  return max(lowest, value - half), min(1.0, value + half)
-
-
-def as_dict(found: audit_page.Figures) -> dict[str, Any]:
-  """Returns the figures for JSON; None where one is not available."""
-  attacks: dict[str, Any] = dict.fromkeys(SIDES)
-  divergences: dict[str, Any] = dict.fromkeys(SIDES)
-  for side, each in found.attacks.items():
-    interval = list(found.intervals[side])
-    attacks[side] = {**each.as_dict(), "auc_interval": interval}
-  for side, values in found.klom.items():
-    divergences[side] = {
-      "median": float(np.median(values)),
-      "percentile_95": float(np.percentile(values, 95)),
-    }
-  return {
-    "attack": attacks,
-    "change": None if found.change is None else list(found.change),
-    "klom": {"method": found.klom_method, **divergences},
-  }
-
-
-def _arrays(found: audit_page.Figures) -> dict[str, np.ndarray]:
-  names = ("fpr", "tpr", "positive_scores", "negative_scores")
-  return {
-    **{
-      f"{side}_{name}": getattr(each, name)
-      for side, each in found.attacks.items()
-      for name in names
-    },
-    **{f"{side}_klom": values for side, values in found.klom.items()},
-  }
+    raise ValueError(f"{resolved.method}: {error}") from error
+  store.write(record, logits)
 
 
 def _accuracy(
@@ -694,38 +508,28 @@ def _accuracy(
 ) -> dict[str, dict[str, float | None]]:
   """Mean accuracies over models, on the audited and on test images."""
   num_targets = len(plan.targets)
-  labels = context.train.labels[plan.targets]
-  test_labels = context.test.labels[plan.test]
-
-  def mean(values: np.ndarray) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if known.size else None
-
-  def is_right(values: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    right: np.ndarray = np.where(
-      np.isnan(values[..., 0]), np.nan, values.argmax(-1) == truth
-    )
-    return right
-
-  return {
-    side: {
-      "audited": mean(
-        plan.by_pair(
-          is_right(values[:, :num_targets], labels),
-          is_trained=side != "control",
-        )
-      ),
-      # Before unlearning all models are of both kinds.
-      "test": mean(is_right(values[:, num_targets:], test_labels)),
+  labels = np.concatenate(
+    [context.train.labels[plan.targets], context.test.labels[plan.test]]
+  )
+  accuracies = {}
+  sides = zip(attack.SIDES, (logits, unlearned, logits), strict=True)
+  for side, values in sides:
+    # What diverged is neither right nor wrong.
+    is_lost = np.isnan(values[..., 0])
+    is_right = np.where(is_lost, np.nan, values.argmax(-1) == labels)
+    is_trained = side != "control"
+    audited = plan.by_pair(is_right[:, :num_targets], is_trained=is_trained)
+    # Before unlearning all models are of both kinds.
+    parts = {"audited": audited, "test": is_right[:, num_targets:]}
+    accuracies[side] = {
+      name: None if np.isnan(part).all() else float(np.nanmean(part))
+      for name, part in parts.items()
     }
-    for side, values in zip(SIDES, (logits, unlearned, logits), strict=True)
-  }
+  return accuracies
 
 
-def _method_record(
-  options: Options, resolved: compare_recipes.Resolved
-) -> dict[str, Any]:
-  method = baselines.find(options.method_name)
+def _method_record(resolved: method_recipes.Resolved) -> dict[str, Any]:
+  method = baselines.find(resolved.method)
   return {
     "name": method.name,
     "title": method.title,

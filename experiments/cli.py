@@ -88,11 +88,11 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
   if given.method is not None and "method" in extends:
     job = dataclasses.replace(job, unlearning=recipes.method(given.method))
   # What a program declares anew has a default of its own.
-  own = set() if options is recipes.Job else set(options.__annotations__)
+  declared = set() if options is recipes.Job else set(options.__annotations__)
   values = {
     field.name: getattr(job, field.name)
     for field in dataclasses.fields(job)
-    if field.name not in own
+    if field.name not in declared
   }
   is_part = given.fraction is not None and not _is_whole(given.fraction)
   if is_part or any(getattr(given, name) is not None for name in _CRITERIA):
@@ -105,13 +105,13 @@ def parse_job(options: type[_JobT], description: str) -> _JobT:
 
 def _underscored(arguments: Sequence[str]) -> list[str]:
   """Writes names of options with underscores, which may have hyphens."""
-  found = []
+  result = []
   for argument in arguments:
     name, is_given, value = argument.partition("=")
     if re.fullmatch(r"--[\w.-]+", name):
       name = f"--{name[2:].replace('-', '_')}"
-    found.append(f"{name}{is_given}{value}")
-  return found
+    result.append(f"{name}{is_given}{value}")
+  return result
 
 
 def _is_whole(fraction: str) -> bool:

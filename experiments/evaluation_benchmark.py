@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments import cli, compare_cells, compare_summary, jobs
+from experiments import cells, cli, jobs
+from experiments.comparison import summary, verdicts
 from psg_jax import checkpoints, checks, diagnosis, metrics, types
 
 _RELEARNING = ("relearn_steps", "anamnesis_index")
@@ -67,12 +68,12 @@ def measure(options: Options) -> list[dict[str, Any]]:
   """
   checks.integer("repeats", options.repeats, at_least=1)
   job = cli.read_job(options.run)
-  found = checkpoints.run_checkpoints(options.run)
+  names = checkpoints.run_checkpoints(options.run)
   for name in jobs.MODELS:
-    if name not in found:
+    if name not in names:
       raise ValueError(
         f"run must have the models {', '.join(jobs.MODELS)}, got"
-        f" {options.run} with {', '.join(found) or 'none'}"
+        f" {options.run} with {', '.join(names) or 'none'}"
       )
   context = jobs.prepare(
     dataclasses.replace(job, resume=True), is_known_run=True, is_read_only=True
@@ -88,16 +89,14 @@ def measure(options: Options) -> list[dict[str, Any]]:
   )
   others = {
     name: metrics.Outputs(
-      *compare_cells.predict(
-        context, variables[name], feature_splits=metrics.SPLITS
-      ),
+      *cells.predict(context, variables[name], feature_splits=metrics.SPLITS),
       params=variables[name]["params"],
       seconds=1.0,
     )
     for name in ("original", "retrained", "random")
   }
   # Compiles what is timed.
-  compare_cells.predict(context, variables["unlearned"])
+  cells.predict(context, variables["unlearned"])
   return [
     _measure(context, variables["unlearned"], others)
     for _ in range(options.repeats)
@@ -110,20 +109,20 @@ def _measure(
   others: dict[str, metrics.Outputs],
 ) -> dict[str, Any]:
   start = time.perf_counter()
-  compare_cells.predict(context, variables)
+  cells.predict(context, variables)
   seconds = {"pass": time.perf_counter() - start}
   start = time.perf_counter()
-  logits, features = compare_cells.predict(
+  logits, features = cells.predict(
     context, variables, feature_splits=metrics.SPLITS
   )
   seconds["prediction"] = time.perf_counter() - start
   names = [name for name in metrics.METRICS if name not in _RELEARNING]
-  own = metrics.Outputs(
+  outputs = metrics.Outputs(
     logits, features, params=variables["params"], seconds=1.0
   )
-  found = compare_cells.figures(context, names, own, others)
+  figures = cells.figures(context, names, outputs, others)
   accuracies = [
-    {x: found[f"accuracy_{x}"]["value"] for x in metrics.SPLITS},
+    {x: figures[f"accuracy_{x}"]["value"] for x in metrics.SPLITS},
     *(
       {
         x: metrics.accuracy(others[name].logits[x], part.labels)
@@ -133,19 +132,23 @@ def _measure(
     ),
   ]
   diagnosis.diagnose(accuracies[1], accuracies[0], retrained=accuracies[2])
-  compare_summary.verify(
-    {x: others["retrained"].logits[x][None] for x in compare_summary.SPLITS},
-    {x: {0: logits[x][None]} for x in compare_summary.SPLITS},
-    {x: context.parts[x].labels for x in compare_summary.SPLITS},
-    num_diverged=0,
-    num_cells=1,
+  parts = {x: context.parts[x] for x in summary.SPLITS}
+  verdicts.verify(
+    verdicts.Logits(
+      {x: others["retrained"].logits[x][None] for x in parts},
+      {"unlearned": {x: {0: logits[x][None]} for x in parts}},
+      {name: part.labels for name, part in parts.items()},
+      None,
+    ),
+    "unlearned",
+    [{"status": cells.DONE}],
   )
   seconds["evaluation"] = time.perf_counter() - start
   return {
     **seconds,
     "num_metrics": len(names),
     "num_images": len(context.train) + len(context.test),
-    "missing": [x for x, figure in found.items() if figure["value"] is None],
+    "missing": [x for x, figure in figures.items() if figure["value"] is None],
   }
 
 

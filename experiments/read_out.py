@@ -75,10 +75,10 @@ def figures(
   """
   labels = {name: part.labels for name, part in parts.items()}
   original = metrics.Outputs(logits["original"])
-  found = {}
-  for model, own in logits.items():
+  result = {}
+  for model, outputs in logits.items():
     inputs = metrics.Inputs(
-      labels=labels, model=metrics.Outputs(own), original=original
+      labels=labels, model=metrics.Outputs(outputs), original=original
     )
     # The original has nothing to be compared with.
     names = [x for x in FIGURES if model != "original" or not _is_change(x)]
@@ -91,11 +91,11 @@ def figures(
       for column in columns
       for values in [requests.values(parts["test_retain"], column)]
     }
-    found[model] = {
+    result[model] = {
       "clinical": clinical,
       "membership": _kept(metrics.compute(ATTACKS, inputs)),
     }
-  return found
+  return result
 
 
 def yardstick(
@@ -121,9 +121,9 @@ def yardstick(
     name: [
       metrics.compute(
         [x for x in ATTACKS if x.endswith("_auc")],
-        metrics.Inputs(labels=truth, model=metrics.Outputs(each)),
+        metrics.Inputs(labels=truth, model=metrics.Outputs(outputs)),
       )
-      for each in models
+      for outputs in models
     ]
     for name, models in sides.items()
   }
@@ -135,8 +135,8 @@ def yardstick(
   return judgement.assess(
     {part: np.stack([x[part] for x in retrained]) for part in _JUDGED},
     {
-      name: {part: each[part][None, None] for part in _JUDGED}
-      for name, each in logits.items()
+      name: {part: outputs[part][None, None] for part in _JUDGED}
+      for name, outputs in logits.items()
     },
     {part: truth[part] for part in _JUDGED},
     attacks={
@@ -162,8 +162,8 @@ def group_names(part: types.Dataset, column: str) -> np.ndarray:
   ids = np.asarray(part.ids)
   return np.array(
     [
-      f"image {each}" if value in (None, "") else f"group {value}"
-      for each, value in zip(
+      f"image {image_id}" if value in (None, "") else f"group {value}"
+      for image_id, value in zip(
         ids, part.metadata.column(column).to_pylist(), strict=True
       )
     ]
@@ -234,12 +234,12 @@ def save_flips(
     part = parts[name]
     if not len(part):
       continue
-    own = logits["unlearned"][name]
+    unlearned = logits["unlearned"][name]
     try:
-      flips = metrics.flips(own, logits["original"][name], part.labels)
+      flips = metrics.flips(unlearned, logits["original"][name], part.labels)
     except metrics.NotAvailableError:
       continue  # The figures of this part say why.
-    probabilities = scipy.special.softmax(own[flips.harmed_rows], -1)
+    probabilities = scipy.special.softmax(unlearned[flips.harmed_rows], -1)
     sureness = probabilities.max(-1)
     classes, ids = part.class_names, np.asarray(part.ids)
     for i in np.argsort(-sureness, kind="stable"):
@@ -276,9 +276,9 @@ def _is_change(name: str) -> bool:
   return name.startswith(("harmed_", "false_negatives"))
 
 
-def _kept(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _kept(figures: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
   """Leaves out curves and lists of rows."""
   return {
     name: {key: figure[key] for key in _KEPT if key in figure}
-    for name, figure in found.items()
+    for name, figure in figures.items()
   }

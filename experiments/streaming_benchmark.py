@@ -80,7 +80,7 @@ def measure(options: Options, copies: int) -> dict[str, Any]:
   rows, is_real = batches.shuffled_rows(
     jax.random.key(options.seed), len(images), options.batch_size
   )
-  plan = [each[real] for each, real in zip(rows, is_real, strict=True)]
+  plan = [places[real] for places, real in zip(rows, is_real, strict=True)]
   peak = [0.0]
   is_done = threading.Event()
 

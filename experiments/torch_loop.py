@@ -252,8 +252,8 @@ def unlearn(
   unlearned, optimizer = _start(network, learning_rate, momentum, 0.0)
   for epoch in range(num_epochs):
     for rows in shuffle(len(inputs), batch_size, seed=seed + epoch):
-      found = single_step_labels(frozen, inputs[rows], labels[rows])
-      _step(unlearned, optimizer, inputs[rows], found)
+      reached = single_step_labels(frozen, inputs[rows], labels[rows])
+      _step(unlearned, optimizer, inputs[rows], reached)
   return unlearned
 
 

@@ -99,13 +99,13 @@ def _check_source(
   """
   if options.overwrite:
     raise ValueError("overwrite must be off with run, got both")
-  found = checkpoints.run_checkpoints(source)
-  if "original" not in found:
+  names = checkpoints.run_checkpoints(source)
+  if "original" not in names:
     raise ValueError(
       f"run must have an original model, got {source} with"
-      f" {', '.join(found) or 'none'}"
+      f" {', '.join(names) or 'none'}"
     )
-  if "unlearned" in found and not is_copy and not options.resume:
+  if "unlearned" in names and not is_copy and not options.resume:
     raise ValueError(
       f"run must not have been unlearned, got {source}: give the new result"
       " a --name of its own"

@@ -154,7 +154,7 @@ def text(
     encoding or "utf-8",
   )
   try:
-    found = content.decode(codec)
+    decoded = content.decode(codec)
   except LookupError:
     raise ValueError(
       f"encoding must be one that Python knows, such as latin-1, got"
@@ -167,12 +167,12 @@ def text(
       f" {path!r} with the byte 0x{content[error.start]:02x} in line {line}:"
       " save it as UTF-8 (iconv -f LATIN1 -t UTF-8)"
     ) from None
-  if "\0" in found:
+  if "\0" in decoded:
     raise ValueError(
       f"{argument} must be a text file, got {path!r}, which is binary, or"
       " UTF-16 without its mark"
     )
-  return found
+  return decoded
 
 
 def images(value: Any, *, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
@@ -226,7 +226,7 @@ def logits(
   image = jax.ShapeDtypeStruct((1, *image_shape), dtype)
   try:
     hash(apply_fn)
-    found = jax.eval_shape(apply_fn, variables, image)
+    output = jax.eval_shape(apply_fn, variables, image)
   # Not what a network itself raises, but what JAX does.
   except TypeError as error:
     raise ValueError(
@@ -234,17 +234,17 @@ def logits(
       f" and one image {list(image.shape)}, got"
       f" {type(error).__name__}: {str(error).splitlines()[0]:.200}"
     ) from error
-  shape: tuple[int, ...] = getattr(found, "shape", ())
+  shape: tuple[int, ...] = getattr(output, "shape", ())
   if (
     len(shape) != 2
     or shape[0] != 1
     or shape[1] < 2
-    or not jax.numpy.issubdtype(found.dtype, jax.numpy.floating)
+    or not jax.numpy.issubdtype(output.dtype, jax.numpy.floating)
   ):
     what = (
-      f"{found.dtype} {list(shape)}"
-      if hasattr(found, "shape")
-      else f"a {type(found).__name__}"
+      f"{output.dtype} {list(shape)}"
+      if hasattr(output, "shape")
+      else f"a {type(output).__name__}"
     )
     raise ValueError(
       "apply_fn must return logits, floating point [B, K] with K of at least"
@@ -257,14 +257,14 @@ def variables(value: Any, name: str = "variables") -> None:
   """Raises ValueError unless `value` is a mapping with `"params"`."""
   if isinstance(value, Mapping) and "params" in value:
     return
-  found = (
+  content = (
     f"the keys {', '.join(map(str, value))}"
     if isinstance(value, Mapping)
     else f"a {type(value).__name__}"
   )
   raise ValueError(
     f'{name} must be a mapping with "params", and other collections beside'
-    f" it, got {found}"
+    f" it, got {content}"
   )
 
 

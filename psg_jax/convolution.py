@@ -35,9 +35,9 @@ _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 # channels and maps of 8 to 32 pixels a side. A factor of two in a size changes
 # a time by a tenth to a third.
 _FEW_CHANNELS = 8
-_MANY_CHANNELS = 64
-_PATCH_PART_BYTES = 4 * 2**20
-_IMAGE_PART_BYTES = 2**20
+MANY_CHANNELS = 64
+PATCH_PART_BYTES = 4 * 2**20
+IMAGE_PART_BYTES = 2**20
 
 
 def conv2d(
@@ -323,7 +323,7 @@ def _kernel_gradient(
   batch, height, width, channels = images.shape
   _, out_rows, out_columns, filters = cotangent.shape
   total_type = _total_type(images)
-  many_channels = channels >= _MANY_CHANNELS
+  many_channels = channels >= MANY_CHANNELS
 
   def product(view: jax.Array, cotangent: jax.Array) -> jax.Array:
     return jnp.einsum(
@@ -350,10 +350,10 @@ def _kernel_gradient(
 
   if many_channels:
     image_size = height * width * channels
-    part_bytes = _IMAGE_PART_BYTES
+    part_bytes = IMAGE_PART_BYTES
   else:
     image_size = out_rows * out_columns * rows * columns * channels
-    part_bytes = _PATCH_PART_BYTES
+    part_bytes = PATCH_PART_BYTES
   part_size = part_bytes // (image_size * images.dtype.itemsize)
   # Without views to keep in the cache there is nothing to gain from parts.
   if part_size >= batch or rows == columns == 1:

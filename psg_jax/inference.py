@@ -35,13 +35,17 @@ def predict_both(
     ValueError: If the images are not uint8 `[N, H, W, C]`.
   """
   both: tuple[np.ndarray, np.ndarray] = predict(
-    _both(model), variables, images, batch_size=batch_size, mesh=mesh
+    logits_and_features(model),
+    variables,
+    images,
+    batch_size=batch_size,
+    mesh=mesh,
   )
   return both
 
 
 @functools.lru_cache(maxsize=128)
-def _both(model: types.Model) -> Callable[..., Any]:
+def logits_and_features(model: types.Model) -> Callable[..., Any]:
   """The same function each time: compiled programs are found again by it."""
 
   def both(

@@ -15,7 +15,7 @@ import numpy as np
 
 from psg_jax import checks, data, networks, types
 
-_NETWORKS: dict[str, Callable[..., nn.Module]] = {
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
   "all_cnn": networks.AllCNN,
   "resnet18": networks.ResNet18,
   "resnet50": networks.ResNet50,
@@ -25,7 +25,7 @@ _DTYPES = ("float32", "bfloat16")
 
 def names() -> tuple[str, ...]:
   """Returns the names that `create` knows."""
-  return tuple(_NETWORKS)
+  return tuple(NETWORKS)
 
 
 def create(
@@ -81,7 +81,7 @@ def create(
     Springenberg et al., Striving for Simplicity: The All Convolutional Net,
     2015. He et al., Deep Residual Learning for Image Recognition, 2016.
   """
-  checks.one_of("name", name, _NETWORKS)
+  checks.one_of("name", name, NETWORKS)
   if like is not None:
     num_classes = like.num_classes if num_classes is None else num_classes
     if num_channels is None:
@@ -105,7 +105,7 @@ def create(
   channel_std = _per_channel("std", std, num_channels)
   if min(channel_std) <= 0:
     raise ValueError(f"std must be positive, got {std}")
-  return _create(
+  return create_cached(
     name,
     num_channels,
     num_classes=num_classes,
@@ -133,8 +133,9 @@ def _per_channel(
 
 
 @functools.lru_cache(maxsize=128)
-def _create(name: str, num_channels: int, **options: Any) -> types.Model:
-  network = _NETWORKS[name](**options)
+def create_cached(name: str, num_channels: int, **options: Any) -> types.Model:
+  """Builds a network of checked options, the same object each time."""
+  network = NETWORKS[name](**options)
   has_dropout = options["dropout"] > 0
 
   def check(images: jax.Array) -> None:

@@ -39,7 +39,8 @@ _RESNET_FILTERS = (64, 128, 256, 512)
 _BOTTLENECK_EXPANSION = 4
 
 
-def _scaled(filters: int, width: float) -> int:
+def scaled(filters: int, width: float) -> int:
+  """Returns the number of filters at a width, at least 1."""
   return max(1, int(filters * width))
 
 
@@ -53,7 +54,7 @@ def _widen(array: jax.Array) -> jax.Array:
   return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
-class _ConvBlock(nn.Module):
+class ConvBlock(nn.Module):
   """Convolution without bias, batch normalisation, ReLU if `is_activated`.
 
   The normalisation has PyTorch's semantics: unlike Flax's own layer, the
@@ -73,6 +74,7 @@ class _ConvBlock(nn.Module):
   def __call__(
     self, inputs: jax.Array, mask: jax.Array | None, is_training: bool
   ) -> jax.Array:
+    """Returns the activations; see `Network.__call__`."""
     filters, size = self.num_filters, self.kernel_size
     kernel = self.param(
       "kernel", self.kernel_init, (size, size, inputs.shape[-1], filters)
@@ -197,7 +199,7 @@ def _conv(
   is_activated: bool = True,
 ) -> jax.Array:
   """A convolution block of a ResNet; belongs to the module that calls it."""
-  block = _ConvBlock(
+  block = ConvBlock(
     num_filters, kernel_size, stride, dtype, is_activated, _he_init, name=name
   )
   return block(inputs, mask, is_training)
@@ -238,7 +240,7 @@ class _Head(nn.Module):
     )
 
 
-class _Network(nn.Module):
+class Network(nn.Module):
   """What the networks share: standardisation, pooling and the head.
 
   Attributes:
@@ -269,6 +271,7 @@ class _Network(nn.Module):
     is_training: bool = False,
     features_only: bool = False,
   ) -> jax.Array:
+    """Returns logits `[B, K]`, or features `[B, D]`, of images in [0, 1]."""
     hidden = (images - jnp.asarray(self.mean)) / jnp.asarray(self.std)
     hidden = self._backbone(hidden, mask, is_training)
     features = _widen(hidden).mean((1, 2))
@@ -294,7 +297,7 @@ class _Network(nn.Module):
     return nn.remat(block_type, static_argnums=(3,))
 
 
-class AllCNN(_Network):
+class AllCNN(Network):
   """All-convolutional network (Springenberg et al., 2015) with BatchNorm.
 
   Dropout stands after the two convolutions with a stride, as in the paper.
@@ -303,10 +306,10 @@ class AllCNN(_Network):
   def _backbone(
     self, hidden: jax.Array, mask: jax.Array | None, is_training: bool
   ) -> jax.Array:
-    block = self._block(_ConvBlock)
+    block = self._block(ConvBlock)
     for i, (filters, kernel_size, stride) in enumerate(_ALL_CNN_BLOCKS):
       hidden = block(
-        _scaled(filters, self.width),
+        scaled(filters, self.width),
         kernel_size,
         stride,
         self.dtype,
@@ -321,7 +324,7 @@ class AllCNN(_Network):
     return _Head(self.num_classes, 0.0, name="head")(features, False)
 
 
-class _ResNet(_Network):
+class _ResNet(Network):
   """Residual network (He et al., 2016) in torchvision's form."""
 
   block_type: Any = _BasicBlock
@@ -332,13 +335,13 @@ class _ResNet(_Network):
   ) -> jax.Array:
     stem = self._block(_Stem)
     hidden = stem(
-      _scaled(_RESNET_FILTERS[0], self.width), self.dtype, name="stem"
+      scaled(_RESNET_FILTERS[0], self.width), self.dtype, name="stem"
     )(hidden, mask, is_training)
     block = self._block(self.block_type)
     for i, num_blocks in enumerate(self.num_blocks):
       for j in range(num_blocks):
         hidden = block(
-          _scaled(_RESNET_FILTERS[i], self.width),
+          scaled(_RESNET_FILTERS[i], self.width),
           2 if i > 0 and j == 0 else 1,
           self.dtype,
           name=f"layer{i + 1}_{j}",

@@ -40,7 +40,7 @@ class _Terminated(BaseException):
 
 def start() -> None:
   """Runs the program that a command such as `psg-train` is named after."""
-  _quit_on_signals()
+  quit_on_signals()
   name = pathlib.Path(sys.argv[0]).stem.removeprefix("psg-").replace("-", "_")
   package = "data_prep" if name in ("prepare", "cache") else "experiments"
   runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
@@ -49,7 +49,7 @@ def start() -> None:
 def expect_signals() -> None:
   """Ends `python -m` in one line if a signal comes while it is imported."""
   if sys.argv[:1] == ["-m"]:
-    _quit_on_signals()
+    quit_on_signals()
 
 
 def arguments() -> list[str]:
@@ -250,7 +250,8 @@ def _quit(number: int, frame: Any) -> NoReturn:
   os._exit(128 + number)
 
 
-def _quit_on_signals() -> None:
+def quit_on_signals() -> None:
+  """Lets signals end the process in one line before there is work to lose."""
   for number in (signal.SIGINT, signal.SIGTERM):
     if signal.getsignal(number) is not signal.SIG_IGN:
       signal.signal(number, _quit)

@@ -104,7 +104,7 @@ def relabel(
     raise ValueError("dataset must not be empty, got 0 images")
   num_images = len(dataset)
   batch_size = min(batch_size, num_images)
-  found: dict[str, np.ndarray] = {}
+  results: dict[str, np.ndarray] = {}
 
   def run(
     rows: np.ndarray, search: SearchFn, last_step: int | None = None
@@ -119,27 +119,27 @@ def relabel(
       for start in range(0, len(rows), batch_size)
     ]
     starts = range(0, len(rows), batch_size)
-    for start, chosen, images in zip(
+    for start, places, images in zip(
       starts, plan, streaming.batches(dataset.images, plan), strict=True
     ):
-      real = chosen[: len(rows) - start]
+      real = places[: len(rows) - start]
       output = fn(
         apply_fn,
         variables,
         steps.to_float(jnp.asarray(images)),
-        jnp.asarray(dataset.labels[chosen]),
-        boundary.sample_keys(key, jnp.asarray(chosen)),
+        jnp.asarray(dataset.labels[places]),
+        boundary.sample_keys(key, jnp.asarray(places)),
       )
       for name in _RELABELLING_FIELDS:
         values = np.asarray(getattr(output, name))[: len(real)]
-        if name not in found:
+        if name not in results:
           shape = (num_images, *values.shape[1:])
-          found[name] = np.zeros(shape, values.dtype)
-        found[name][real] = values
+          results[name] = np.zeros(shape, values.dtype)
+        results[name][real] = values
       num_done = len(real)
       if last_step is not None:
-        num_done = int((found["num_steps"][real] < last_step).sum())
-      bar.advance(num_done, crossed=float(found["is_crossed"][real].mean()))
+        num_done = int((results["num_steps"][real] < last_step).sum())
+      bar.advance(num_done, crossed=float(results["is_crossed"][real].mean()))
 
   with progress.bar(
     "boundary search", num_images, unit="image", is_shown=show_progress
@@ -153,10 +153,10 @@ def relabel(
     ):
       short = dataclasses.replace(search_fn, num_steps=first_steps)
       run(rows, short, first_steps)
-      rows = np.flatnonzero(found["num_steps"] >= first_steps)
+      rows = np.flatnonzero(results["num_steps"] >= first_steps)
     if rows.size:
       run(rows, search_fn)
-  return Relabelling(**found)
+  return Relabelling(**results)
 
 
 def soft_targets(

@@ -206,13 +206,13 @@ def defaults() -> dict[str, Any]:
 
   None stands for what depends on the data or on another option.
   """
-  own = inspect.signature(unlearn).parameters.values()
+  parameters = inspect.signature(unlearn).parameters.values()
   return {
     **_field_defaults(boundary.Search),
     **SEARCH_DEFAULTS,
     **_field_defaults(engine.Passes),
     "schedule": SCHEDULE,
-    **{x.name: x.default for x in own if x.kind is x.KEYWORD_ONLY},
+    **{x.name: x.default for x in parameters if x.kind is x.KEYWORD_ONLY},
   }
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import audit, audit_page, jobs
+from experiments import attack, audit, jobs
+from experiments.pages import audit as audit_page
 from psg_jax import data, ensembles, ulira
 from tests import fakes, programs_test
 
@@ -81,7 +82,7 @@ def confidences(num_models, num_targets, *shifts, seed=0):
 
 def test_exact_unlearning_is_chance_and_none_has_the_known_power():
   original, exact, never = confidences(32, 200, 2.0, 0.0, 0.0)
-  found = audit.evaluate(original, exact, never)
+  found = attack.evaluate(original, exact, never)
   aucs = {side: each.auc for side, each in found.attacks.items()}
   assert aucs["unlearned"] == pytest.approx(0.5, abs=0.02)
   assert aucs["control"] == pytest.approx(0.5, abs=0.03)
@@ -98,9 +99,9 @@ def test_exact_unlearning_is_chance_and_none_has_the_known_power():
 
 
 def test_many_models_make_histograms(monkeypatch):
-  monkeypatch.setattr(audit, "auc_interval", lambda *_, **__: (0.0, 1.0))
+  monkeypatch.setattr(attack, "auc_interval", lambda *_, **__: (0.0, 1.0))
   original, exact, never = confidences(200, 3, 2.0, 0.0, 0.0)
-  found = audit.evaluate(original, exact, never)
+  found = attack.evaluate(original, exact, never)
   assert found.klom_method == "histogram"
   # What chance makes of a hundred a side in twenty bins, and 2 apart.
   assert found.klom["control"].max() < 1.5
@@ -109,7 +110,7 @@ def test_many_models_make_histograms(monkeypatch):
 
 def test_sides_of_one_distribution_have_one_klom():
   original, exact, never = confidences(32, 400, 0.0, 0.0, 0.0)
-  found = audit.evaluate(original, exact, never).klom
+  found = attack.evaluate(original, exact, never).klom
   assert np.mean(found["original"]) == pytest.approx(
     np.mean(found["control"]), abs=0.03
   )
@@ -119,10 +120,10 @@ def test_interval_counts_models_and_not_pairs():
   # Images of a model move together: 400 of them tell hardly more than one.
   rng = np.random.default_rng(0)
   own, noise = rng.normal(size=(2, 16, 1)), rng.normal(size=(2, 16, 400))
-  low, high = audit.auc_interval(*(own + 0.1 * noise))
+  low, high = attack.auc_interval(*(own + 0.1 * noise))
   assert low < 0.5 < high
   assert high - low > 0.2
-  assert np.ptp(audit.auc_interval(*noise)) < 0.1
+  assert np.ptp(attack.auc_interval(*noise)) < 0.1
 
 
 def test_interval_covers_as_often_as_it_says():
@@ -130,7 +131,7 @@ def test_interval_covers_as_often_as_it_says():
   for seed in range(60):
     rng = np.random.default_rng(seed)
     own, noise = rng.normal(size=(2, 8, 1)), rng.normal(size=(2, 8, 20))
-    low, high = audit.auc_interval(*(0.7 * own + noise))
+    low, high = attack.auc_interval(*(0.7 * own + noise))
     is_covered.append(low <= 0.5 <= high)
   assert np.mean(is_covered) == pytest.approx(0.9, abs=0.08)
 
@@ -167,7 +168,7 @@ def test_positives_and_negatives_after_unlearning_are_of_models_that_did():
     np.stack([low + plan.is_trained, 0.0 * plan.is_trained], -1)
     for low in (1.0, 3.0)
   )
-  found = audit._confidences(before, after, plan, labels)
+  found = plan.confidences(before, after, labels)
   expected = {
     "original": 2,
     "unlearned": 4,
@@ -186,7 +187,7 @@ def test_what_a_model_s_images_have_in_common_cancels():
   rng = np.random.default_rng(0)
   values = 3 * rng.normal(size=(32, 1)) + rng.normal(size=(32, 40))
   values += 2 * plan.is_trained
-  found = audit.evaluate(
+  found = attack.evaluate(
     plan.by_pair(values, is_trained=True),
     plan.by_pair(values - 2 * plan.is_trained, is_trained=True),
     plan.by_pair(values, is_trained=False),
@@ -211,7 +212,7 @@ def test_exact_unlearning_has_seen_none_of_the_audited_images():
     plan.by_pair(after, is_trained=True),
     plan.by_pair(before, is_trained=False),
   )
-  found = audit.evaluate(*arguments, plan.by_pair(after, is_trained=False))
+  found = attack.evaluate(*arguments, plan.by_pair(after, is_trained=False))
   low, high = found.intervals["unlearned"]
   assert low < 0.5 < high
   assert found.change is not None
@@ -219,21 +220,21 @@ def test_exact_unlearning_has_seen_none_of_the_audited_images():
   expected = found.attacks["unlearned"].auc - found.attacks["original"].auc
   assert np.mean(found.change) == pytest.approx(expected)
   # Which is what the models before unlearning would be taken for.
-  assert audit.evaluate(*arguments).intervals["unlearned"][0] > 0.5
+  assert attack.evaluate(*arguments).intervals["unlearned"][0] > 0.5
 
 
 def test_figures_that_diverged_models_take_are_left_out():
   original, exact, never = confidences(8, 50, 1.0, 0.0, 0.0)
-  full = audit.evaluate(original, exact, never)
+  full = attack.evaluate(original, exact, never)
   for count, sides in ((3, 2), (4, 3), (7, 3), (8, 3)):
     unlearned = exact.copy()
     # One of the two models of a pair.
     unlearned[count:, ::2] = np.nan
-    found = audit.evaluate(original, unlearned, never)
+    found = attack.evaluate(original, unlearned, never)
     assert len(found.attacks) == sides
     assert ("unlearned" in found.klom) == (count == 8)
     assert found.attacks["original"].auc == full.attacks["original"].auc
-    record = audit.as_dict(found)
+    record = found.as_dict()
     json.dumps(record)
     assert (record["attack"]["unlearned"] is None) == (sides == 2)
 
@@ -242,7 +243,7 @@ def example(before, after, control):
   """An audit with intervals of 0.02 about these AUCs."""
   attacks = {
     side: {"auc": auc, "auc_interval": [auc - 0.02, auc + 0.02]}
-    for side, auc in zip(audit.SIDES, (before, after, control), strict=True)
+    for side, auc in zip(attack.SIDES, (before, after, control), strict=True)
   }
   return {
     "attack": attacks,
@@ -332,7 +333,7 @@ def test_doing_nothing_leaves_the_attack_as_it_was(runs):
   }
   seconds = found["seconds"]
   assert seconds["total"] == pytest.approx(
-    sum(seconds[step] for step in audit.STEPS)
+    sum(seconds[step] for step in audit_page.STEPS)
   )
   with np.load(folder / "audit.npz") as arrays:
     assert arrays["original"].shape == (8, 6)
@@ -381,18 +382,18 @@ def test_another_method_takes_the_same_models(runs, monkeypatch):
   folder = runs / "one" / "unlearned" / "retrain"
   (folder / "0004.json").unlink()
   unlearned = []
-  own = audit._unlearn
+  own = audit.unlearn
 
   def watch(*args):
     unlearned.append(args[-1])
     own(*args)
 
-  monkeypatch.setattr(audit, "_unlearn", watch)
+  monkeypatch.setattr(audit, "unlearn", watch)
   again = go_on(runs, "--method=retrain")
   assert unlearned == [4]
   assert again["attack"] == found["attack"]
   # And back: nothing is to be done.
-  monkeypatch.setattr(audit, "_unlearn", no_work)
+  monkeypatch.setattr(audit, "unlearn", no_work)
   last = go_on(runs, *NOTHING)
   assert last["attack"] == before["attack"]
 
@@ -521,7 +522,7 @@ def test_where_psg_ends(runs):
       unlearning=dataclasses.replace(options.unlearning, **unlearning),
     )
     here = context._replace(job=job)
-    return audit._of_model(here, audit.draw(job, here), 0)
+    return audit.of_model(here, audit.draw(job, here), 0)
 
   num_pool = len(context.split.forget)
   part, whole = target(6), target(num_pool)

@@ -9,11 +9,11 @@ import pytest
 
 from psg_jax import baselines, training, types
 from psg_jax.baselines import (
-  _importance,
-  _layers,
   cf_k,
   eu_k,
   finetune,
+  importance,
+  last_layers,
   salun,
 )
 from tests import fakes
@@ -165,7 +165,7 @@ def test_layers_are_taken_in_network_order(layered):
 
   def choose(names, k):
     tree = {"params": dict.fromkeys(names)}
-    return _layers.choose(tree, k, None)
+    return last_layers.choose(tree, k, None)
 
   # Alphabetic, as JAX leaves a tree.
   all_cnn = sorted([*(f"block_{i}" for i in range(12)), "head"])
@@ -180,8 +180,8 @@ def test_layers_are_taken_in_network_order(layered):
   with pytest.raises(ValueError, match="layers must be given"):
     choose(["Dense_0", "head"], 1)
   with pytest.raises(ValueError, match="layers must not be empty"):
-    _layers.choose(variables, 1, ())
-  chosen = _layers.choose(variables, 1, ["block_1/kernel"])
+    last_layers.choose(variables, 1, ())
+  chosen = last_layers.choose(variables, 1, ["block_1/kernel"])
   assert chosen == ("block_1/kernel",)
 
 
@@ -216,10 +216,10 @@ def test_importance_equals_a_loop_over_images(layered):
   options = {"batch_size": 4, "show_progress": False}
   found = [
     *(
-      _importance.fisher(model, variables, few, is_expected=x, **options)
+      importance.fisher(model, variables, few, is_expected=x, **options)
       for x in (False, True)
     ),
-    _importance.mean_gradient(model, variables, few, **options),
+    importance.mean_gradient(model, variables, few, **options),
   ]
   for tree, expected in zip(found, by_loop(model, variables, few), strict=True):
     # Single and batched products round differently.
@@ -232,13 +232,13 @@ def test_importance_of_convolutions():
   )
   few = fakes.blobs(2, size=8)
   variables = model.init(KEY, jnp.zeros((1, 8, 8, 1)))
-  found = _importance.fisher(
+  found = importance.fisher(
     model, variables, few, is_expected=False, show_progress=False
   )
   expected = by_loop(model, variables, few)[0]
   # Convolutions round differently when they are mapped.
   chex.assert_trees_all_close(found, expected, rtol=1e-3, atol=1e-6)
-  assert _layers.choose(variables, 2, None) == ("block_0/", "head/")
+  assert last_layers.choose(variables, 2, None) == ("block_0/", "head/")
 
 
 def test_largest_marks_the_count_asked_for():

@@ -666,7 +666,7 @@ def test_unsir_noise_errs_and_repair_restores(trained):
   variables, split = trained
   labels = jnp.zeros(8, jnp.int32)
   make = functools.partial(
-    unsir._maximise_error,
+    unsir.maximise_error,
     MODEL.apply,
     optimizers.adam(0.1),
     variables,
@@ -743,7 +743,7 @@ def test_boundary_shrink_labels_are_those_of_one_step(trained):
 
 def test_boundary_expanding_step_by_hand_and_pruned(trained):
   variables, split = trained
-  widened = boundary_expanding._widen(
+  widened = boundary_expanding.widen(
     MODEL, variables, split, jax.random.split(KEY, 3)[0]
   )
   shadow = jax.tree.map(np.asarray, widened["params"]["shadow"])

@@ -8,17 +8,12 @@ import re
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 
-from experiments import (
-  compare,
-  compare_cells,
-  compare_page,
-  compare_recipes,
-  compare_summary,
-  files,
-  jobs,
-)
+from experiments import cells, compare, files, jobs
+from experiments.comparison import recipes, summary, verdicts
+from experiments.pages import comparison
 from psg_jax import baselines, checkpoints, twins, types
 from tests import programs_test
 from tests.programs_test import data_dir
@@ -176,9 +171,9 @@ def test_csv_has_a_row_a_cell_and_metric(run_dir):
     float(by_key["psg", seed, "0", "accuracy_test_retain"]["value"])
     for seed in ("2022", "2023")
   ]
-  summary = results["summary"]["psg"]["accuracy_test_retain"]
-  np.testing.assert_allclose(summary["mean"], np.mean(psg))
-  np.testing.assert_allclose(summary["sd"], np.std(psg, ddof=1))
+  means = results["summary"]["psg"]["accuracy_test_retain"]
+  np.testing.assert_allclose(means["mean"], np.mean(psg))
+  np.testing.assert_allclose(means["sd"], np.std(psg, ddof=1))
   lost = by_key["neggrad", "2022", "0", "tug_of_war"]
   assert lost["not_available"].startswith("diverged: ")
   assert by_key["retrained", "2022", "", "accuracy_train_forget"]
@@ -224,7 +219,7 @@ def test_ours_stops_at_the_target_of_the_request(
 
 def test_resuming_runs_nothing(runs, run_dir, monkeypatch, capsys):
   before = (run_dir / "results.csv").read_text()
-  monkeypatch.setattr(compare_cells, "_unlearn", no_cell)
+  monkeypatch.setattr(cells, "unlearn", no_cell)
   monkeypatch.setattr(jobs, "original", no_cell)
   monkeypatch.setattr(jobs, "retrained", no_cell)
   go_on(runs)
@@ -250,15 +245,15 @@ def test_killed_cell_does_not_count(runs, run_dir, monkeypatch, capsys):
   assert caught.value.code == 130
   assert not (cell / "result.json").exists()
   capsys.readouterr()
-  unlearn, calls = compare_cells._unlearn, []
+  unlearn, calls = cells.unlearn, []
 
-  def count(*args):
-    calls.append(args[1].name)
-    return unlearn(*args)
+  def count(context, resolved, *args, **options):
+    calls.append(f"{resolved.method}-{context.job.seed}")
+    return unlearn(context, resolved, *args, **options)
 
-  monkeypatch.setattr(compare_cells, "_unlearn", count)
+  monkeypatch.setattr(cells, "unlearn", count)
   go_on(runs)
-  assert calls == ["finetune-2023-0"]
+  assert calls == ["finetune-2023"]
   assert re.search(
     r"^\[6/6\] finetune-2023-0: .* s, accuracy .* test_forget, .* test_retain$",
     capsys.readouterr().out,
@@ -271,7 +266,7 @@ def test_killed_cell_does_not_count(runs, run_dir, monkeypatch, capsys):
 
 
 def test_metrics_are_added_to_finished_cells(runs, run_dir, monkeypatch):
-  monkeypatch.setattr(compare_cells, "_unlearn", no_cell)
+  monkeypatch.setattr(cells, "unlearn", no_cell)
   go_on(runs, "--metrics", *METRICS, "auroc")
   found = read(run_dir / "cells" / "psg-2022-0" / "result.json")["metrics"]
   assert 0 <= found["auroc"]["value"] <= 1
@@ -293,7 +288,7 @@ def test_page(run_dir):
     )
   )
   assert retrained < original < psg
-  assert '<span class="no">diverged</span>' in page
+  assert re.search(r'class="verdict no"[^>]*>diverged<', page)
   assert re.search(r'class="none"[^>]*>not available<', page)
   assert page.count("<svg") >= 6
   assert "is nearest, then" in page
@@ -345,8 +340,8 @@ def test_without_retrained_model_and_two_unlearning_seeds(runs, capsys):
 
 
 def test_cells_of_other_defaults_are_not_mixed_in(runs, monkeypatch, capsys):
-  other = compare_recipes.Recipe(default=compare_recipes.Rates(0.5))
-  monkeypatch.setitem(compare_recipes.RECIPES, "finetune", other)
+  other = recipes.Recipe(default=recipes.Rates(0.5))
+  monkeypatch.setitem(recipes.RECIPES, "finetune", other)
   with pytest.raises(SystemExit) as caught:
     go_on(runs)
   assert caught.value.code == 2
@@ -405,11 +400,11 @@ def context(tmp_path_factory, data_dir):
   return jobs.prepare(options)
 
 
-@pytest.mark.parametrize("settings", compare_recipes.SETTINGS)
+@pytest.mark.parametrize("settings", recipes.SETTINGS)
 def test_methods_take_their_arguments(settings, context):
-  assert set(compare_recipes.RECIPES) == set(baselines.METHODS)
+  assert set(recipes.RECIPES) == set(baselines.METHODS)
   for name, method in baselines.METHODS.items():
-    found = compare_recipes.resolve(name, context, settings=settings)
+    found = recipes.resolve(name, context, settings=settings)
     json.dumps(found.record)
     assert set(found.arguments) <= set(baselines.parameters(name))
     assert all(
@@ -419,7 +414,7 @@ def test_methods_take_their_arguments(settings, context):
 
 
 def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):
-  found = compare_recipes.resolve("psg_soft", context)
+  found = recipes.resolve("psg_soft", context)
   assert found.record["labels"] == "soft_other"
   assert found.note is None
   forgotten, retained = context.split
@@ -430,14 +425,14 @@ def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):
     ),
   )
   part = context._replace(asked=context.asked._replace(split=half))
-  found = compare_recipes.resolve("psg_soft", part)
+  found = recipes.resolve("psg_soft", part)
   assert (found.record["labels"], found.record["retain_labels"]) == (
     "soft",
     "hard",
   )
   assert found.arguments["target_accuracy"] is None
   # PSG itself stops at the accuracy on unseen images, and says which.
-  found = compare_recipes.resolve("psg", part)
+  found = recipes.resolve("psg", part)
   assert "target_accuracy" not in found.arguments
   assert found.record["target"] == "auto"
   held = jobs.validation(part)[1]
@@ -459,34 +454,34 @@ def test_budget_is_that_of_psg(context):
     "boundary_shrink": 3,
   }
   found = {
-    name: compare_recipes.resolve(name, context).arguments["num_epochs"]
+    name: recipes.resolve(name, context).arguments["num_epochs"]
     for name in expected
   }
   assert found == expected
-  paper = compare_recipes.resolve("finetune", context, settings="paper")
+  paper = recipes.resolve("finetune", context, settings="paper")
   assert "num_epochs" not in paper.arguments
 
 
 def test_arguments_can_be_set(context):
-  given = compare_recipes.parse(
+  given = recipes.parse(
     ["scrub.num_epochs=2", "scrub.momentum=0.5", "ssd.reference=all"]
   )
   assert given == {
     "scrub": {"num_epochs": 2, "momentum": 0.5},
     "ssd": {"reference": "all"},
   }
-  found = compare_recipes.resolve("scrub", context, overrides=given["scrub"])
+  found = recipes.resolve("scrub", context, overrides=given["scrub"])
   assert found.arguments["num_epochs"] == 2
   assert "momentum" not in found.arguments
   assert found.record["momentum"] == 0.5
-  plain = compare_recipes.resolve("scrub", context)
+  plain = recipes.resolve("scrub", context)
   assert plain.arguments["optimizer"] is not found.arguments["optimizer"]
-  again = compare_recipes.resolve("scrub", context, overrides=given["scrub"])
+  again = recipes.resolve("scrub", context, overrides=given["scrub"])
   assert again.arguments["optimizer"] is found.arguments["optimizer"]
 
 
 def test_rewinding_by_what_is_known(context):
-  found = compare_recipes.resolve("scrub_r", context)
+  found = recipes.resolve("scrub_r", context)
   assert found.arguments["reference_error"] == 1.0
   assert found.note is None
   part = context.asked.split
@@ -500,7 +495,7 @@ def test_rewinding_by_what_is_known(context):
   )
   mixed = context._replace(asked=context.asked._replace(split=split))
   assert not jobs.is_class_request(mixed)
-  found = compare_recipes.resolve("scrub_r", mixed)
+  found = recipes.resolve("scrub_r", mixed)
   assert "validation" in found.arguments
   assert "test_forget" in found.note
 
@@ -522,10 +517,13 @@ def rows_of(**values):
   ]
 
 
+def means_of(rows):
+  return summary.summarise(summary.tidy(rows))
+
+
 def test_means_over_seeds():
-  found = compare_summary.summarise(
-    rows_of(a=[[1.0, 3.0], [5.0, 7.0]], b=[[1.0, 3.0]], c=[[None], [4.0]]),
-    ["m"],
+  found = means_of(
+    rows_of(a=[[1.0, 3.0], [5.0, 7.0]], b=[[1.0, 3.0]], c=[[None], [4.0]])
   )
   a, b, c = (found[name]["m"] for name in "abc")
   # Unlearning seeds are averaged first: 2 and 6.
@@ -538,11 +536,11 @@ def test_means_over_seeds():
 
 def test_interval_of_student():
   # t(0.95, 2) = 2.9200; the standard error is 1 / sqrt(3).
-  low, high = compare_summary.interval([1.0, 2.0, 3.0])
+  low, high = summary.interval([1.0, 2.0, 3.0])
   np.testing.assert_allclose(
     [low, high], [2 - 2.92 / math.sqrt(3), 2 + 2.92 / math.sqrt(3)], atol=1e-4
   )
-  assert compare_summary.interval([1.0]) is None
+  assert summary.interval([1.0]) is None
 
 
 @pytest.mark.parametrize(
@@ -550,7 +548,7 @@ def test_interval_of_student():
   [("up", []), ("down", ["c"]), ("as_retrained", ["a"])],
 )
 def test_best_where_the_interval_decides(direction, expected):
-  summary = compare_summary.summarise(
+  means = means_of(
     rows_of(
       retrained=[[0.80], [0.90], [0.99]],
       # Exact unlearning is what the others are measured by.
@@ -560,38 +558,38 @@ def test_best_where_the_interval_decides(direction, expected):
       a=[[0.81], [0.90], [0.98]],
       b=[[0.99], [0.80], [0.90]],
       c=[[0.10], [0.11], [0.10]],
-    ),
-    ["m"],
+    )
   )
-  losses = compare_summary.losses(summary, "m", direction, "retrained")
-  assert set(losses) == {"a", "b", "c"}
+  losses = summary.losses(means, "m", direction, "retrained")
+  assert set(losses.index) == {"a", "b", "c"}
   if direction == "as_retrained":
-    np.testing.assert_allclose(losses["b"]["0"], 0.19)
-  assert compare_summary.best(losses) == expected
+    np.testing.assert_allclose(losses.loc["b", "0"], 0.19)
+  assert summary.best(losses) == expected
 
 
 def test_ties_and_single_seeds():
-  tied = {"a": {"0": 0.0, "1": 0.0}, "b": {"0": 0.0, "1": 0.0}}
-  assert compare_summary.best(tied) == []
-  worse = {"c": {"0": 1.0, "1": 1.1}}
-  assert compare_summary.best({**tied, **worse}) == ["a", "b"]
-  undecided = {"c": {"0": 1.0, "1": -0.5}}
-  assert compare_summary.best({**tied, **undecided}) == []
-  assert compare_summary.best({"a": {"0": 1.0}, "b": {"0": 9.0}}) == []
+  def best(**losses):
+    return summary.best(pd.DataFrame.from_dict(losses, orient="index"))
+
+  tied = {"a": [0.0, 0.0], "b": [0.0, 0.0]}
+  assert best(**tied) == []
+  assert best(**tied, c=[1.0, 1.1]) == ["a", "b"]
+  assert best(**tied, c=[1.0, -0.5]) == []
+  assert best(a=[1.0], b=[9.0]) == []
 
 
 def test_nearest_to_the_retrained_model():
   rows = rows_of(far=[[2.0], [2.1], [2.2]], near=[[1.0], [1.2], [1.1]])
   for row in rows:
     row["metrics"] = {"kl_divergence_test_forget": row["metrics"]["m"]}
-  summary = compare_summary.summarise(rows, ["kl_divergence_test_forget"])
-  found = compare_summary.nearest(summary, "kl_divergence", is_share=False)
+  means = means_of(rows)
+  found = summary.nearest(means, "kl_divergence", is_share=False)
   assert [each["method"] for each in found["methods"]] == ["near", "far"]
   assert found["is_decided"]
   # Differences 1.0, 0.9, 1.1: mean 1, standard error 0.1 / sqrt(3).
   half = 2.92 * 0.1 / math.sqrt(3)
   np.testing.assert_allclose(found["gap"], [1 - half, 1 + half], atol=1e-4)
-  assert compare_summary.nearest(summary, "agreement", is_share=True) is None
+  assert summary.nearest(means, "agreement", is_share=True) is None
 
 
 def test_standing_by_distance_to_the_retrained_model():
@@ -610,22 +608,21 @@ def test_standing_by_distance_to_the_retrained_model():
     ]
 
   names = ("kl_divergence_test_forget", "mia_loss_auc")
-  found = compare_summary.summarise(
+  found = means_of(
     [
       *rows("retrained", [0.0, 0.0, 0.0]),
       *rows("psg", [0.5, 0.6, 0.55]),
       *rows("near", [0.4, 0.7, 0.5]),
       *rows("far", [2.0, 2.1, 2.05]),
       *rows("retrain", [0.1, 0.1, 0.1]),
-    ],
-    names,
+    ]
   )
   info = {
     names[0]: {"direction": "down", "ideal": 0.0},
     names[1]: {"direction": "as_retrained", "ideal": 0.5},
   }
   for name, each in zip(
-    names, compare_summary.standing(found, "psg", info), strict=True
+    names, summary.standing(found, "psg", info), strict=True
   ):
     assert each["metric"] == name
     # Exact unlearning is not placed.
@@ -633,12 +630,12 @@ def test_standing_by_distance_to_the_retrained_model():
     assert each["first"] == "near"
     # +0.1, -0.1 and +0.05: which of them is nearer, three seeds do not say.
     assert each["is_within"]
-  far = compare_summary.standing(found, "far", info)[0]
+  far = summary.standing(found, "far", info)[0]
   assert (far["rank"], far["is_within"]) == (3, False)
   # The differences 1.6, 1.4 and 1.55, by hand: mean 1.5167, sd 0.1041, t 2.92.
   np.testing.assert_allclose(far["gap"], [1.3412, 1.6921], atol=1e-3)
-  assert compare_summary.standing(found, "near", info)[0]["rank"] == 1
-  assert compare_summary.standing(found, "near", {}) == []
+  assert summary.standing(found, "near", info)[0]["rank"] == 1
+  assert summary.standing(found, "near", {}) == []
 
 
 def test_markdown_rows_have_as_many_cells_as_the_head():
@@ -656,6 +653,7 @@ def test_markdown_rows_have_as_many_cells_as_the_head():
         }
       ]
     },
+    "titles": {"psg": "PSG"},
     "methods": {"psg": {"title": "PSG", "paper": ""}},
     "metrics": {"kl": {"title": "KL(retrained || model)", "direction": "down"}},
     "summary": {},
@@ -663,7 +661,7 @@ def test_markdown_rows_have_as_many_cells_as_the_head():
     "nearest": [],
     "best": {},
   }
-  lines = compare_page.markdown(results).splitlines()
+  lines = comparison.markdown(results).splitlines()
   row = next(x for x in lines if "KL(retrained" in x).replace("\\|", "")
   assert row.count("|") == lines[lines.index("|---|---|---|---|---|")].count(
     "|"
@@ -672,7 +670,7 @@ def test_markdown_rows_have_as_many_cells_as_the_head():
 
 def test_verdict():
   rng = np.random.default_rng(0)
-  labels = {split: np.zeros(400, int) for split in compare_summary.SPLITS}
+  labels = {split: np.zeros(400, int) for split in summary.SPLITS}
   right, wrong = np.array([3.0, 0.0]), np.array([0.0, 3.0])
 
   def models(logits, count):
@@ -681,13 +679,15 @@ def test_verdict():
 
   retrained = models(right, 3)
 
-  def verify(logits, **kwargs):
+  def verify(logits, num_diverged=0, num_cells=3):
     unlearned = {
       split: {seed: each[None] for seed, each in enumerate(values)}
       for split, values in models(logits, 3).items()
     }
-    counts = {"num_diverged": 0, "num_cells": 3, **kwargs}
-    return compare_summary.verify(retrained, unlearned, labels, **counts)
+    held = verdicts.Logits(retrained, {"a": unlearned}, labels, None)
+    lost = num_diverged * [{"status": cells.DIVERGED}]
+    done = (num_cells - num_diverged) * [{"status": cells.DONE}]
+    return verdicts.verify(held, "a", [*lost, *done])
 
   assert verify(right)["verdict"] == "equivalent"
   found = verify(wrong)
@@ -709,8 +709,9 @@ def test_verdict():
     ("kl_divergence_test_forget", 0.12345, 0.002, "0.123 ± 0.002"),
     ("seconds", 3.21, 0.14, "3.2 ± 0.1 s"),
     ("run_time_efficiency", 12.34, None, "12.34"),
-    ("tug_of_war", None, None, "not available"),
+    ("tug_of_war", None, None, None),
   ],
 )
 def test_figures_as_text(name, mean, sd, text):
-  assert compare_page._show(name, {"mean": mean, "sd": sd}) == text
+  figure = {"mean": mean, "sd": sd}
+  assert comparison.mean_sd(name, figure) == text

@@ -6,14 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from experiments import (
-  compare,
-  compare_cells,
-  compare_page,
-  demo,
-  jobs,
-  unlearn,
-)
+from experiments import cells, compare, demo, jobs, run_figures, unlearn
+from experiments.pages import comparison
 from psg_jax import checkpoints, metrics
 from tests import compare_test, programs_test
 from tests.compare_test import SMALL, data_dir, read
@@ -29,7 +23,7 @@ def run_dir(tmp_path_factory, data_dir):
   given = [*SMALL, f"--runs_dir={folder}", "--name=one", "--methods=finetune"]
   programs_test.call(compare, *given, *METRICS, "--seeds=1", "--references=1")
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(compare_cells, "_unlearn", compare_test.no_cell)
+    patch.setattr(cells, "unlearn", compare_test.no_cell)
     patch.setattr(jobs, "original", compare_test.no_cell)
     programs_test.call(
       compare, *given, *METRICS, "--seeds=1", "--references=3", "--resume"
@@ -106,7 +100,7 @@ def test_yardstick_leads_the_tables(run_dir):
   assert titles[2].startswith("Yardstick")
   assert titles[3].startswith("Normalised KL, forget")
   verdict = results["yardstick"]["models"]["finetune"]["verdict"]
-  assert verdict in compare_page.text_table(results)
+  assert verdict in comparison.text_table(results)
   page = (run_dir / "compare.html").read_text()
   assert "As near as another retraining?" in page
   assert "3 retrained models: two of them predict the same for" in page
@@ -157,7 +151,7 @@ def run(tmp_path_factory, data_dir):
   given = [*SMALL, f"--runs_dir={folder}", "--name=one"]
   programs_test.call(demo, *given)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(jobs, "_save_examples", compare_test.no_cell)
+    patch.setattr(run_figures, "save_examples", compare_test.no_cell)
     programs_test.call(demo, *given, "--references=3", "--resume")
   return folder / "one"
 

@@ -87,9 +87,9 @@ def many_channels(
 ) -> bool:
   """Run with each form of the kernel gradient, two images to a part."""
   if request.param:
-    monkeypatch.setattr(convolution, "_MANY_CHANNELS", 1)
-  monkeypatch.setattr(convolution, "_IMAGE_PART_BYTES", 2 * 9 * 9 * 12 * 4)
-  monkeypatch.setattr(convolution, "_PATCH_PART_BYTES", 2 * 9 * 9 * 9 * 12 * 4)
+    monkeypatch.setattr(convolution, "MANY_CHANNELS", 1)
+  monkeypatch.setattr(convolution, "IMAGE_PART_BYTES", 2 * 9 * 9 * 12 * 4)
+  monkeypatch.setattr(convolution, "PATCH_PART_BYTES", 2 * 9 * 9 * 9 * 12 * 4)
   return request.param
 
 

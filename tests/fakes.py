@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import figures
+from experiments.pages import figures
 from psg_jax import data, models, networks, torch_layouts, types
 
 
@@ -42,14 +42,14 @@ def linear_model(num_features, num_classes):
   return types.Model(init, linear_apply, apply_train, features)
 
 
-class _OneBlock(networks._Network):
+class _OneBlock(networks.Network):
   """One of the All-CNN's blocks in place of eight."""
 
   stride = 1
 
   def _backbone(self, hidden, mask, is_training):
-    filters = networks._scaled(96, self.width)
-    block = self._block(networks._ConvBlock)
+    filters = networks.scaled(96, self.width)
+    block = self._block(networks.ConvBlock)
     return block(filters, 3, self.stride, self.dtype, name="block_0")(
       hidden, mask, is_training
     )
@@ -61,7 +61,7 @@ def small_cnn(**options):
   Takes the options of `models.create`.
   """
   with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(models._NETWORKS, "one_block", _OneBlock)
+    patch.setitem(models.NETWORKS, "one_block", _OneBlock)
     return models.create("one_block", **options)
 
 
@@ -93,15 +93,15 @@ def quick_programs(data_dir, dataset="digits"):
     data_dir: Where data sets are kept.
     dataset: The set that the programs use, prepared here.
   """
-  models._create.cache_clear()
+  models.create_cached.cache_clear()
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("PSG_JAX_DATA", str(data_dir))
-    patch.setitem(models._NETWORKS, "all_cnn", _QuickCNN)
+    patch.setitem(models.NETWORKS, "all_cnn", _QuickCNN)
     patch.setitem(torch_layouts.NETWORKS, "all_cnn", _quick_layout)
     patch.setattr(figures, "embed", lambda features: features[:, :2])
     data.load(dataset, "test")
     yield data_dir
-  models._create.cache_clear()
+  models.create_cached.cache_clear()
 
 
 def blobs(num_images, *, num_classes=3, size=4, channels=1, seed=0):

@@ -27,7 +27,8 @@ from data_prep import (
   tables,
   threads,
 )
-from experiments import cli, recipes, request_page, sets
+from experiments import cli, recipes, sets
+from experiments.pages import request as request_page
 from psg_jax import data
 
 RNG = np.random.default_rng(0)

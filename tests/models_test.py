@@ -169,7 +169,7 @@ def test_logits_and_features_in_one_pass():
     compiled = jax.jit(fn).lower(variables, floats).compile()
     return compiled.cost_analysis()["flops"]
 
-  both = flops(inference._both(model))
+  both = flops(inference.logits_and_features(model))
   assert both < 1.05 * flops(model.apply)
   none = inference.predict_both(model, variables, images[:0])
   assert [x.shape for x in none] == [(0, 4), features[:0].shape]

@@ -20,12 +20,15 @@ from safetensors import numpy as safetensors_numpy
 from data_prep import cache
 from experiments import (
   cli,
+  contexts,
   demo,
   evaluation_benchmark,
   files,
   jobs,
   recipes,
   report,
+  run_figures,
+  run_folder,
   train,
   unlearn,
 )
@@ -199,7 +202,7 @@ def test_references_standardise_with_what_is_retained(runs):
   assert expected != data.mean_and_std(context.train)
   # A recipe's own numbers are everyone's.
   fixed = dataclasses.replace(job, mean=(0.5,), std=(0.5,))
-  assert jobs._model(fixed, context.train) is jobs._model(
+  assert contexts.network(fixed, context.train) is contexts.network(
     fixed, context.split.retain
   )
 
@@ -218,16 +221,16 @@ def test_what_is_lost_is_said():
     "retrained": figures(0.5, 0.85),
     "unlearned": figures(0.5, 0.575),
   }
-  found = jobs._warnings(result, labels)
+  found = run_figures.warnings(result, labels)
   assert found["original"] == found["retrained"] == []
   chance, lost = found["unlearned"]
   assert "right on 0.575 of the test_retain images, no more than" in chance
   assert "(0.600)" in chance
   assert "test_retain fell from 0.871 to 0.575" in lost
   fine = {**result, "unlearned": figures(0.7, 0.85)}
-  assert jobs._warnings(fine, labels)["unlearned"] == []
+  assert run_figures.warnings(fine, labels)["unlearned"] == []
   untrained = {"original": figures(0.5, 0.6)}
-  assert len(jobs._warnings(untrained, labels)["original"]) == 1
+  assert len(run_figures.warnings(untrained, labels)["original"]) == 1
 
 
 def test_resuming_a_finished_run_keeps_it(runs):
@@ -651,7 +654,7 @@ def test_commands_run_where_others_have_our_names(tmp_path, monkeypatch):
   monkeypatch.setattr(
     programs.runpy, "run_module", lambda name, **_: run.append(name)
   )
-  monkeypatch.setattr(programs, "_quit_on_signals", lambda: None)
+  monkeypatch.setattr(programs, "quit_on_signals", lambda: None)
   for name in ("psg-unlearn", "psg-prepare"):
     monkeypatch.setattr(sys, "argv", [str(tmp_path / name)])
     programs.start()
@@ -669,20 +672,20 @@ def test_the_commit_is_that_of_our_own_checkout(tmp_path, monkeypatch):
   file = theirs / "lib" / "experiments" / "jobs.py"
   file.parent.mkdir(parents=True)
   file.write_text("")
-  monkeypatch.setattr(jobs, "__file__", str(file))
-  assert jobs._git_commit() is None
+  monkeypatch.setattr(run_folder, "__file__", str(file))
+  assert run_folder.git_commit() is None
   git("init", cwd=theirs)
   (theirs / "own.txt").write_text("")
   git("add", "own.txt", cwd=theirs)
   git("commit", "-m", "x", cwd=theirs)
-  assert jobs._git_commit() is None
+  assert run_folder.git_commit() is None
   git("add", "lib", cwd=theirs)
   git("commit", "-m", "x", cwd=theirs)
-  assert jobs._git_commit() is None
+  assert run_folder.git_commit() is None
   git("init", cwd=theirs / "lib")
   git("add", ".", cwd=theirs / "lib")
   git("commit", "-m", "x", cwd=theirs / "lib")
-  assert re.fullmatch("[0-9a-f]{40}", jobs._git_commit())
+  assert re.fullmatch("[0-9a-f]{40}", run_folder.git_commit())
 
 
 # Who works on a run, and what it replaces.
@@ -747,7 +750,7 @@ def test_overwriting_keeps_the_run_until_there_is_a_model(
   assert list(tmp_path.iterdir()) == [run]
   # What has a model stays, and the one of before goes at once.
   context = prepared(run, data_dir, overwrite=True, seed=5)
-  jobs._save(context, "original", {"x": 2}, [], 0.0)
+  jobs.save(context, "original", {"x": 2}, [], 0.0)
   assert not (tmp_path / ".one.replaced").exists()
   files.at_end.close()
   assert checkpoints.restore_run(run, "original") == {"x": 2}
@@ -756,9 +759,9 @@ def test_overwriting_keeps_the_run_until_there_is_a_model(
 
 def test_what_a_kill_left_of_training_goes(tmp_path, data_dir):
   context = prepared(tmp_path / "one", data_dir)
-  state = jobs._fresh_state(context, "original")
+  state = jobs.fresh_state(context, "original")
   checkpoints.save(tmp_path / "one" / "original.partial", state)
-  jobs._save(context, "original", state, [], 0.0)
+  jobs.save(context, "original", state, [], 0.0)
   (tmp_path / "one" / ".original.partial.replaced").mkdir()
   jobs.original(context)
   files.at_end.close()

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import read_out, read_out_page, report
+from experiments import read_out, report
+from experiments.pages import clinical, figures, tables
 from psg_jax import diagnosis, types, unlearning
 from tests import report_test
 
@@ -94,19 +95,25 @@ def test_reasons_and_non_members_are_said():
       "membership": {"mia_loss_auc": attack},
     }
   }
-  assert read_out_page.reasons(metrics) == ["none of 5 groups has 10 images"]
-  assert "which may differ" in (read_out_page.non_members(metrics) or "")
+  assert clinical.reasons(tables.Models(metrics)) == [
+    "none of 5 groups has 10 images"
+  ]
+  assert "which may differ" in (
+    clinical.non_members(tables.Models(metrics)) or ""
+  )
   attack["non_members"] = "test_forget"
-  assert read_out_page.non_members(metrics) is None
+  assert clinical.non_members(tables.Models(metrics)) is None
 
 
 def test_attacks_say_how_far_chance_goes():
   attack = {"value": 0.4, "num_samples": 36}
   metrics = {"original": {"membership": {"mia_loss_auc": attack}}}
   # Two of sqrt(73 / 15552) = 0.0685.
-  ideal = read_out_page.attack_ideal(metrics)
+  ideal = clinical.attack_ideal(tables.Models(metrics))
   assert ideal == "≈ ideal: as retrained, 0.5; 36 images a side, chance ±0.14"
-  assert read_out_page.attack_ideal({}) == "≈ ideal: as retrained, 0.5"
+  assert (
+    clinical.attack_ideal(tables.Models({})) == "≈ ideal: as retrained, 0.5"
+  )
 
 
 def test_logits_that_are_not_finite_list_no_flips(parts, logits, tmp_path):
@@ -187,8 +194,8 @@ def test_judge_names_what_was_not_forgotten(has_retrained):
 
 
 def test_page_shows_figures_and_pictures(parts, logits, tmp_path, monkeypatch):
-  monkeypatch.setattr(report.figures, "save_png", lambda *_, **__: None)
-  monkeypatch.setattr(report.figures, "save_examples", lambda *_: None)
+  monkeypatch.setattr(figures, "save_png", lambda *_, **__: None)
+  monkeypatch.setattr(figures, "save_examples", lambda *_: None)
   folder = report_test.make_run(
     tmp_path / "run", class_names=_NAMES, models=("original", "unlearned")
   )
@@ -221,7 +228,8 @@ def test_worst_subgroup_names_the_group():
     "original": {"clinical": {"worst_subgroup": {"device": figure}}},
     "unlearned": {"clinical": {"worst_subgroup": {"device": {"value": None}}}},
   }
-  found = read_out_page.read_out(metrics, _NAMES, report.percent)
+  found = clinical.read_out(tables.Models(metrics), _NAMES)
   assert found is not None
-  row = next(x for x in found["rows"] if "device" in x["name"])
-  assert row["cells"] == ["50.0% (B, 12)", "not available"]
+  (group,) = found["summary"].groups
+  row = next(x for x in group.rows if "device" in x.head.text)
+  assert [x.text for x in row.cells] == ["50.0% (B, 12)", "not available"]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import sklearn.datasets
 
-from experiments import figures, report
+from experiments import report
+from experiments.pages import figures, headline, panels, tables
 
 _DIGITS = tuple(str(digit) for digit in range(10))
 _SECTIONS = (
@@ -309,6 +310,12 @@ def page(run: pathlib.Path) -> _Reader:
   return _parse(run / "report.html")
 
 
+def title_of(folder: pathlib.Path) -> str:
+  """Returns the headline of a run."""
+  run = report.read(folder)
+  return headline.headline(run.job, run.data, run.models)[0]
+
+
 def test_build_writes_page_and_pictures(run, page):
   for section in _SECTIONS:
     assert page.ids.count(section) == 1
@@ -483,7 +490,7 @@ def test_failed_unlearning_is_not_called_done(tmp_path):
     metrics["unlearned"]["seconds"] = 44.94
 
   _change(folder / "metrics.json", edit)
-  title, _ = report.headline(report.read(folder))
+  title = title_of(folder)
   assert title == (
     "Class “0” is still mostly in all_cnn trained on digits after 44.9 s of"
     " unlearning"
@@ -504,7 +511,7 @@ def test_failed_unlearning_is_not_called_done(tmp_path):
 def test_request_in_words(tmp_path, request_, expected):
   folder = make_run(tmp_path / "run")
   _change(folder / "data.json", lambda data: data.update(request=request_))
-  title, _ = report.headline(report.read(folder))
+  title = title_of(folder)
   assert title.startswith(expected.replace(" was", ""))
 
 
@@ -573,7 +580,7 @@ def test_program_ends_in_one_line(tmp_path):
   ],
 )
 def test_seconds(value, expected):
-  assert report.seconds(value) == expected
+  assert tables.seconds(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -593,10 +600,8 @@ def test_choose_classes_keeps_the_forgotten_and_the_changed():
   before = [0.9] * 50
   after = list(before)
   after[30] = 0.1
-  chosen = figures.choose_classes(
-    {"original": before, "unlearned": after}, [44]
-  )
-  assert len(chosen) == figures.MAX_BARS
+  chosen = panels.choose_classes({"original": before, "unlearned": after}, [44])
+  assert len(chosen) == panels.MAX_BARS
   assert {30, 44} <= set(chosen)
   assert chosen == sorted(chosen)
 

@@ -20,6 +20,7 @@ from experiments import (
   recipes,
   report,
   requests,
+  run_figures,
   sets,
   unlearn,
 )
@@ -661,7 +662,7 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
   assert abs(len(held) - len(shown.forget)) <= same_kind.num_classes
   assert device.parts["test_forget"].ids.tolist() == shown.forget.ids.tolist()
   num_read = len(device.train) + len(device.test)
-  record = jobs._data_record(device, num_read)["counts"]
+  record = run_figures.data_record(device, num_read)["counts"]
   assert record["validation"] == len(held)
   assert sum(record.values()) == len(device.train) + len(device.test)
   again = jobs.validation(context(where=device.job.where, group=None))[1]
@@ -676,7 +677,9 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
   assert len(held) + len(shown.retain) == len(patient.test)
   classes = context(where=None, group=None, forget_classes=(1,))
   assert jobs.target_accuracy(classes, variables) is None
-  assert "validation" not in jobs._data_record(classes, num_read)["counts"]
+  assert (
+    "validation" not in run_figures.data_record(classes, num_read)["counts"]
+  )
   assert classes.parts["test_retain"] is classes.asked.test_split.retain
 
 

@@ -10,7 +10,7 @@ from psg_jax import baselines, unlearning
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGES = ("psg_jax", "experiments", "data_prep")
-MOST_LINES = 1400
+MOST_LINES = 600
 # Sets that are embedded are prepared when they are first read; PyTorch, which
 # the other imports, is an extra.
 LATE = {"data_prep.base", "experiments.torch_loop"}

@@ -34,7 +34,7 @@ from psg_jax.baselines import (
   ssd,
   unsir,
 )
-from psg_jax.baselines._common import Output
+from psg_jax.baselines.common import Output
 
 __all__ = ["METHODS", "Method", "Output", "find", "parameters"]
 

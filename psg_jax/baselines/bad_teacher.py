@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psg_jax import batches, checks, inference, optimizers, steps, types
-from psg_jax.baselines import _common
+from psg_jax.baselines import common
 
 DEFAULTS = {
   "num_epochs": 1,
@@ -27,7 +27,7 @@ def bad_teacher(
   retain_fraction: float = 0.3,
   temperature: float = 1.0,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Learns from the original model on R and from a random network on F.
 
       loss = mean_i KL(softmax(t_i / T) ‖ softmax(f_w(x_i) / T))
@@ -64,10 +64,10 @@ def bad_teacher(
   """
   checks.number("retain_fraction", retain_fraction, above=0, at_most=1)
   checks.number("temperature", temperature, above=0)
-  passes = _common.passes(model, variables, split, key, options, DEFAULTS)
+  passes = common.passes(model, variables, split, key, options, DEFAULTS)
   init_key, choice_key, *keys = jax.random.split(key, 4)
   retain = batches.take_fraction(split.retain, retain_fraction, choice_key)
-  incompetent = _common.fresh_variables(model, split, init_key)
+  incompetent = common.fresh_variables(model, split, init_key)
   teachers = ((incompetent, split.forget), (variables, retain))
   targets = np.concatenate(
     [
@@ -75,7 +75,7 @@ def bad_teacher(
       for teacher, part in teachers
     ]
   )
-  return _common.train(
+  return common.train(
     *(model, variables, split._replace(retain=retain), keys, passes),
     plan_fn=batches.mixed,
     loss_fn=_loss,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from psg_jax import batches, optimizers, steps, types
-from psg_jax.baselines import _common
+from psg_jax.baselines import common
 
 DEFAULTS = {
   "num_epochs": 10,
@@ -23,7 +23,7 @@ def boundary_expanding(
   split: types.Split,
   key: jax.Array,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Trains the forget images into a class of their own, and removes it.
 
       loss = mean CE([f_w(x_F), u · h_w(x_F) + b], K + 1)
@@ -56,7 +56,7 @@ def boundary_expanding(
     Chen et al., Boundary Unlearning: Rapid Forgetting of Deep Networks via
     Shifting the Decision Boundary, 2023.
   """
-  passes = _common.passes(
+  passes = common.passes(
     *(model, variables, split, key, options, DEFAULTS), needs_retain=False
   )
   callback, start = passes.callback, passes.state
@@ -66,8 +66,8 @@ def boundary_expanding(
     if callback is not None:
       callback(_pruned(state), record)
 
-  output = _common.train(
-    *(model, _widen(model, variables, split, shadow_key), split, keys),
+  output = common.train(
+    *(model, widen(model, variables, split, shadow_key), split, keys),
     passes.replace(
       batch_stats="frozen",
       callback=without_shadow,
@@ -76,12 +76,12 @@ def boundary_expanding(
     plan_fn=batches.forget_only,
     loss_fn=_loss_fn(model),
   )
-  return _common.Output(
+  return common.Output(
     variables=_prune(output.variables), history=output.history
   )
 
 
-def _widen(
+def widen(
   model: types.Model,
   variables: types.Variables,
   split: types.Split,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from psg_jax import boundary, checks, optimizers, types, unlearning
-from psg_jax.baselines import _common
+from psg_jax.baselines import common
 
 DEFAULTS = {
   "num_epochs": 10,
@@ -23,7 +23,7 @@ def boundary_shrink(
   *,
   step_size: float = 0.1,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Splits the forget images among their neighbours across the boundary.
 
       y' = argmax f(x + ε sign(∇_x CE(f(x), y)))

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from psg_jax import optimizers, types
-from psg_jax.baselines import _common, _layers, finetune
+from psg_jax.baselines import common, finetune, last_layers
 
 DEFAULTS = {
   "num_epochs": 10,
@@ -24,7 +24,7 @@ def cf_k(
   num_layers: int = 2,
   layers: Sequence[str] | None = None,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Finetunes the last `k` layers on the retain set: catastrophic forgetting-k.
 
   All other parameters, and the statistics of their normalisation, stay exactly
@@ -56,6 +56,6 @@ def cf_k(
     Goel et al., Towards Adversarial Evaluations for Inexact Machine Unlearning,
     2022.
   """
-  trainable = _layers.trainable(variables, num_layers, layers)
+  trainable = last_layers.trainable(variables, num_layers, layers)
   options = {"trainable": trainable, **DEFAULTS, **options}
   return finetune.finetune(model, variables, split, key, **options)

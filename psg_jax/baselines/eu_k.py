@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from psg_jax import steps, types
-from psg_jax.baselines import _common, _layers, cf_k, finetune
+from psg_jax.baselines import cf_k, common, finetune, last_layers
 
 DEFAULTS = {**cf_k.DEFAULTS, "description": "EU-k"}
 
@@ -20,7 +20,7 @@ def eu_k(
   num_layers: int = 2,
   layers: Sequence[str] | None = None,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Initialises the last `k` layers anew and trains them on the retain set.
 
   Exact unlearning of the last `k` layers: their parameters and the statistics
@@ -48,13 +48,13 @@ def eu_k(
     Goel et al., Towards Adversarial Evaluations for Inexact Machine Unlearning,
     2022.
   """
-  trainable = _layers.trainable(variables, num_layers, layers)
-  _common.check(model, variables, split, key)
+  trainable = last_layers.trainable(variables, num_layers, layers)
+  common.check(model, variables, split, key)
   init_key, train_key = jax.random.split(key)
   start = jax.tree.map(
     lambda is_new, new, old: new if is_new else old,
     trainable,
-    steps.plain_variables(_common.fresh_variables(model, split, init_key)),
+    steps.plain_variables(common.fresh_variables(model, split, init_key)),
     steps.plain_variables(variables),
   )
   options = {"trainable": trainable, **DEFAULTS, **options}

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from psg_jax import batches, optimizers, types
-from psg_jax.baselines import _common
+from psg_jax.baselines import common
 
 DEFAULTS = {
   "num_epochs": 10,
@@ -20,7 +20,7 @@ def finetune(
   split: types.Split,
   key: jax.Array,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Goes on training on the retain set, and counts on catastrophic forgetting.
 
   The defaults are those of the experiments of Nahass et al. (2025).
@@ -47,8 +47,8 @@ def finetune(
     Golatkar et al., Eternal Sunshine of the Spotless Net: Selective Forgetting
     in Deep Networks, 2020.
   """
-  passes = _common.passes(model, variables, split, key, options, DEFAULTS)
-  return _common.train(
+  passes = common.passes(model, variables, split, key, options, DEFAULTS)
+  return common.train(
     *(model, variables, split, jax.random.split(key), passes),
     plan_fn=batches.retain_only,
   )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from psg_jax import checks, engine, types
-from psg_jax.baselines import _common, _importance
+from psg_jax.baselines import common, importance
 
 # Keeps the inverse finite where a weight has no influence.
 _FLOOR = 1e-8
@@ -25,7 +25,7 @@ def fisher(
   callback: engine.Callback | None = None,
   mesh: jax.sharding.Mesh | None = None,
   show_progress: bool = True,
-) -> _common.Output:
+) -> common.Output:
   """Adds Gaussian noise along the directions that do not hurt the retain set.
 
       w_i ← w_i + sqrt(α min((F_i + 1e-8)^-p, c)) n_i,   n ~ N(0, I)
@@ -67,9 +67,9 @@ def fisher(
   checks.number("power", power, above=0)
   checks.number("max_inverse", max_inverse, above=0)
   checks.integer("batch_size", batch_size, at_least=1)
-  _common.check(model, variables, split, key)
+  common.check(model, variables, split, key)
   start = time.perf_counter()
-  information = _importance.fisher(
+  information = importance.fisher(
     model,
     variables,
     split.retain,
@@ -99,4 +99,4 @@ def fisher(
     "mean_noise": total / sum(x.size for x in scales),
     "seconds": time.perf_counter() - start,
   }
-  return _common.finish(variables, params, key, record, callback)
+  return common.finish(variables, params, key, record, callback)

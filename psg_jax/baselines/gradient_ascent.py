@@ -6,7 +6,7 @@ import chex
 import jax
 
 from psg_jax import batches, optimizers, steps, types
-from psg_jax.baselines import _common
+from psg_jax.baselines import common
 
 DEFAULTS = {
   "num_epochs": 5,
@@ -22,7 +22,7 @@ def gradient_ascent(
   split: types.Split,
   key: jax.Array,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Takes steps that raise the loss on the forget set.
 
       loss = - mean CE(f_w(x_F), y_F)
@@ -53,10 +53,10 @@ def gradient_ascent(
     Thudi et al., Unrolling SGD: Understanding Factors Influencing Machine
     Unlearning, 2022.
   """
-  passes = _common.passes(
+  passes = common.passes(
     *(model, variables, split, key, options, DEFAULTS), needs_retain=False
   )
-  return _common.train(
+  return common.train(
     *(model, variables, split, jax.random.split(key), passes),
     plan_fn=batches.forget_only,
     loss_fn=_loss,

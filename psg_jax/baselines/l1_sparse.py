@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psg_jax import batches, checks, optimizers, steps, types
-from psg_jax.baselines import _common
+from psg_jax.baselines import common
 
 DEFAULTS = {
   "num_epochs": 10,
@@ -27,7 +27,7 @@ def l1_sparse(
   penalty: float = 5e-4,
   num_plain_epochs: int = 0,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Finetunes on the retain set while weights are drawn to zero.
 
       loss = mean CE(f_w(x_R), y_R) + γ_t ‖w‖_1,   γ_t = γ max(0, 1 - t / E')
@@ -59,7 +59,7 @@ def l1_sparse(
   """
   checks.number("penalty", penalty, at_least=0)
   checks.integer("num_plain_epochs", num_plain_epochs, at_least=0)
-  passes = _common.passes(model, variables, split, key, options, DEFAULTS)
+  passes = common.passes(model, variables, split, key, options, DEFAULTS)
   num_epochs = passes.num_epochs
   if num_plain_epochs >= num_epochs:
     raise ValueError(
@@ -68,7 +68,7 @@ def l1_sparse(
     )
   fall = np.arange(num_epochs) / (num_epochs - num_plain_epochs)
   penalties = penalty * np.maximum(0.0, 1.0 - fall)
-  return _common.train(
+  return common.train(
     *(model, variables, split, jax.random.split(key), passes),
     plan_fn=batches.retain_only,
     loss_fn=_loss,

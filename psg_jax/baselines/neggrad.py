@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from psg_jax import batches, checks, optimizers, steps, types
-from psg_jax.baselines import _common
+from psg_jax.baselines import common
 
 DEFAULTS = {
   "num_epochs": 5,
@@ -25,7 +25,7 @@ def neggrad(
   *,
   retain_share: float = 0.9999,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Lowers the loss on the retain set and raises it on the forget set.
 
       loss = α mean CE(f_w(x_R), y_R) - (1 - α) mean CE(f_w(x_F), y_F)
@@ -58,8 +58,8 @@ def neggrad(
     al., Towards Unbounded Machine Unlearning, 2023.
   """
   checks.number("retain_share", retain_share, at_least=0, at_most=1)
-  passes = _common.passes(model, variables, split, key, options, DEFAULTS)
-  return _common.train(
+  passes = common.passes(model, variables, split, key, options, DEFAULTS)
+  return common.train(
     *(model, variables, split, jax.random.split(key), passes),
     plan_fn=batches.beside_retain,
     loss_fn=_loss,
@@ -75,7 +75,7 @@ def neggrad_plus(
   *,
   retain_share: float = 0.95,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """NegGrad+: `neggrad` with an `α` that the paper tunes for each data set.
 
   By default there are 10 passes.

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from psg_jax import boundary, checks, optimizers, types, unlearning
-from psg_jax.baselines import _common
+from psg_jax.baselines import common
 
 SOFT_LABELS = ("soft", "soft_other")
 RELEASED_DEFAULTS = {
@@ -26,7 +26,7 @@ def psg_soft(
   split: types.Split,
   key: jax.Array,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """`psg` with soft labels, by default `labels="soft_other"` (Algorithm 3).
 
   Each forget image is taught the frozen model's prediction at its boundary
@@ -65,7 +65,7 @@ def psg_released(
   distance_weight: float = 0.0,
   noise_scale: float = 0.0,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """The method as its authors' released code has it, quirks included.
 
   Args:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psg_jax import batches, checks, optimizers, steps, types
-from psg_jax.baselines import _common
+from psg_jax.baselines import common
 
 DEFAULTS = {
   "num_epochs": 10,
@@ -26,7 +26,7 @@ def random_labels(
   *,
   retain_weight: float = 1.0,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Trains on all images, the forget set with labels drawn at random.
 
       loss = mean_i w_i CE(f_w(x_i), y_i'),   w = 1 on F, φ on R
@@ -57,12 +57,12 @@ def random_labels(
     Golatkar et al., Eternal Sunshine of the Spotless Net, 2020.
   """
   checks.number("retain_weight", retain_weight, above=0)
-  passes = _common.passes(model, variables, split, key, options, DEFAULTS)
+  passes = common.passes(model, variables, split, key, options, DEFAULTS)
   label_key, *keys = jax.random.split(key, 3)
   labels = other_labels(
     label_key, split.forget.labels, split.forget.num_classes
   )
-  return _common.train(
+  return common.train(
     *(model, variables, split, keys, passes),
     plan_fn=batches.mixed,
     loss_fn=_loss,

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from psg_jax import training, types
-from psg_jax.baselines import _common
+from psg_jax.baselines import common
 
 DEFAULTS = {"num_epochs": 15, "description": "retraining"}
 
@@ -16,7 +16,7 @@ def retrain(
   split: types.Split,
   key: jax.Array,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Trains a new network on the retain set alone.
 
   The weights start from a fresh initialisation: of `variables` nothing but the
@@ -37,10 +37,10 @@ def retrain(
     ValueError: If an argument is of the wrong shape, type or range.
     FloatingPointError: If the loss is NaN or infinite.
   """
-  _common.check(model, variables, split, key)
+  common.check(model, variables, split, key)
   init_key, fit_key = jax.random.split(key)
-  fresh = _common.fresh_variables(model, split, init_key)
+  fresh = common.fresh_variables(model, split, init_key)
   trained, history = training.fit(
     model, fresh, split.retain, fit_key, **{**DEFAULTS, **options}
   )
-  return _common.Output(variables=trained, history=history)
+  return common.Output(variables=trained, history=history)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psg_jax import checks, optimizers, types
-from psg_jax.baselines import _common, _importance, random_labels
+from psg_jax.baselines import common, importance, random_labels
 
 DEFAULTS = {
   **random_labels.DEFAULTS,
@@ -27,7 +27,7 @@ def salun(
   salient_fraction: float = 0.5,
   retain_weight: float = 1.0,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Trains on random labels the weights that the forget set depends on most.
 
       m_S = 1(|∇_w mean CE(f_w(x_F), y_F)| ≥ γ)    at the original weights
@@ -61,9 +61,9 @@ def salun(
     Saliency in Both Image Classification and Generation, 2024.
   """
   checks.number("salient_fraction", salient_fraction, above=0, at_most=1)
-  passes = _common.passes(model, variables, split, key, options, DEFAULTS)
+  passes = common.passes(model, variables, split, key, options, DEFAULTS)
   start = time.perf_counter()
-  gradient = _importance.mean_gradient(
+  gradient = importance.mean_gradient(
     *(model, variables, split.forget),
     batch_size=passes.batch_size,
     mesh=passes.mesh,

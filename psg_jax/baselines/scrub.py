@@ -19,7 +19,7 @@ from psg_jax import (
   steps,
   types,
 )
-from psg_jax.baselines import _common
+from psg_jax.baselines import common
 
 DEFAULTS = {"num_epochs": 5, "description": "SCRUB"}
 
@@ -37,7 +37,7 @@ def scrub(
   decay_epochs: Sequence[int] = (3, 5, 9),
   forget_batch_size: int | None = None,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Disobeys a teacher on the forget set and obeys it on the retain set.
 
   The teacher is the original model, frozen, in inference mode; the student
@@ -84,7 +84,7 @@ def scrub(
   checks.number("retain_weight", retain_weight, at_least=0)
   checks.number("teacher_weight", teacher_weight, at_least=0)
   checks.number("temperature", temperature, above=0)
-  _common.check(model, variables, split, key)
+  common.check(model, variables, split, key)
   passes = engine.Passes(**{**DEFAULTS, **options})
   if forget_batch_size is None:
     forget_batch_size = passes.batch_size
@@ -118,7 +118,7 @@ def scrub(
   state, history = engine.run(
     model, variables, images, targets, phases, run_key, passes
   )
-  return _common.Output(variables=state.variables, history=history)
+  return common.Output(variables=state.variables, history=history)
 
 
 def scrub_r(
@@ -130,7 +130,7 @@ def scrub_r(
   validation: types.Dataset | None = None,
   reference_error: float | None = None,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """SCRUB+R: goes back to the pass whose forget error is as it should be.
 
   A forget error above that of a model that never saw the images gives them
@@ -194,7 +194,7 @@ def scrub_r(
     )
   ]
   history[-1]["rewind_seconds"] = time.perf_counter() - start
-  return _common.Output(variables=models[nearest], history=history)
+  return common.Output(variables=models[nearest], history=history)
 
 
 def _error(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from psg_jax import checks, engine, types
-from psg_jax.baselines import _common, _importance
+from psg_jax.baselines import common, importance
 
 
 def ssd(
@@ -22,7 +22,7 @@ def ssd(
   callback: engine.Callback | None = None,
   mesh: jax.sharding.Mesh | None = None,
   show_progress: bool = True,
-) -> _common.Output:
+) -> common.Output:
   """Dampens the weights that matter to the forget set beyond proportion.
 
       w_i ← β_i w_i   where I_F,i > α I_D,i,   β_i = min(λ I_D,i / I_F,i, 1)
@@ -62,10 +62,10 @@ def ssd(
   checks.number("dampening", dampening, at_least=0)
   checks.one_of("reference", reference, ("all", "retain"))
   checks.integer("batch_size", batch_size, at_least=1)
-  _common.check(model, variables, split, key)
+  common.check(model, variables, split, key)
   start = time.perf_counter()
   forget, retain = (
-    _importance.fisher(
+    importance.fisher(
       model,
       variables,
       part,
@@ -100,4 +100,4 @@ def ssd(
     "dampened_fraction": num_dampened / num_weights,
     "seconds": time.perf_counter() - start,
   }
-  return _common.finish(variables, params, key, record, callback)
+  return common.finish(variables, params, key, record, callback)

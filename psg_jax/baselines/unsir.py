@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from psg_jax import batches, checks, engine, optimizers, steps, types
-from psg_jax.baselines import _common
+from psg_jax.baselines import common
 
 # A pixel is grey plus so much of the noise: noise in the units of networks
 # whose images are standardised, as the authors' is.
@@ -38,7 +38,7 @@ def unsir(
   num_impair_epochs: int = 1,
   repair_optimizer: optax.GradientTransformation | None = None,
   **options: Any,
-) -> _common.Output:
+) -> common.Output:
   """Unlearns classes by error-maximising noise, without any forget image.
 
   1. Noise: for the classes of the forget set, images are found on which the
@@ -86,7 +86,7 @@ def unsir(
   checks.number("noise_penalty", noise_penalty, at_least=0)
   checks.number("retain_fraction", retain_fraction, above=0, at_most=1)
   checks.integer("num_impair_epochs", num_impair_epochs, at_least=1)
-  passes = _common.passes(model, variables, split, key, options, DEFAULTS)
+  passes = common.passes(model, variables, split, key, options, DEFAULTS)
   if passes.num_parts != 1:
     raise ValueError(f"num_parts must be 1 for UNSIR, got {passes.num_parts}")
   noise_key, choice_key, plan_key, *run_keys = jax.random.split(key, 5)
@@ -95,7 +95,7 @@ def unsir(
   classes = np.unique(split.forget.labels)
   size = max(min(passes.batch_size, len(retain)), len(classes))
   labels = jnp.asarray(np.resize(classes, size))
-  images = _maximise_error(
+  images = maximise_error(
     model.apply,
     optimizers.adam(noise_step_size),
     variables,
@@ -128,7 +128,7 @@ def unsir(
   )
   if history:
     history[0]["noise_seconds"] = noise_seconds
-  return _common.Output(variables=variables, history=history)
+  return common.Output(variables=variables, history=history)
 
 
 def _impair_and_repair(
@@ -171,7 +171,7 @@ def _impair_and_repair(
 @functools.partial(
   jax.jit, static_argnums=(0, 1), static_argnames=("image_shape", "num_steps")
 )
-def _maximise_error(
+def maximise_error(
   apply_fn: types.ApplyFn,
   optimizer: optax.GradientTransformation,
   variables: types.Variables,

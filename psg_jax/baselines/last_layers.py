@@ -52,8 +52,8 @@ def choose(
       f" {num_layers}"
     )
   # The slash keeps block_1 from naming block_10.
-  chosen = sorted(names, key=_position)[-num_layers:]
-  return tuple(f"{name}/" for name in chosen)
+  last = sorted(names, key=_position)[-num_layers:]
+  return tuple(f"{name}/" for name in last)
 
 
 def _position(name: str) -> tuple[int, ...]:

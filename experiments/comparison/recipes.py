@@ -65,7 +65,7 @@ class Recipe(NamedTuple):
 
   Attributes:
     paper: The optimiser of its paper, or None for one without.
-    default: The optimiser for small runs.
+    default: The optimiser for small runs; None for the same.
     options: Further arguments for small runs.
     pool: What a pass of it goes over, from which follows how many fit in the
       budget; None where passes are not counted.
@@ -81,6 +81,7 @@ class Resolved(NamedTuple):
   """What a method is called with.
 
   Attributes:
+    method: Its name.
     arguments: Keyword arguments.
     record: The same as numbers and text, for JSON.
     settings: Whose values they are, of `SETTINGS`.
@@ -88,6 +89,7 @@ class Resolved(NamedTuple):
     note: What to know of them, or None.
   """
 
+  method: str
   arguments: dict[str, Any]
   record: dict[str, Any]
   settings: str
@@ -105,25 +107,21 @@ RECIPES: dict[str, Recipe] = {
   "psg_soft": Recipe(),
   "psg_released": Recipe(_CHEN, Rates(1e-4), pool="forget"),
   "retrain": Recipe(),
-  "finetune": Recipe(Rates(0.04, 0.0), Rates(0.04, 0.0), pool="retain"),
+  "finetune": Recipe(Rates(0.04, 0.0), pool="retain"),
   # The loss has no bound: with statistics frozen, and no BatchNorm to hold the
   # activations, it overflows within 20 steps.
-  "gradient_ascent": Recipe(
-    Rates(1e-4, 0.9, 5e-4), Rates(1e-4, 0.9, 5e-4), {"batch_size": 64}
-  ),
-  "neggrad": Recipe(_FINETUNE, _FINETUNE, pool="paired"),
-  "neggrad_plus": Recipe(_FINETUNE, _FINETUNE, pool="paired"),
-  "random_labels": Recipe(_LABELS, _LABELS, pool="mixed"),
-  "l1_sparse": Recipe(_LABELS, _LABELS, pool="retain"),
-  "cf_k": Recipe(_FINETUNE, _FINETUNE, pool="retain"),
+  "gradient_ascent": Recipe(Rates(1e-4, 0.9, 5e-4), options={"batch_size": 64}),
+  "neggrad": Recipe(_FINETUNE, pool="paired"),
+  "neggrad_plus": Recipe(_FINETUNE, pool="paired"),
+  "random_labels": Recipe(_LABELS, pool="mixed"),
+  "l1_sparse": Recipe(_LABELS, pool="retain"),
+  "cf_k": Recipe(_FINETUNE, pool="retain"),
   # New layers need more than finetuning does.
   "eu_k": Recipe(_FINETUNE, Rates(0.01), pool="retain"),
   "scrub": Recipe(_SCRUB, Rates(3e-3, 0.9, 5e-4), pool="scrub"),
   "scrub_r": Recipe(_SCRUB, Rates(3e-3, 0.9, 5e-4), pool="scrub"),
   "bad_teacher": Recipe(Rates(1e-4, None), Rates(1e-3, None), pool="mixed"),
-  "salun": Recipe(
-    Rates(0.013, 0.9, 5e-4), Rates(0.013, 0.9, 5e-4), pool="mixed"
-  ),
+  "salun": Recipe(Rates(0.013, 0.9, 5e-4), pool="mixed"),
   # A class of ten is 1 / alpha of the images, of which "all" chooses nothing.
   "ssd": Recipe(options={"reference": "retain"}),
   "unsir": Recipe(Rates(0.02, None), Rates(5e-3, None)),
@@ -148,25 +146,24 @@ def parse(given: Sequence[str]) -> dict[str, dict[str, Any]]:
     ValueError: If a text is not of this form, or a method or an argument does
       not exist.
   """
-  found: dict[str, dict[str, Any]] = {}
+  overrides: dict[str, dict[str, Any]] = {}
   for text in given:
-    place, is_given, value = text.partition("=")
+    place, is_given, literal = text.partition("=")
     method, has_dot, argument = place.partition(".")
     if not (is_given and has_dot):
       raise ValueError(f"set must be METHOD.ARGUMENT=VALUE, got {text!r}")
     baselines.find(method)
     checks.one_of(f"the argument in set of {method}", argument, names(method))
+    name, value = f"{place} in set", _literal(literal)
     if argument == "learning_rate":
-      checks.number(f"{place} in set", _literal(value), above=0)
+      checks.number(name, value, above=0)
     elif argument in _RATES:
       most = 1.0 if argument == "momentum" else None
-      checks.number(
-        f"{place} in set", _literal(value), at_least=0, at_most=most
-      )
+      checks.number(name, value, at_least=0, at_most=most)
     if argument in ("num_epochs", "batch_size"):
-      checks.integer(f"{place} in set", _literal(value), at_least=1)
-    found.setdefault(method, {})[argument] = _literal(value)
-  return found
+      checks.integer(name, value, at_least=1)
+    overrides.setdefault(method, {})[argument] = value
+  return overrides
 
 
 def names(method: str) -> tuple[str, ...]:
@@ -201,9 +198,10 @@ def resolve(
   baselines.find(method)
   # A method that was added later has the values of its own.
   recipe = RECIPES.get(method, Recipe())
-  rates = recipe.paper if settings == "paper" else recipe.default
-  options, further, note = _further(method, context)
-  if settings == "default" and method not in (*OURS, "retrain"):
+  is_paper = settings == "paper"
+  rates = recipe.paper if is_paper else recipe.default or recipe.paper
+  options, objects, note = _of_job(method, context)
+  if not is_paper and method not in (*OURS, "retrain"):
     options |= {**recipe.options, **_budget(method, recipe, context)}
   if method in OURS:
     rates = _job_rates(context.job.unlearning)
@@ -222,18 +220,20 @@ def resolve(
   if method in OURS and "target_accuracy" not in options and _aim(context):
     # The accuracy to stop at follows from each original model.
     record["target"] = context.job.unlearning.target
-  arguments = {**options, **further}
+  arguments = {**options, **objects}
   # SCRUB's own optimiser has a schedule, which these rates begin with.
-  is_own = settings == "paper" and method.startswith("scrub") and not is_changed
+  is_scheduled = is_paper and method.startswith("scrub") and not is_changed
   if rates is not None:
     record |= {k: v for k, v in rates._asdict().items() if v is not None}
-  if rates is not None and not is_own:
+  if rates is not None and not is_scheduled:
     arguments["optimizer"] = _optimizer(rates)
     if method == "unsir":
       # The authors repair at half the rate.
       half = rates._replace(learning_rate=rates.learning_rate / 2)
       arguments["repair_optimizer"] = _optimizer(half)
-  return Resolved(arguments, record, settings, dict(overrides or {}), note)
+  return Resolved(
+    method, arguments, record, settings, dict(overrides or {}), note
+  )
 
 
 def _literal(text: str) -> Any:
@@ -264,28 +264,22 @@ def _adam(learning_rate: float) -> optax.GradientTransformation:
   return optax.adam(learning_rate)
 
 
-def _further(
+def _of_job(
   method: str, context: jobs.Context
 ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
   """Arguments of the job: for the record, and beside it, and what to know."""
   job = context.job
   if method in OURS:
     options = jobs.unlearn_options(context)
-    further = {"search_fn": options.pop("search_fn")}
+    objects = {"search_fn": options.pop("search_fn")}
     if method == "psg_soft":
-      return {**options, **_soft(context)}, further, None
-    return options, further, _aim(context)
+      return {**options, **_soft(context)}, objects, None
+    return options, objects, _aim(context)
   if method == "retrain":
-    options = {
-      "num_epochs": job.training.num_epochs,
-      "batch_size": job.training.batch_size,
-      "schedule": job.training.schedule,
-    }
-    return (
-      options,
-      {"augment_fn": jobs.augment_fn(job.training.augmentation)},
-      None,
-    )
+    names = ("num_epochs", "batch_size", "schedule")
+    options = {name: getattr(job.training, name) for name in names}
+    augment_fn = jobs.augment_fn(job.training.augmentation)
+    return options, {"augment_fn": augment_fn}, None
   if method == "psg_released":
     mean, std = jobs.standardisation(job, context.train)
     return {}, {"model_mean": mean, "model_std": std}, None
@@ -327,11 +321,8 @@ def _rewinding(
     return {"reference_error": 1.0}, {}, None
   parts = context.parts
   name = "test_forget" if len(parts["test_forget"]) else "test_retain"
-  return (
-    {},
-    {"validation": parts[name]},
-    f"chooses its pass by {name}: no validation images are set apart",
-  )
+  note = f"chooses its pass by {name}: no validation images are set apart"
+  return {}, {"validation": parts[name]}, note
 
 
 def _budget(

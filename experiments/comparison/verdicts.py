@@ -1,0 +1,217 @@
+"""What a comparison says of each method, all seeds together."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import cells, jobs, read_out
+from experiments.comparison import references, runs, summary
+from psg_jax import judgement, verification, yardstick
+
+_NUM_RESAMPLES = 1000
+
+
+class Logits(NamedTuple):
+  """What verdicts are made of, on the parts `summary.SPLITS`.
+
+  Attributes:
+    retrained: `[S, N, K]` of all retrained models by part; None without one.
+    models: `[U, N, K]` by model, part and training seed; what has not diverged.
+    labels: int `[N]` by part.
+    groups: `[N]` by part: what is drawn as a whole, such as patients; or None.
+  """
+
+  retrained: dict[str, np.ndarray] | None
+  models: dict[str, dict[str, dict[int, np.ndarray]]]
+  labels: dict[str, np.ndarray]
+  groups: dict[str, np.ndarray] | None
+
+
+def gather(
+  context: jobs.Context,
+  results: Sequence[Mapping[str, Any]],
+  models: Mapping[int, references.Reference],
+) -> Logits:
+  """Reads the logits of all cells.
+
+  Args:
+    context: The job.
+    results: The records of the cells.
+    models: The original and retrained models by seed.
+  """
+  by_model: dict[str, dict[int, list[dict[str, np.ndarray]]]] = {
+    "original": {
+      seed: [x.logits["original"]]
+      for seed, x in models.items()
+      if "original" in x.logits
+    }
+  }
+  for result in results:
+    if result["status"] == cells.DONE:
+      cell = runs.Cell.of(result)
+      logits = cell.store(context.run_dir).read_logits()
+      by_seed = by_model.setdefault(cell.method, {})
+      by_seed.setdefault(cell.seed, []).append(logits)
+  retrained = [
+    x.logits["retrained"] for x in models.values() if "retrained" in x.logits
+  ]
+  column = context.asked.request.group
+  parts = {x: context.parts[x] for x in summary.SPLITS}
+  return Logits(
+    {x: np.stack([y[x] for y in retrained]) for x in parts}
+    if retrained
+    else None,
+    {
+      model: {
+        part: {s: np.stack([y[part] for y in x]) for s, x in by_seed.items()}
+        for part in parts
+      }
+      for model, by_seed in by_model.items()
+      if by_seed
+    },
+    {name: part.labels for name, part in parts.items()},
+    {name: read_out.group_names(part, column) for name, part in parts.items()}
+    if column is not None
+    else None,
+  )
+
+
+def measure(
+  logits: Logits, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any] | None:
+  """Measures the original and all methods, as `judgement.assess`.
+
+  Args:
+    logits: Of `gather`.
+    rows: The figures of the references and of the cells.
+
+  Returns:
+    None without a retrained model.
+  """
+  if logits.retrained is None:
+    return None
+  return judgement.assess(
+    logits.retrained,
+    logits.models,
+    logits.labels,
+    attacks={x: _attacks(rows, x) for x in ("retrained", *logits.models)},
+    groups=logits.groups,
+    confidence=summary.CONFIDENCE,
+    num_resamples=_NUM_RESAMPLES,
+  )
+
+
+def csv_rows(
+  record: Mapping[str, Any] | None,
+) -> Iterator[tuple[str, None, None, str, float | None, str | None]]:
+  """Gives the figures of the yardstick, with the columns `summary.COLUMNS`.
+
+  Args:
+    record: Of `measure`.
+
+  Yields:
+    `normalised_<distance>` with its `_low` and `_high`, and
+    `standardised_<level>` with its `_p`.
+  """
+  for model, measured in (record or {"models": {}})["models"].items():
+    figures = []
+    for row in measured["distances"]:
+      low, high = row["interval"] or (None, None)
+      values = {"": row["value"], "_low": low, "_high": high}
+      figures.append(("normalised", row, values))
+    for row in (*measured["levels"], *measured["attacks"]):
+      values = {"": row["difference"], "_p": row["p"]}
+      figures.append(("standardised", row, values))
+    for kind, row, values in figures:
+      name = "_".join(filter(None, [kind, row["name"], row["split"]]))
+      for end, value in values.items():
+        reason = None if value is not None else "; ".join(row["reasons"])
+        yield model, None, None, name + end, value, reason
+
+
+def _attacks(
+  rows: Sequence[Mapping[str, Any]], model: str
+) -> dict[str, yardstick.Attack]:
+  """The attacks that all runs of a model and all references have."""
+  ours, theirs = (
+    # What diverged has no time either.
+    [
+      row["metrics"]
+      for row in rows
+      if row["model"] == name and row["metrics"]["seconds"]["value"] is not None
+    ]
+    for name in (model, "retrained")
+  )
+  return {
+    name: yardstick.Attack(
+      [x[name]["value"] for x in ours],
+      [x[name]["value"] for x in theirs],
+      figure["num_samples"],
+    )
+    for name, figure in theirs[0].items()
+    if name.startswith("mia_")
+    and name.endswith("_auc")
+    and all(x[name]["value"] is not None for x in (*ours, *theirs))
+  }
+
+
+def verify(
+  logits: Logits, method: str, records: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+  """Compares a method with the retrained models; see `verification.compare`.
+
+  Args:
+    logits: Of `gather`.
+    method: The method.
+    records: Of its cells.
+
+  Returns:
+    `verdict`, `reasons`, the statistics that are `against` it, and the whole
+    of it as `comparisons` and so on.
+  """
+  num_diverged = sum(x["status"] == cells.DIVERGED for x in records)
+  lost = f"{num_diverged} of {len(records)} runs diverged"
+  if num_diverged == len(records):
+    return {"verdict": "diverged", "reasons": [lost], "against": []}
+  report = verification.compare(
+    logits.retrained,
+    logits.models[method],
+    logits.labels,
+    groups=logits.groups,
+    confidence=summary.CONFIDENCE,
+    num_resamples=_NUM_RESAMPLES,
+  )
+  verdict = report.verdict
+  reasons = []
+  if num_diverged:
+    reasons.append(f"{lost}, and are left out")
+    if verdict == verification.EQUIVALENT:
+      verdict = verification.CANNOT_TELL
+  against = [
+    comparison
+    for comparison in report.comparisons
+    if comparison.num_images
+    and comparison.verdict == verdict != verification.EQUIVALENT
+  ]
+  reasons += dict.fromkeys(
+    reason for comparison in against for reason in comparison.reasons
+  )
+  return {
+    **report.as_dict(),
+    "verdict": verdict,
+    "reasons": reasons,
+    "against": [_against(comparison) for comparison in against],
+  }
+
+
+def _against(comparison: verification.Comparison) -> str:
+  """Names a statistic that a verdict rests on, with its figures."""
+  name = f"{comparison.statistic} of {comparison.split}"
+  if comparison.interval is None:
+    return name
+  low, high = comparison.interval
+  return (
+    f"{name}: {comparison.difference:+.3f} [{low:+.3f}, {high:+.3f}],"
+    f" margin {comparison.margin:g}"
+  )

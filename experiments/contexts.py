@@ -1,0 +1,241 @@
+"""What the steps of a job share: data, request, networks, and what follows."""
+
+import dataclasses
+import functools
+import pathlib
+import types as types_lib
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import (
+  recipes,
+  requests,
+)
+from psg_jax import (
+  boundary,
+  data,
+  evaluation,
+  forget,
+  inference,
+  metrics,
+  models,
+  types,
+  unlearning,
+)
+
+MODELS = ("original", "retrained", "unlearned")
+_VALIDATION_SEED = 0
+
+
+class Context(NamedTuple):
+  """What the steps of a job share.
+
+  Attributes:
+    job: The options.
+    run_dir: The run folder.
+    train: The training set.
+    test: The test set.
+    asked: What is to be forgotten: the request, its split and preview.
+    model: The network.
+    mesh: The devices; None for one.
+    source: What became of every file of the data set; see `sets.Loaded`.
+    retrained_model: The references' network, where its standardisation, that of
+      the retained images, is another; None for `model`.
+  """
+
+  job: recipes.Job
+  run_dir: pathlib.Path
+  train: types.Dataset
+  test: types.Dataset
+  asked: requests.Asked
+  model: types.Model
+  mesh: jax.sharding.Mesh | None
+  source: Mapping[str, Any] = types_lib.MappingProxyType({})
+  retrained_model: types.Model | None = None
+
+  def of(self, name: str) -> "Context":
+    """Returns the context with the network of this model."""
+    if self.retrained_model is None or not name.startswith("retrained"):
+      return self
+    return self._replace(model=self.retrained_model)
+
+  @property
+  def split(self) -> types.Split:
+    """Forget and retain set of the training set."""
+    return self.asked.split
+
+  @property
+  def parts(self) -> dict[str, types.Dataset]:
+    """The four parts that figures are computed of."""
+    shown, _ = validation(self)
+    return {
+      "train_forget": self.asked.split.forget,
+      "train_retain": self.asked.split.retain,
+      "test_forget": shown.forget,
+      "test_retain": shown.retain,
+    }
+
+
+def standardisation(
+  job: recipes.Job, dataset: types.Dataset
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+  """Returns mean and deviation that a model of this data standardises with."""
+  if job.mean is not None and job.std is not None:
+    return job.mean, job.std
+  mean, std = data.mean_and_std(dataset)
+  return (
+    mean if job.mean is None else job.mean,
+    std if job.std is None else job.std,
+  )
+
+
+def network(job: recipes.Job, dataset: types.Dataset) -> types.Model:
+  """Returns the network of a model that is trained on this data."""
+  mean, std = standardisation(job, dataset)
+  return models.create(
+    job.model,
+    num_classes=dataset.num_classes,
+    num_channels=dataset.images.shape[-1],
+    width=job.width,
+    dropout=job.dropout,
+    dtype=job.precision,
+    is_rematerialised=job.rematerialise,
+    mean=mean,
+    std=std,
+  )
+
+
+def is_class_request(context: Context) -> bool:
+  """Whether whole classes are forgotten, whose ideal accuracy is 0."""
+  return context.asked.is_class_request
+
+
+def stop_target(context: Context) -> Literal["zero", "unseen"]:
+  """Returns the unlearning's target with `auto` resolved: zero or unseen."""
+  target = context.job.unlearning.target
+  if target != "auto":
+    return target
+  return "zero" if is_class_request(context) else "unseen"
+
+
+def validation(
+  context: Context,
+) -> tuple[types.Split, types.Dataset | None]:
+  """Sets apart the unseen images that say when unlearning is to stop.
+
+  The original has seen its training images, so that they must be test images:
+  a half, of each class or of whole groups where the request has groups, of
+  those that match the request, or, where there are not enough, of the others.
+  No figure is computed of them.
+
+  Args:
+    context: What the steps share.
+
+  Returns:
+    The test images of which figures are computed, and those set apart; None
+    where unlearning does not stop at an accuracy, or there are too few.
+  """
+  shown = context.asked.test_split
+  if stop_target(context) == "zero":
+    return shown, None
+  group = context.asked.request.group
+  for name in ("forget", "retain"):
+    part = getattr(shown, name)
+    if group is None:
+      units, can_part = None, np.bincount(part.labels, minlength=1).max() > 1
+    else:
+      units = forget.group_codes(part, group)
+      can_part = len(np.unique(units)) > 1
+    if can_part:
+      rest, held = data.hold_out(part, 0.5, _VALIDATION_SEED, units)
+      return shown._replace(**{name: rest}), held
+  return shown, None
+
+
+def target_accuracy(
+  context: Context, original_variables: types.Variables
+) -> float | None:
+  """Returns the accuracy on the forget set that unlearning is to stop at.
+
+  Args:
+    context: What the steps share.
+    original_variables: The original model's.
+
+  Returns:
+    The original's accuracy on the images of `validation`: those that match the
+    request, or, where there are none, in the forget set's mixture of classes;
+    of a class that is not retained at all, none is to be right. None where all
+    is to be forgotten, or there is no such image.
+  """
+  shown, held = validation(context)
+  if held is None:
+    return None
+  whole = evaluation.whole_classes(context.split)
+  logits = predict(context, original_variables, held.images)
+  if len(shown.forget) < len(context.asked.test_split.forget):
+    is_right = np.argmax(logits, -1) == held.labels
+    return float(np.mean(is_right & ~np.isin(held.labels, whole)))
+  by_class = metrics.per_class_accuracy(logits, held.labels)
+  accuracies = [
+    0.0 if label in whole else by_class[label]
+    for label in context.split.forget.labels
+  ]
+  known = [value for value in accuracies if value is not None]
+  return float(np.mean(known)) if known else None
+
+
+def model_key(context: Context, name: str) -> jax.Array:
+  """Returns the key of a model, which is its own: retraining is no rerun."""
+  model, _, number = name.partition("-")
+  return jax.random.fold_in(
+    jax.random.key(context.job.seed + int(number or 0)), MODELS.index(model)
+  )
+
+
+def predict(
+  context: Context, variables: types.Variables, images: np.ndarray
+) -> np.ndarray:
+  """Computes logits, as many images at a time as the job says."""
+  logits: np.ndarray = inference.predict(
+    context.model.apply,
+    variables,
+    images,
+    batch_size=context.job.eval_batch_size,
+    mesh=context.mesh,
+  )
+  return logits
+
+
+def search_fn(context: Context) -> unlearning.SearchFn | None:
+  """The released code's search where the job asks for it, else None."""
+  options = context.job.unlearning
+  if options.search != "released":
+    return None
+  mean, std = standardisation(context.job, context.train)
+  return functools.partial(
+    boundary.released_code_search,
+    model_mean=mean,
+    model_std=std,
+    step_size=options.step_size,
+    distance_weight=options.distance_weight,
+    noise_scale=options.noise_scale,
+  )
+
+
+def unlearn_options(context: Context) -> dict[str, Any]:
+  """Keyword arguments of `unlearning.unlearn` that the job sets."""
+  options = dataclasses.asdict(context.job.unlearning)
+  for name in ("learning_rate", "momentum", "weight_decay"):
+    del options[name]
+  # The released search depends on its minibatch, which is that of its update.
+  del options["target"]
+  if options.pop("search") == "released":
+    options["search_batch_size"] = options["batch_size"]
+  return {
+    **options,
+    "search_fn": search_fn(context),
+    "eval_batch_size": context.job.eval_batch_size,
+  }

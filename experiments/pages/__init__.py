@@ -1,0 +1,1 @@
+"""Everything that makes a page: from figures to tables and panels to HTML."""
