@@ -253,22 +253,22 @@ def _write(
 
 def announce(context: contexts.Context) -> str:
   """Says what is about to be forgotten, and which images have twins."""
-  asked = context.asked
-  lines = [str(asked.preview)]
+  result = context.asked
+  lines = [str(result.preview)]
   if context.job.weights is not None:
     taken = torch_weights.describe(
       context.job.weights, model_name=context.job.model
     )
     lines.insert(0, f"weights: {taken}")
-  if asked.twins is not None and (asked.twins.pairs or asked.twins.groups):
-    lines.append(str(asked.twins))
-  num_test = len(asked.test_split.forget)
+  if result.twins is not None and (result.twins.pairs or result.twins.groups):
+    lines.append(str(result.twins))
+  num_test = len(result.test_split.forget)
   if num_test:
     lines.append(
       f"{num_test} test images match as well: unseen, they are not forgotten"
     )
-  if len(asked.moved):
-    lines.append(f"{len(asked.moved)} twins were moved into the forget set")
+  if len(result.moved):
+    lines.append(f"{len(result.moved)} twins were moved into the forget set")
   return "\n".join(lines)
 
 

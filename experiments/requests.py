@@ -157,18 +157,18 @@ def images_hash(parts: Sequence[types.Dataset]) -> str:
   return files.digest("".join(texts).encode())
 
 
-def record(asked: Asked) -> dict[str, Any]:
+def record(result: Asked) -> dict[str, Any]:
   """Returns what a run folder keeps of the request, for JSON."""
   return {
-    "request": request_fields(asked.request),
-    "is_class_request": asked.is_class_request,
-    "request_sha256": forget.request_hash(asked.request),
-    "forget_ids_sha256": forget.ids_hash(np.asarray(asked.split.forget.ids)),
-    "preview": asked.preview.as_dict(),
-    "preview_text": str(asked.preview),
-    "twins": None if asked.twins is None else _twins_record(asked.twins),
-    "num_twins_moved": len(asked.moved),
-    "columns": list(asked.columns),
+    "request": request_fields(result.request),
+    "is_class_request": result.is_class_request,
+    "request_sha256": forget.request_hash(result.request),
+    "forget_ids_sha256": forget.ids_hash(np.asarray(result.split.forget.ids)),
+    "preview": result.preview.as_dict(),
+    "preview_text": str(result.preview),
+    "twins": None if result.twins is None else _twins_record(result.twins),
+    "num_twins_moved": len(result.moved),
+    "columns": list(result.columns),
   }
 
 

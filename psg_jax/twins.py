@@ -213,7 +213,7 @@ def find(
 
 
 def moved_rows(
-  found: Twins,
+  duplicates: Twins,
   *,
   near: bool = False,
   groups: Mapping[str, int] | None = None,
@@ -224,7 +224,7 @@ def moved_rows(
   their twins, until there are none.
 
   Args:
-    found: Twins of parts that include `"forget"` and `"retain"`.
+    duplicates: Twins of parts that include `"forget"` and `"retain"`.
     near: Whether near twins count, by the limits of `found`.
     groups: The number of each image's group, by id, such as those of
       `forget.group_codes`.
@@ -236,12 +236,14 @@ def moved_rows(
     ValueError: If `found` lacks one of the two parts.
   """
   for name in ("forget", "retain"):
-    if name not in found.fingerprints:
+    if name not in duplicates.fingerprints:
       raise ValueError(
         f"found must have the parts forget and retain, got"
-        f" {list(found.fingerprints)}"
+        f" {list(duplicates.fingerprints)}"
       )
-  forget, retain = (found.fingerprints[name] for name in ("forget", "retain"))
+  forget, retain = (
+    duplicates.fingerprints[name] for name in ("forget", "retain")
+  )
   kinds = [fingerprints.contents([forget, retain])]
   if groups is not None:
     kinds.append(
@@ -265,8 +267,8 @@ def moved_rows(
       _, matches = _near(
         everything.take(newest),
         retain.take(rest),
-        found.max_distance,
-        found.min_correlation,
+        duplicates.max_distance,
+        duplicates.min_correlation,
       )
       is_moved[rest[matches]] = True
     newest = len(forget) + np.flatnonzero(is_moved & ~before)
@@ -275,7 +277,7 @@ def moved_rows(
 
 def move(
   split: types.Split,
-  found: Twins | None = None,
+  duplicates: Twins | None = None,
   *,
   near: bool = False,
   groups: Mapping[str, int] | None = None,
@@ -285,7 +287,8 @@ def move(
 
   Args:
     split: The two parts.
-    found: Twins of parts that include these two as `"forget"` and `"retain"`;
+    duplicates: Twins of parts that include these two as `"forget"` and
+      `"retain"`;
       looked for with the default limits if not given.
     near: Whether near twins move as well; see `moved_rows`.
     groups: What is forgotten as a whole; see `moved_rows`.
@@ -299,11 +302,11 @@ def move(
     ValueError: If `found` or `dataset` is not of this split, or no image would
       be retained.
   """
-  if found is None:
-    found = find(split._asdict())
-  rows = moved_rows(found, near=near, groups=groups)
+  if duplicates is None:
+    duplicates = find(split._asdict())
+  rows = moved_rows(duplicates, near=near, groups=groups)
   for name, part in split._asdict().items():
-    if not np.array_equal(found.fingerprints[name].ids, part.ids):
+    if not np.array_equal(duplicates.fingerprints[name].ids, part.ids):
       raise ValueError(f"found must be of this split, got other ids in {name}")
   if not len(rows):
     return split

@@ -122,3 +122,29 @@ def test_a_method_has_few_arguments_of_its_own(name):
   assert code.co_argcount + code.co_kwonlyargcount <= 14
   code = baselines.find(name).fn.__code__
   assert code.co_argcount + code.co_kwonlyargcount <= 14
+
+
+def test_variables_are_called_by_nouns():
+  """Names that say what was done to a value, and not what it is."""
+  vague = {
+    "found",
+    "each",
+    "own",
+    "here",
+    "asked",
+    "stated",
+    "further",
+    "chosen",
+  }
+  bindings = [
+    f"{module_name(path)}:{node.lineno}"
+    for path, tree in TREES.items()
+    for node in ast.walk(tree)
+    if (
+      isinstance(node, ast.Name)
+      and isinstance(node.ctx, ast.Store)
+      and node.id in vague
+    )
+    or (isinstance(node, ast.arg) and node.arg in vague)
+  ]
+  assert not bindings
