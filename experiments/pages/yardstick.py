@@ -25,27 +25,24 @@ class Column(NamedTuple):
   """A column of a short table.
 
   Attributes:
-    key: `"distances"`, `"levels"` or `"verdict"`.
-    name: Of the distance or level.
-    split: Of the images.
     title: Its title.
     arrow: What is ideal.
+    figure: The kind, the name and the part of what it shows; None for the
+      verdict.
   """
 
-  key: str
-  name: str
-  split: str | None
   title: str
-  arrow: str
+  arrow: str = ""
+  figure: tuple[str, str, str] | None = None
 
   def cell(self, record: Mapping[str, Any] | None) -> tables.Cell:
     """Returns the cell of a model that may have nothing measured."""
     if record is None:
       return tables.cell(None, note="no run of it has finished")
-    if self.key == "verdict":
+    if self.figure is None:
       text, note = record.get("verdict", _NONE), record.get("sentence")
       return tables.Cell(text, note, "words")
-    return _figure(record, self.key, self.name, self.split)
+    return _figure(record, *self.figure)
 
 
 def columns(models: Mapping[str, Mapping[str, Any]]) -> list[Column]:
@@ -54,12 +51,13 @@ def columns(models: Mapping[str, Mapping[str, Any]]) -> list[Column]:
   if split is None:
     return []
   part = ", training" if split == "train_forget" else ""
-  kl = "kl_divergence"
+  forget = ("distances", "kl_divergence", split)
+  retain = ("distances", "kl_divergence", "test_retain")
   return [
-    Column("verdict", "", None, "Yardstick", ""),
-    Column("distances", kl, split, f"Normalised KL, forget{part}", "→ 1"),
-    Column("distances", kl, "test_retain", "Normalised KL, retain", "→ 1"),
-    Column("levels", "accuracy", split, f"Level, forget{part}", "→ 0"),
+    Column("Yardstick"),
+    Column(f"Normalised KL, forget{part}", "→ 1", forget),
+    Column("Normalised KL, retain", "→ 1", retain),
+    Column(f"Level, forget{part}", "→ 0", ("levels", "accuracy", split)),
   ]
 
 
