@@ -54,10 +54,12 @@ from experiments import (
   attack,
   cells,
   cli,
+  contexts,
   files,
   jobs,
   recipes,
   requests,
+  run_folder,
   sets,
 )
 from experiments.comparison import recipes as method_recipes
@@ -194,7 +196,7 @@ def run(options: Options) -> pathlib.Path:
   context = jobs.prepare(options)
   print(jobs.announce(context))
   settled = {name: getattr(options, name) for name in _PLAN_FIELDS}
-  jobs.write_json(context.run_dir / "options.json", settled)
+  run_folder.write_json(context.run_dir / "options.json", settled)
   plan = draw(options, context)
   variables, history = _ensemble(context, options, plan)
   start = time.perf_counter()
@@ -235,7 +237,7 @@ def run(options: Options) -> pathlib.Path:
       **figures.arrays(),
     },
   )
-  jobs.write_json(context.run_dir / "audit.json", audit)
+  run_folder.write_json(context.run_dir / "audit.json", audit)
   print("\n".join(audit["statements"]))
   return audit_page.build(context.run_dir, audit, figures)
 
@@ -280,9 +282,9 @@ def check(options: Options) -> dict[str, Any]:
   for method in overrides:
     if method != options.method_name:
       raise ValueError(f"set must be of the method audited, got {method!r}")
-  folder = jobs.run_dir(options)
+  folder = run_folder.run_dir(options)
   if folder.is_dir() and options.resume:
-    before = jobs.read_json(folder / "options.json")
+    before = run_folder.read_json(folder / "options.json")
     if not before and (folder / "checkpoints").exists():
       raise ValueError(
         f"name must be that of an audit to resume, got {folder}: no"
@@ -328,7 +330,7 @@ def _sizes(options: Options, num_pool: int, num_train: int) -> tuple[int, int]:
   return num_targets, num_others
 
 
-def draw(options: Options, context: jobs.Context) -> Plan:
+def draw(options: Options, context: contexts.Context) -> Plan:
   """Draws the audited images, and the other images of each model.
 
   All models have as many of both, so that one compiled program serves all. The
@@ -354,7 +356,7 @@ def draw(options: Options, context: jobs.Context) -> Plan:
 
 
 def _ensemble(
-  context: jobs.Context, options: Options, plan: Plan
+  context: contexts.Context, options: Options, plan: Plan
 ) -> tuple[types.Variables, list[dict[str, Any]]]:
   """Trains the models, or finds them in the run."""
   name = "ensemble"
@@ -379,21 +381,23 @@ def _ensemble(
   return variables, history
 
 
-def of_model(context: jobs.Context, plan: Plan, index: int) -> jobs.Context:
+def of_model(
+  context: contexts.Context, plan: Plan, index: int
+) -> contexts.Context:
   """Returns the job of one model: to forget its targets, to keep the others."""
   split = types.Split(
     context.train.take(plan.targets[plan.is_trained[index]]),
     context.train.take(plan.others[index]),
   )
   of_split = context._replace(asked=context.asked._replace(split=split))
-  target = jobs.stop_target(of_split)
+  target = contexts.stop_target(of_split)
   unlearning = dataclasses.replace(context.job.unlearning, target=target)
   job = dataclasses.replace(context.job, unlearning=unlearning)
   return of_split._replace(job=job)
 
 
 def _resolve(
-  context: jobs.Context,
+  context: contexts.Context,
   options: Options,
   plan: Plan,
   overrides: Mapping[str, Any],
@@ -409,7 +413,7 @@ def _resolve(
   if cells.is_aimed(resolved):
     resolved.record["target"] = first.job.unlearning.target
   path = context.run_dir / "unlearned" / resolved.method / "arguments.json"
-  before = jobs.read_json(path) or None
+  before = run_folder.read_json(path) or None
   difference = cells.change(before, resolved.record)
   if difference is not None:
     name, held, value = difference
@@ -419,12 +423,12 @@ def _resolve(
       f" {path.parent}"
     )
   path.parent.mkdir(parents=True, exist_ok=True)
-  jobs.write_json(path, resolved.record)
+  run_folder.write_json(path, resolved.record)
   return resolved
 
 
 def _unlearn_all(
-  context: jobs.Context,
+  context: contexts.Context,
   options: Options,
   resolved: method_recipes.Resolved,
   plan: Plan,
@@ -465,7 +469,7 @@ def _unlearn_all(
 
 
 def unlearn(
-  context: jobs.Context,
+  context: contexts.Context,
   seed: int,
   resolved: method_recipes.Resolved,
   variables: types.Variables,
@@ -504,7 +508,10 @@ def unlearn(
 
 
 def _accuracy(
-  context: jobs.Context, plan: Plan, logits: np.ndarray, unlearned: np.ndarray
+  context: contexts.Context,
+  plan: Plan,
+  logits: np.ndarray,
+  unlearned: np.ndarray,
 ) -> dict[str, dict[str, float | None]]:
   """Mean accuracies over models, on the audited and on test images."""
   num_targets = len(plan.targets)
@@ -541,7 +548,7 @@ def _method_record(resolved: method_recipes.Resolved) -> dict[str, Any]:
 
 
 def _scale(
-  context: jobs.Context, options: Options, plan: Plan
+  context: contexts.Context, options: Options, plan: Plan
 ) -> dict[str, Any]:
   """How much was trained: models, images and epochs."""
   num_models, num_others = plan.others.shape

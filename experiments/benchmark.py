@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 
 import psg_jax
-from experiments import benchmark_tasks, cli, jobs, recipes
+from experiments import benchmark_tasks, cli, recipes, run_folder
 from psg_jax import (
   checks,
   data,
@@ -103,7 +103,7 @@ def main() -> None:
       tasks[0].jax_fn()
     print(f"trace of one unlearning job: {options.profile}")
   if options.output is not None:
-    jobs.write_json(pathlib.Path(options.output), result)
+    run_folder.write_json(pathlib.Path(options.output), result)
     print(options.output)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import files, jobs, requests
+from experiments import contexts, files, requests, run_folder
 from experiments.comparison import recipes
 from psg_jax import baselines, inference, metrics, types
 
@@ -34,7 +34,7 @@ class Store(NamedTuple):
 
   def read(self) -> dict[str, Any]:
     """Returns the record; an empty one where the run is not finished."""
-    return jobs.read_json(self.record)
+    return run_folder.read_json(self.record)
 
   def read_logits(self) -> dict[str, np.ndarray]:
     """Returns the logits by name."""
@@ -47,7 +47,7 @@ class Store(NamedTuple):
     self.record.parent.mkdir(parents=True, exist_ok=True)
     if logits:
       files.save_arrays(self.logits, logits)
-    jobs.write_json(self.record, record)
+    run_folder.write_json(self.record, record)
 
 
 class Unlearned(NamedTuple):
@@ -65,7 +65,7 @@ class Unlearned(NamedTuple):
 
 
 def unlearn(
-  context: jobs.Context,
+  context: contexts.Context,
   resolved: recipes.Resolved,
   variables: types.Variables,
   key: jax.Array,
@@ -81,7 +81,7 @@ def unlearn(
   start = time.perf_counter()
   arguments = dict(resolved.arguments)
   if is_aimed(resolved):
-    arguments["target_accuracy"] = jobs.target_accuracy(context, variables)
+    arguments["target_accuracy"] = contexts.target_accuracy(context, variables)
   output = baselines.find(resolved.method).fn(
     context.model,
     variables,
@@ -138,7 +138,7 @@ def change(
 
 
 def predict(
-  context: jobs.Context,
+  context: contexts.Context,
   variables: types.Variables,
   splits: Sequence[str] = metrics.SPLITS,
   feature_splits: Sequence[str] = (),
@@ -165,7 +165,7 @@ def predict(
 
 
 def figures(
-  context: jobs.Context,
+  context: contexts.Context,
   names: Sequence[str],
   model: metrics.Outputs,
   others: Mapping[str, metrics.Outputs],

@@ -30,7 +30,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments import cells, cli, files, jobs, recipes
+from experiments import cells, cli, contexts, files, jobs, recipes, run_folder
 from experiments.comparison import recipes as method_recipes
 from experiments.comparison import references as reference_models
 from experiments.comparison import runs, summary, verdicts
@@ -105,7 +105,7 @@ def run(options: Options) -> pathlib.Path:
   folder = context.run_dir
   settled = {name: getattr(options, name) for name in _added_fields()}
   settled["references"] = num_references(context, options)
-  jobs.write_json(folder / "compare.json", settled)
+  run_folder.write_json(folder / "compare.json", settled)
   resolved = {
     method: method_recipes.resolve(
       method,
@@ -118,7 +118,7 @@ def run(options: Options) -> pathlib.Path:
   _check_arguments(folder, options, resolved)
   references = _run_all(context, options, resolved, settled["references"])
   results = _collect(context, options, resolved, references)
-  jobs.write_json(folder / "results.json", results)
+  run_folder.write_json(folder / "results.json", results)
   files.write_text(folder / "results.csv", to_csv(results))
   files.write_text(folder / "results.md", comparison_page.markdown(results))
   print(comparison_page.text_table(results))
@@ -156,13 +156,13 @@ def check(options: Options) -> dict[str, dict[str, Any]]:
       f"seeds must be 1 with weights, of one original model, got"
       f" {options.seeds}"
     )
-  folder = jobs.run_dir(options)
+  folder = run_folder.run_dir(options)
   if folder.is_dir() and options.resume:
     _check_same(folder, options, overrides)
   return overrides
 
 
-def num_references(context: jobs.Context, options: Options) -> int:
+def num_references(context: contexts.Context, options: Options) -> int:
   """Returns how many retrained models there are to be.
 
   Five, and three where training is slow: where it takes more than 10⁸ pixels,
@@ -228,7 +228,7 @@ def _added_fields() -> list[str]:
 
 
 def _run_all(
-  context: jobs.Context,
+  context: contexts.Context,
   options: Options,
   resolved: Mapping[str, method_recipes.Resolved],
   num_retrained: int,
@@ -297,7 +297,7 @@ def _line(cell: runs.Cell, record: Mapping[str, Any]) -> str:
 
 
 def _collect(
-  context: jobs.Context,
+  context: contexts.Context,
   options: Options,
   resolved: Mapping[str, method_recipes.Resolved],
   references: Mapping[int, reference_models.Reference],
@@ -322,7 +322,7 @@ def _collect(
   ]
   logits = verdicts.gather(context, records, references)
   return {
-    **{x: jobs.read_json(folder / f"{x}.json") for x in _RECORDS},
+    **{x: run_folder.read_json(folder / f"{x}.json") for x in _RECORDS},
     "titles": _titles(options, references),
     "methods": {
       name: {
@@ -402,7 +402,7 @@ def _info(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _losses(
-  context: jobs.Context,
+  context: contexts.Context,
   reference: reference_models.Reference,
   models: Sequence[str],
   seed: int,

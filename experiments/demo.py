@@ -11,7 +11,7 @@ cores. The same on real images, with Debian's dataset-fashion-mnist, or after
 See the table in the README for what each recipe measures.
 """
 
-from experiments import cli, jobs, recipes, report
+from experiments import cli, jobs, recipes, report, run_figures
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
   if job.retrained:
     variables |= jobs.references(context)
   variables["unlearned"] = jobs.unlearned(context, variables["original"])
-  print(jobs.table(jobs.evaluate(context, variables)))
+  print(run_figures.table(run_figures.evaluate(context, variables)))
   print(report.build(context.run_dir))
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments import cells, cli, jobs
+from experiments import cells, cli, contexts, jobs
 from experiments.comparison import summary, verdicts
 from psg_jax import checkpoints, checks, diagnosis, metrics, types
 
@@ -69,10 +69,10 @@ def measure(options: Options) -> list[dict[str, Any]]:
   checks.integer("repeats", options.repeats, at_least=1)
   job = cli.read_job(options.run)
   names = checkpoints.run_checkpoints(options.run)
-  for name in jobs.MODELS:
+  for name in contexts.MODELS:
     if name not in names:
       raise ValueError(
-        f"run must have the models {', '.join(jobs.MODELS)}, got"
+        f"run must have the models {', '.join(contexts.MODELS)}, got"
         f" {options.run} with {', '.join(names) or 'none'}"
       )
   context = jobs.prepare(
@@ -104,7 +104,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
 
 
 def _measure(
-  context: jobs.Context,
+  context: contexts.Context,
   variables: types.Variables,
   others: dict[str, metrics.Outputs],
 ) -> dict[str, Any]:

@@ -46,25 +46,6 @@ from psg_jax import (
   unlearning,
 )
 
-Context = contexts.Context
-MODELS = contexts.MODELS
-REQUEST_FIELDS = run_folder.REQUEST_FIELDS
-run_dir = run_folder.run_dir
-job_options = run_folder.job_options
-write_json = run_folder.write_json
-read_json = run_folder.read_json
-has_same_request = run_folder.has_same_request
-standardisation = contexts.standardisation
-is_class_request = contexts.is_class_request
-stop_target = contexts.stop_target
-validation = contexts.validation
-target_accuracy = contexts.target_accuracy
-search_fn = contexts.search_fn
-unlearn_options = contexts.unlearn_options
-evaluate = run_figures.evaluate
-table = run_figures.table
-
-
 # A long epoch is also kept between its ends.
 _SAVE_SECONDS = 120.0
 # Of epochs that take less, not each is kept: the last, and one in so long.

@@ -7,7 +7,7 @@ minute on two cores. `python -m experiments.unlearn --run runs/digits` goes on
 from there.
 """
 
-from experiments import cli, jobs, recipes, report
+from experiments import cli, jobs, recipes, report, run_figures
 from psg_jax import checkpoints
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     variables |= jobs.references(context)
   if "unlearned" in checkpoints.run_checkpoints(context.run_dir):
     variables["unlearned"] = jobs.unlearned(context, variables["original"])
-  print(jobs.table(jobs.evaluate(context, variables)))
+  print(run_figures.table(run_figures.evaluate(context, variables)))
   print(report.build(context.run_dir))
 
 

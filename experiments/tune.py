@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from experiments import cli, files, jobs, recipes
+from experiments import cli, contexts, files, jobs, recipes
 from psg_jax import (
   checks,
   data,
@@ -162,7 +162,7 @@ def run(options: Options) -> str:
 
 
 def _training_rows(
-  context: jobs.Context, trials: Sequence[Trial], seeds: Sequence[int]
+  context: contexts.Context, trials: Sequence[Trial], seeds: Sequence[int]
 ) -> Iterator[Row]:
   """Trains with each of the settings.
 
@@ -190,7 +190,7 @@ def _training_rows(
 
 
 def _unlearn_rows(
-  context: jobs.Context, trials: Sequence[Trial], seeds: Sequence[int]
+  context: contexts.Context, trials: Sequence[Trial], seeds: Sequence[int]
 ) -> Iterator[Row]:
   """Unlearns the job's request with each of the settings."""
   if not trials:
@@ -202,7 +202,7 @@ def _unlearn_rows(
     part.take(np.flatnonzero(is_forgotten)),
     part.take(np.flatnonzero(~is_forgotten)),
   )
-  if not jobs.is_class_request(context):
+  if not contexts.is_class_request(context):
     raise ValueError("forget_classes must be what unlearning is tried with")
   is_forgotten = np.isin(validation.labels, np.unique(split.forget.labels))
   held = types.Split(
@@ -247,7 +247,7 @@ def _unlearn_rows(
       yield Row(trial, seed, figures)
 
 
-def _parts(context: jobs.Context) -> tuple[types.Dataset, types.Dataset]:
+def _parts(context: contexts.Context) -> tuple[types.Dataset, types.Dataset]:
   return data.hold_out(context.train, VALIDATION_FRACTION, context.job.seed)
 
 
@@ -258,7 +258,7 @@ def _divergence(reference: np.ndarray, log_probs: np.ndarray) -> float:
 
 
 def _log_probs(
-  context: jobs.Context, variables: types.Variables, dataset: types.Dataset
+  context: contexts.Context, variables: types.Variables, dataset: types.Dataset
 ) -> np.ndarray:
   logits = inference.predict(
     context.model.apply,
@@ -288,7 +288,7 @@ def _optimizer_and_schedule(
 
 
 def _fit(
-  context: jobs.Context, trial: Trial, dataset: types.Dataset, seed: int
+  context: contexts.Context, trial: Trial, dataset: types.Dataset, seed: int
 ) -> types.Variables:
   """Trains a fresh model."""
   options = context.job.training
@@ -307,14 +307,14 @@ def _fit(
 
 
 def _unlearn(
-  context: jobs.Context,
+  context: contexts.Context,
   trial: Trial,
   variables: types.Variables,
   split: types.Split,
   seed: int,
 ) -> types.Variables:
   options = {
-    **jobs.unlearn_options(context),
+    **contexts.unlearn_options(context),
     **_optimizer_and_schedule(trial, context.job.unlearning, len(split.forget)),
   }
   output = unlearning.unlearn(

@@ -18,7 +18,7 @@ on two cores.
 import dataclasses
 import pathlib
 
-from experiments import cli, jobs, recipes, report
+from experiments import cli, jobs, recipes, report, run_figures, run_folder
 from psg_jax import checkpoints, torch_weights
 
 
@@ -39,7 +39,7 @@ def main() -> None:
   options = cli.parse_job(Options, "Take the forget set out of a model.")
   _check_export(options.export)
   source = None if options.run is None else pathlib.Path(options.run)
-  target = jobs.run_dir(options)
+  target = run_folder.run_dir(options)
   is_copy = source is not None and target.resolve() != source.resolve()
   if source is not None:
     _check_source(source, options, is_copy=is_copy)
@@ -53,14 +53,14 @@ def main() -> None:
     source=source if is_copy else None,
   )
   print(jobs.announce(context))
-  is_new = source is None or not jobs.has_same_request(source, options)
+  is_new = source is None or not run_folder.has_same_request(source, options)
   variables = {"original": jobs.original(context)}
   if "retrained" in checkpoints.run_checkpoints(context.run_dir) or (
     is_new and options.retrained
   ):
     variables |= jobs.references(context)
   variables["unlearned"] = jobs.unlearned(context, variables["original"])
-  print(jobs.table(jobs.evaluate(context, variables)))
+  print(run_figures.table(run_figures.evaluate(context, variables)))
   if options.export:
     torch_weights.save(
       options.export,
@@ -75,7 +75,7 @@ def main() -> None:
 def _may_change(*, is_copy: bool, is_finished: bool) -> tuple[str, ...]:
   """Options that may differ from those of the run to start from."""
   if is_copy:
-    return ("retrained", "unlearning", *jobs.REQUEST_FIELDS)
+    return ("retrained", "unlearning", *run_folder.REQUEST_FIELDS)
   # What was unlearned stays as its options say.
   return ("retrained",) if is_finished else ("retrained", "unlearning")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import attack, audit, jobs
+from experiments import attack, audit, contexts, jobs
 from experiments.pages import audit as audit_page
 from psg_jax import data, ensembles, ulira
 from tests import fakes, programs_test
@@ -527,7 +527,7 @@ def test_where_psg_ends(runs):
   num_pool = len(context.split.forget)
   part, whole = target(6), target(num_pool)
   assert part.job.unlearning.target == "unseen"
-  assert not jobs.is_class_request(part)
+  assert not contexts.is_class_request(part)
   assert len(part.split.retain) == 144
   assert whole.job.unlearning.target == "zero"
   assert target(6, target="zero").job.unlearning.target == "zero"

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import cells, compare, files, jobs
+from experiments import cells, compare, contexts, files, jobs, run_folder
 from experiments.comparison import recipes, summary, verdicts
 from experiments.pages import comparison
 from psg_jax import baselines, checkpoints, twins, types
@@ -202,7 +202,7 @@ def test_ours_stops_at_the_target_of_the_request(
   tmp_path, data_dir, monkeypatch
 ):
   # The original is never above this.
-  monkeypatch.setattr(jobs, "target_accuracy", lambda *_: 1.0)
+  monkeypatch.setattr(contexts, "target_accuracy", lambda *_: 1.0)
   programs_test.call(
     compare,
     *(*SMALL, f"--runs_dir={tmp_path}", "--name=aimed", "--no-retrained"),
@@ -231,7 +231,7 @@ def test_killed_cell_does_not_count(runs, run_dir, monkeypatch, capsys):
   cell = run_dir / "cells" / "finetune-2023-0"
   before = dict(np.load(cell / "logits.npz"))
   (cell / "result.json").unlink()
-  write = jobs.write_json
+  write = run_folder.write_json
 
   def kill(path, content):
     if path.name == "result.json":
@@ -239,7 +239,7 @@ def test_killed_cell_does_not_count(runs, run_dir, monkeypatch, capsys):
     write(path, content)
 
   with monkeypatch.context() as patch:
-    patch.setattr(jobs, "write_json", kill)
+    patch.setattr(run_folder, "write_json", kill)
     with pytest.raises(SystemExit) as caught:
       go_on(runs)
   assert caught.value.code == 130
@@ -435,7 +435,7 @@ def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):
   found = recipes.resolve("psg", part)
   assert "target_accuracy" not in found.arguments
   assert found.record["target"] == "auto"
-  held = jobs.validation(part)[1]
+  held = contexts.validation(part)[1]
   assert found.note == (
     f"stops at the original's accuracy on {len(held)} images of test_forget"
     " that are set apart and in no figure"
@@ -494,7 +494,7 @@ def test_rewinding_by_what_is_known(context):
     ),
   )
   mixed = context._replace(asked=context.asked._replace(split=split))
-  assert not jobs.is_class_request(mixed)
+  assert not contexts.is_class_request(mixed)
   found = recipes.resolve("scrub_r", mixed)
   assert "validation" in found.arguments
   assert "test_forget" in found.note

@@ -6,7 +6,15 @@ import re
 import numpy as np
 import pytest
 
-from experiments import cells, compare, demo, jobs, run_figures, unlearn
+from experiments import (
+  cells,
+  compare,
+  contexts,
+  demo,
+  jobs,
+  run_figures,
+  unlearn,
+)
 from experiments.pages import comparison
 from psg_jax import checkpoints, metrics
 from tests import compare_test, programs_test
@@ -159,12 +167,12 @@ def run(tmp_path_factory, data_dir):
 @pytest.mark.slow
 def test_run_with_several_references(run, run_dir):
   assert set(checkpoints.run_checkpoints(run)) == {
-    *jobs.MODELS,
+    *contexts.MODELS,
     "retrained-1",
     "retrained-2",
   }
   found = read(run / "metrics.json")
-  assert list(found) == list(jobs.MODELS)
+  assert list(found) == list(contexts.MODELS)
   measured = found["unlearned"]["yardstick"]
   assert measured["models"]["unlearned"]["num_references"] == 3
   # The same models as those of a comparison, seed by seed.
@@ -177,7 +185,7 @@ def test_run_with_several_references(run, run_dir):
   assert measured["models"]["unlearned"]["sentence"] in page
   assert "3 retrained models: two of them predict the same for" in page
   assert "As near as another retraining?" in page
-  assert "3 retrained models" in jobs.table(found)
+  assert "3 retrained models" in run_figures.table(found)
 
 
 @pytest.mark.slow

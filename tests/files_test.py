@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import cli, compare, jobs, read_out, report, tune
+from experiments import cli, compare, read_out, report, run_folder, tune
 from experiments import files as run_files
 from psg_jax import files
 
@@ -67,7 +67,7 @@ def test_numbers_of_a_comparison_stay_numbers():
 )
 @pytest.mark.parametrize(
   "read",
-  [jobs.read_json, lambda path: cli.read_job(path.parent)],
+  [run_folder.read_json, lambda path: cli.read_job(path.parent)],
 )
 def test_damaged_json_is_named(tmp_path, content, read):
   path = tmp_path / "config.json"
@@ -85,7 +85,7 @@ def test_what_json_lacks_is_named(tmp_path):
   fails(lambda: content["counts"]["train"], f"{path} must have 'train'")
   fails(lambda: content["list"][0]["y"], f"{path} must have 'y'")
   fails(lambda: run_files.read_json(tmp_path / "no.json"), "no.json")
-  assert jobs.read_json(tmp_path / "no.json") == {}
+  assert run_folder.read_json(tmp_path / "no.json") == {}
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,7 @@ def test_demo_writes_the_run_folder(runs):
   assert config["versions"]["jax"] == jax.__version__
   # The digits have two more retrained models, as references.
   assert set(checkpoints.run_checkpoints(run)) == {
-    *jobs.MODELS,
+    *contexts.MODELS,
     "retrained-1",
     "retrained-2",
   }
@@ -173,7 +173,7 @@ def test_resuming_a_run_of_an_earlier_version(runs, tmp_path):
     cli.read_job(runs / "first"), runs_dir=str(tmp_path), resume=True
   )
   context = jobs.prepare(job, is_known_run=True, is_read_only=True)
-  assert jobs.has_same_request(folder, job)
+  assert run_folder.has_same_request(folder, job)
   # Its references were trained with the standardisation of the original.
   assert context.of("retrained-1").model is context.model
   # What fits the memory may change.
@@ -198,7 +198,7 @@ def test_references_standardise_with_what_is_retained(runs):
   assert reference is context.of("retrained-2").model is not context.model
   assert context.of("unlearned").model is context.model
   expected = data.mean_and_std(context.split.retain)
-  assert jobs.standardisation(job, context.split.retain) == expected
+  assert contexts.standardisation(job, context.split.retain) == expected
   assert expected != data.mean_and_std(context.train)
   # A recipe's own numbers are everyone's.
   fixed = dataclasses.replace(job, mean=(0.5,), std=(0.5,))

@@ -15,12 +15,14 @@ from PIL import Image
 
 from experiments import (
   cli,
+  contexts,
   demo,
   jobs,
   recipes,
   report,
   requests,
   run_figures,
+  run_folder,
   sets,
   unlearn,
 )
@@ -197,8 +199,8 @@ def test_twins_in_other_classes_leave_a_class_request_one():
   assert set(asked.split.forget.ids) == {"i0", "i1", "i3"}
   assert asked.is_class_request
   job = recipes.Job(recipe="mri")
-  context = jobs.Context(*[None] * 7)._replace(job=job, asked=asked)
-  assert jobs.stop_target(context) == "zero"
+  context = contexts.Context(*[None] * 7)._replace(job=job, asked=asked)
+  assert contexts.stop_target(context) == "zero"
   asked = ask(train, where="row = 0", twins="move")
   assert not asked.is_class_request
 
@@ -211,8 +213,8 @@ def test_patients_are_not_halved():
   )
   for test, name in ((train, "retain"), (train.take(np.arange(4)), None)):
     asked = requests.ask(job, train, test)
-    context = jobs.Context(*[None] * 7)._replace(job=job, asked=asked)
-    shown, held = jobs.validation(context)
+    context = contexts.Context(*[None] * 7)._replace(job=job, asked=asked)
+    shown, held = contexts.validation(context)
     if name is None:
       # One patient alone, who stays among what is shown.
       assert held is None
@@ -504,13 +506,13 @@ def test_resuming_compares_what_a_request_means(
   assert (images["forget"], images["retain"]) == (3, 17)
   resumed = dataclasses.replace(job, resume=True)
   jobs.prepare(resumed)
-  assert jobs.has_same_request(folder, job)
+  assert run_folder.has_same_request(folder, job)
   files = {path: path.read_bytes() for path in folder.iterdir()}
   ids.write_text("\n".join(known[3:6]))
   with pytest.raises(ValueError, match="ids or request must mean the 3 images"):
     jobs.prepare(resumed)
   split = forget.split(train, ids=known[3:6])
-  assert not jobs.has_same_request(folder, job, split)
+  assert not run_folder.has_same_request(folder, job, split)
   ids.write_text("\n".join(known[:3]))
   record["images_sha256"] = "0"
   (folder / "data.json").write_text(json.dumps(record))
@@ -533,12 +535,12 @@ def test_whole_classes_count_nothing_in_the_accuracy_to_stop_at():
   for each in (train, more):
     asked = requests.ask(job, each, test)
     model = types.Model(None, lambda _, x: np.eye(3)[[0, 2]], None, None)
-    context = jobs.Context(job, None, each, test, asked, model, None)
+    context = contexts.Context(job, None, each, test, asked, model, None)
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(
         inference, "predict", lambda fn, v, images, **_: fn(v, images)
       )
-      aims.append(jobs.target_accuracy(context, {}))
+      aims.append(contexts.target_accuracy(context, {}))
   # Of the half that says when to stop both are right, one of class a.
   assert aims == [None, 0.5]
 
@@ -628,7 +630,6 @@ def test_another_request_of_the_same_original(run):
 
 
 def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
-  from experiments import jobs
 
   def context(**options):
     job = dataclasses.replace(
@@ -643,7 +644,7 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
       "all_cnn", num_classes=3, num_channels=3, width=0.02, mean=0.5, std=0.25
     )
     asked = requests.ask(job, train, test)
-    return jobs.Context(job, None, train, test, asked, model, None)
+    return contexts.Context(job, None, train, test, asked, model, None)
 
   device = context(where="device = 'Visulux 200'", group=None)
   variables = device.model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
@@ -652,9 +653,9 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
     logits = device.model.apply(variables, part.images / np.float32(255))
     return np.mean(np.argmax(logits, -1) == part.labels)
 
-  shown, held = jobs.validation(device)
+  shown, held = contexts.validation(device)
   expected = accuracy(held)
-  assert jobs.target_accuracy(device, variables) == pytest.approx(expected)
+  assert contexts.target_accuracy(device, variables) == pytest.approx(expected)
   # No figure is computed of the images that set the target.
   same_kind = device.asked.test_split.forget
   assert set(held.ids) | set(shown.forget.ids) == set(same_kind.ids)
@@ -665,18 +666,18 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
   record = run_figures.data_record(device, num_read)["counts"]
   assert record["validation"] == len(held)
   assert sum(record.values()) == len(device.train) + len(device.test)
-  again = jobs.validation(context(where=device.job.where, group=None))[1]
+  again = contexts.validation(context(where=device.job.where, group=None))[1]
   assert again.ids.tolist() == held.ids.tolist()
   # Of a patient there is no test image: others of the patient's disease.
   patient = context()
   assert not len(patient.asked.test_split.forget)
   (label,) = set(patient.split.forget.labels)
-  shown, held = jobs.validation(patient)
+  shown, held = contexts.validation(patient)
   expected = accuracy(held.take(held.labels == label))
-  assert jobs.target_accuracy(patient, variables) == pytest.approx(expected)
+  assert contexts.target_accuracy(patient, variables) == pytest.approx(expected)
   assert len(held) + len(shown.retain) == len(patient.test)
   classes = context(where=None, group=None, forget_classes=(1,))
-  assert jobs.target_accuracy(classes, variables) is None
+  assert contexts.target_accuracy(classes, variables) is None
   assert (
     "validation" not in run_figures.data_record(classes, num_read)["counts"]
   )

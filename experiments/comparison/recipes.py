@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 import optax
 
-from experiments import jobs, recipes
+from experiments import contexts, jobs, recipes
 from psg_jax import baselines, checks, training, unlearning
 
 SETTINGS = ("default", "paper")
@@ -175,7 +175,7 @@ def names(method: str) -> tuple[str, ...]:
 
 def resolve(
   method: str,
-  context: jobs.Context,
+  context: contexts.Context,
   *,
   settings: str = "default",
   overrides: Mapping[str, Any] | None = None,
@@ -265,12 +265,12 @@ def _adam(learning_rate: float) -> optax.GradientTransformation:
 
 
 def _of_job(
-  method: str, context: jobs.Context
+  method: str, context: contexts.Context
 ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
   """Arguments of the job: for the record, and beside it, and what to know."""
   job = context.job
   if method in OURS:
-    options = jobs.unlearn_options(context)
+    options = contexts.unlearn_options(context)
     objects = {"search_fn": options.pop("search_fn")}
     if method == "psg_soft":
       return {**options, **_soft(context)}, objects, None
@@ -281,28 +281,28 @@ def _of_job(
     augment_fn = jobs.augment_fn(job.training.augmentation)
     return options, {"augment_fn": augment_fn}, None
   if method == "psg_released":
-    mean, std = jobs.standardisation(job, context.train)
+    mean, std = contexts.standardisation(job, context.train)
     return {}, {"model_mean": mean, "model_std": std}, None
   if method == "scrub_r":
     return _rewinding(context)
   return {}, {}, None
 
 
-def _soft(context: jobs.Context) -> dict[str, Any]:
+def _soft(context: contexts.Context) -> dict[str, Any]:
   """Labels of a forgotten class leave it out; else it stays one of two.
 
   A model that never saw a camera or a patient may well know others of their
   kind: at the boundary point it is undecided, and no accuracy to stop at has to
   be known.
   """
-  if jobs.is_class_request(context):
+  if contexts.is_class_request(context):
     return {"labels": "soft_other"}
   return {"labels": "soft", "retain_labels": "hard", "target_accuracy": None}
 
 
-def _aim(context: jobs.Context) -> str | None:
+def _aim(context: contexts.Context) -> str | None:
   """Says what the accuracy to stop at is taken from, where there is one."""
-  shown, held = jobs.validation(context)
+  shown, held = contexts.validation(context)
   if held is None:
     return None
   is_same_kind = len(shown.forget) < len(context.asked.test_split.forget)
@@ -314,9 +314,9 @@ def _aim(context: jobs.Context) -> str | None:
 
 
 def _rewinding(
-  context: jobs.Context,
+  context: contexts.Context,
 ) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-  if jobs.is_class_request(context):
+  if contexts.is_class_request(context):
     # A retrained model has no image of a class right that it never saw.
     return {"reference_error": 1.0}, {}, None
   parts = context.parts
@@ -326,7 +326,7 @@ def _rewinding(
 
 
 def _budget(
-  method: str, recipe: Recipe, context: jobs.Context
+  method: str, recipe: Recipe, context: contexts.Context
 ) -> dict[str, Any]:
   """Passes and batches that take as many images as PSG takes."""
   options = context.job.unlearning

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cells, files, jobs
+from experiments import cells, contexts, files, jobs, run_folder
 from psg_jax import checkpoints, metrics, types
 
 MODELS = ("retrained", "original")
@@ -38,7 +38,7 @@ class Reference(NamedTuple):
     }
 
 
-def at_seed(context: jobs.Context, seed: int) -> jobs.Context:
+def at_seed(context: contexts.Context, seed: int) -> contexts.Context:
   """Returns the job with another seed, and a folder for its models."""
   folder = context.run_dir / "models" / f"seed-{seed}"
   folder.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def at_seed(context: jobs.Context, seed: int) -> jobs.Context:
 
 
 def reference(
-  context: jobs.Context, *, needs_variables: bool, is_alone: bool = False
+  context: contexts.Context, *, needs_variables: bool, is_alone: bool = False
 ) -> Reference:
   """Trains or restores the models of a seed, and keeps their logits.
 
@@ -69,7 +69,7 @@ def reference(
       predicted, _ = cells.predict(context.of(name), variables[name])
       files.save_arrays(path, predicted)
     logits[name] = files.read_arrays(path)
-  records = jobs.read_json(context.run_dir / "history.json")
+  records = run_folder.read_json(context.run_dir / "history.json")
   seconds = {name: records[f"{name}_seconds"] for name in steps}
   warm = {name: _warm_seconds(records[name]) for name in steps}
   return Reference(logits, seconds, warm, variables)
@@ -82,7 +82,7 @@ def _warm_seconds(history: Sequence[Mapping[str, Any]]) -> float | None:
 
 
 def outputs(
-  context: jobs.Context, reference: Reference, names: Sequence[str]
+  context: contexts.Context, reference: Reference, names: Sequence[str]
 ) -> dict[str, metrics.Outputs]:
   """Returns what metrics take of the references, and what costs more."""
   outputs = {}
@@ -112,7 +112,7 @@ def needed_splits(names: Sequence[str], prefix: str) -> tuple[str, ...]:
 
 
 def rows(
-  context: jobs.Context,
+  context: contexts.Context,
   names: Sequence[str],
   references: Mapping[int, Reference],
 ) -> list[dict[str, Any]]:

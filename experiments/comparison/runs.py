@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import cells, jobs
+from experiments import cells, contexts, run_folder
 from experiments.comparison import recipes, references
 from psg_jax import diagnosis, metrics
 
 SECONDS = ("seconds", "seconds_without_compiling")
 """The times among the figures of a cell."""
 # The last part of a key's path: of unlearning, after those of the models.
-_UNLEARNING = len(jobs.MODELS)
+_UNLEARNING = len(contexts.MODELS)
 
 
 class Cell(NamedTuple):
@@ -44,7 +44,7 @@ class Cell(NamedTuple):
 
 
 def run(
-  context: jobs.Context,
+  context: contexts.Context,
   cell: Cell,
   resolved: recipes.Resolved,
   reference: references.Reference,
@@ -122,7 +122,7 @@ def run(
 
 
 def complete(
-  context: jobs.Context,
+  context: contexts.Context,
   record: dict[str, Any],
   names: Sequence[str],
   reference: references.Reference,
@@ -136,7 +136,7 @@ def complete(
     record["metrics"] |= cells.figures(
       context, missing, model, reference.outputs()
     )
-    jobs.write_json(store.record, record)
+    run_folder.write_json(store.record, record)
   return record
 
 
@@ -156,7 +156,7 @@ def figures(
 
 
 def _accuracies(
-  context: jobs.Context, model: metrics.Outputs
+  context: contexts.Context, model: metrics.Outputs
 ) -> dict[str, float | None]:
   return {
     name: metrics.accuracy(model.logits[name], part.labels)
@@ -172,7 +172,7 @@ def _history(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _diagnose(
-  context: jobs.Context,
+  context: contexts.Context,
   resolved: recipes.Resolved,
   others: Mapping[str, metrics.Outputs],
   unlearned: cells.Unlearned,
@@ -187,6 +187,6 @@ def _diagnose(
     retrained=None if retrained is None else _accuracies(context, retrained),
     history=unlearned.output.history if is_known else (),
     options=resolved.arguments if is_known else None,
-    scope="class" if jobs.is_class_request(context) else "samples",
+    scope="class" if contexts.is_class_request(context) else "samples",
     num_classes=context.train.num_classes,
   ).as_dict()

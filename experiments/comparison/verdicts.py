@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import cells, jobs, read_out
+from experiments import cells, contexts, read_out
 from experiments.comparison import references, runs, summary
 from psg_jax import judgement, verification, yardstick
 
@@ -29,7 +29,7 @@ class Logits(NamedTuple):
 
 
 def gather(
-  context: jobs.Context,
+  context: contexts.Context,
   results: Sequence[Mapping[str, Any]],
   models: Mapping[int, references.Reference],
 ) -> Logits:

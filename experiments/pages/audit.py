@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from experiments import attack, files, jobs
+from experiments import attack, files, run_folder
 from experiments.pages import distributions, figures, panels, request, tables
 from psg_jax import ulira
 
@@ -101,7 +101,7 @@ def build(
     The path of the page.
   """
   config, data = (
-    jobs.read_json(folder / f"{x}.json") for x in ("config", "data")
+    run_folder.read_json(folder / f"{x}.json") for x in ("config", "data")
   )
   path = folder / "audit.html"
   files.write_page(
