@@ -200,6 +200,18 @@ def test_every_method_leaves_alone_what_is_not_trainable(trained, name):
   assert is_moved[mask].any()
 
 
+@pytest.mark.parametrize("name", TRAINING)
+def test_none_stands_for_a_methods_own_value(trained, name):
+  options = {"num_epochs": 1, **NEEDS.get(name, {})}
+  options.pop("optimizer", None)
+  fn = baselines.find(name).fn
+  default, none = (
+    run(fn, trained, **options, **given).variables
+    for given in ({}, {"optimizer": None})
+  )
+  chex.assert_trees_all_equal(none, default)
+
+
 @pytest.mark.parametrize("name", [x for x in TRAINING if x != "unsir"])
 def test_every_method_accumulates_gradients(trained, name):
   options = {

@@ -64,5 +64,8 @@ def boundary_shrink(
     attack_std=1.0,
     step_size=step_size,
   )
-  options = {**DEFAULTS, **options, "search_fn": search_fn}
-  return unlearning.unlearn(model, variables, split, key, **options)
+  return unlearning.unlearn(
+    *(model, variables, split, key),
+    search_fn=search_fn,
+    **common.filled(options, DEFAULTS),
+  )

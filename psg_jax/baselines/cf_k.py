@@ -57,5 +57,5 @@ def cf_k(
     2022.
   """
   trainable = last_layers.trainable(variables, num_layers, layers)
-  options = {"trainable": trainable, **DEFAULTS, **options}
+  options = common.filled(options, {"trainable": trainable, **DEFAULTS})
   return finetune.finetune(model, variables, split, key, **options)

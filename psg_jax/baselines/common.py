@@ -49,10 +49,15 @@ def passes(
     ValueError: If an argument is of the wrong shape, type or range.
   """
   check(model, variables, split, key, needs_retain=needs_retain)
-  result = engine.Passes(**{**defaults, **options})
-  if result.optimizer is None:
-    result = result.replace(optimizer=defaults["optimizer"])
-  return result
+  return engine.Passes(**filled(options, defaults))
+
+
+def filled(
+  options: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the options with these defaults, which None stands for, too."""
+  given = {name: x for name, x in options.items() if x is not None}
+  return {**defaults, **given}
 
 
 def check(

@@ -57,5 +57,5 @@ def eu_k(
     steps.plain_variables(common.fresh_variables(model, split, init_key)),
     steps.plain_variables(variables),
   )
-  options = {"trainable": trainable, **DEFAULTS, **options}
+  options = common.filled(options, {"trainable": trainable, **DEFAULTS})
   return finetune.finetune(model, start, split, train_key, **options)

@@ -83,7 +83,7 @@ def neggrad_plus(
   References:
     Kurmanji et al., Towards Unbounded Machine Unlearning, 2023.
   """
-  options = {**PLUS_DEFAULTS, **options}
+  options = common.filled(options, PLUS_DEFAULTS)
   return neggrad(
     model, variables, split, key, retain_share=retain_share, **options
   )

@@ -48,7 +48,7 @@ def psg_soft(
     Nahass et al., Targeted Unlearning Using Perturbed Sign Gradient Methods
     With Applications On Medical Images, 2025.
   """
-  options = {"labels": "soft_other", **options}
+  options = common.filled(options, {"labels": "soft_other"})
   checks.one_of("labels", options["labels"], SOFT_LABELS)
   return psg(model, variables, split, key, **options)
 
@@ -98,7 +98,9 @@ def psg_released(
     distance_weight=distance_weight,
     noise_scale=noise_scale,
   )
-  options = {**RELEASED_DEFAULTS, "refresh_labels": noise_scale > 0, **options}
+  options = common.filled(
+    options, {**RELEASED_DEFAULTS, "refresh_labels": noise_scale > 0}
+  )
   # Its gradient is that of the minibatch's mean loss, beside λ and γ.
   options.setdefault("search_batch_size", options.get("batch_size", 64))
   return psg(model, variables, split, key, search_fn=search_fn, **options)

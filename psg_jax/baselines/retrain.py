@@ -41,6 +41,6 @@ def retrain(
   init_key, fit_key = jax.random.split(key)
   fresh = common.fresh_variables(model, split, init_key)
   trained, history = training.fit(
-    model, fresh, split.retain, fit_key, **{**DEFAULTS, **options}
+    model, fresh, split.retain, fit_key, **common.filled(options, DEFAULTS)
   )
   return common.Output(variables=trained, history=history)

@@ -71,8 +71,7 @@ def salun(
   )
   mask = largest(gradient, salient_fraction)
   seconds = time.perf_counter() - start
-  options = {"trainable": {"params": mask}, **DEFAULTS, **options}
-  options["optimizer"] = passes.optimizer
+  options = common.filled(options, {"trainable": {"params": mask}, **DEFAULTS})
   output = random_labels.random_labels(
     model, variables, split, key, retain_weight=retain_weight, **options
   )
