@@ -181,13 +181,12 @@ def unlearn(
     )
     return relabelling, _targets(relabelling, split.forget, labels, top_k)
 
-  def is_last(current: types.Variables) -> bool:
-    if target_accuracy is not None:
-      logits = predict(current, split.forget.images)
-      is_right = np.argmax(logits, -1) == split.forget.labels
-      if is_right.mean() <= target_accuracy:
-        return True
-    return passes.stop_fn is not None and passes.stop_fn(current)
+  def is_reached(current: types.Variables) -> bool:
+    if target_accuracy is None:
+      return False
+    logits = predict(current, split.forget.images)
+    is_right = np.argmax(logits, -1) == split.forget.labels
+    return bool(is_right.mean() <= target_accuracy)
 
   def move(targets: np.ndarray, changed: engine.Passes) -> Any:
     return _update(
@@ -197,7 +196,7 @@ def unlearn(
     )
 
   return _search_and_move(
-    variables, split, passes, search, move, is_last, refresh_labels
+    variables, split, passes, search, move, is_reached, refresh_labels
   )
 
 
@@ -230,22 +229,27 @@ def _search_and_move(
   passes: engine.Passes,
   search: Callable[[int], tuple[Relabelling, np.ndarray]],
   move: Callable[..., tuple[steps.TrainState, engine.History]],
-  is_last: Callable[[types.Variables], bool],
+  is_reached: Callable[[types.Variables], bool],
   is_refreshed: bool,
 ) -> UnlearnOutput:
   """Searches once and makes all passes, or searches before each of them."""
   num_steps = _num_steps(split, passes.batch_size)
   num_epochs, state = passes.num_epochs, passes.state
   first = 0 if state is None else int(state.step) // num_steps
+
+  def is_last(current: types.Variables) -> bool:
+    is_asked_to = passes.stop_fn is not None and passes.stop_fn(current)
+    return is_asked_to or is_reached(current)
+
   ends: Iterable[int] = [num_epochs]
   shared = passes.replace(stop_fn=is_last)
   if is_refreshed:
-    ends = range(first + 1, num_epochs + 1)
+    ends = range(min(first + 1, num_epochs), num_epochs + 1)
     # Each call knows but the passes until then.
     schedule = optimizers.schedule_fn(passes.schedule, num_epochs * num_steps)
     shared = passes.replace(schedule=schedule, stop_fn=None)
   history: engine.History = []
-  is_done = is_last(variables if state is None else state.variables)
+  is_done = is_reached(variables if state is None else state.variables)
   for end in ends:
     start = time.perf_counter()
     relabelling, targets = search(end - 1 if is_refreshed else 0)
@@ -253,7 +257,8 @@ def _search_and_move(
     if is_done:
       break
     state, records = move(targets, shared.replace(num_epochs=end, state=state))
-    records[0]["search_seconds"] = search_seconds
+    if records:
+      records[0]["search_seconds"] = search_seconds
     history += records
     # The targets returned are those of the last pass.
     if is_refreshed and is_last(state.variables):
