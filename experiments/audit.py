@@ -389,7 +389,7 @@ def of_model(
     context.train.take(plan.targets[plan.is_trained[index]]),
     context.train.take(plan.others[index]),
   )
-  of_split = context._replace(asked=context.asked._replace(split=split))
+  of_split = context._replace(selection=context.selection._replace(split=split))
   target = contexts.stop_target(of_split)
   unlearning = dataclasses.replace(context.job.unlearning, target=target)
   job = dataclasses.replace(context.job, unlearning=unlearning)

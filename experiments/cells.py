@@ -178,7 +178,7 @@ def figures(
     model: The model in question.
     others: Any of `original`, `retrained` and `random`.
   """
-  parts, column = context.parts, next(iter(context.asked.columns), None)
+  parts, column = context.parts, next(iter(context.selection.columns), None)
   inputs = metrics.Inputs(
     labels={name: part.labels for name, part in parts.items()},
     model=model,

@@ -38,7 +38,7 @@ class Context(NamedTuple):
     run_dir: The run folder.
     train: The training set.
     test: The test set.
-    asked: What is to be forgotten: the request, its split and preview.
+    selection: What is to be forgotten: the request, its split and preview.
     model: The network.
     mesh: The devices; None for one.
     source: What became of every file of the data set; see `sets.Loaded`.
@@ -50,7 +50,7 @@ class Context(NamedTuple):
   run_dir: pathlib.Path
   train: types.Dataset
   test: types.Dataset
-  asked: requests.Asked
+  selection: requests.Selection
   model: types.Model
   mesh: jax.sharding.Mesh | None
   source: Mapping[str, Any] = types_lib.MappingProxyType({})
@@ -65,15 +65,15 @@ class Context(NamedTuple):
   @property
   def split(self) -> types.Split:
     """Forget and retain set of the training set."""
-    return self.asked.split
+    return self.selection.split
 
   @property
   def parts(self) -> dict[str, types.Dataset]:
     """The four parts that figures are computed of."""
     shown, _ = validation(self)
     return {
-      "train_forget": self.asked.split.forget,
-      "train_retain": self.asked.split.retain,
+      "train_forget": self.selection.split.forget,
+      "train_retain": self.selection.split.retain,
       "test_forget": shown.forget,
       "test_retain": shown.retain,
     }
@@ -110,7 +110,7 @@ def network(job: recipes.Job, dataset: types.Dataset) -> types.Model:
 
 def is_class_request(context: Context) -> bool:
   """Whether whole classes are forgotten, whose ideal accuracy is 0."""
-  return context.asked.is_class_request
+  return context.selection.is_class_request
 
 
 def stop_target(context: Context) -> Literal["zero", "unseen"]:
@@ -138,10 +138,10 @@ def validation(
     The test images of which figures are computed, and those set apart; None
     where unlearning does not stop at an accuracy, or there are too few.
   """
-  shown = context.asked.test_split
+  shown = context.selection.test_split
   if stop_target(context) == "zero":
     return shown, None
-  group = context.asked.request.group
+  group = context.selection.request.group
   for name in ("forget", "retain"):
     part = getattr(shown, name)
     if group is None:
@@ -175,7 +175,7 @@ def target_accuracy(
     return None
   whole = evaluation.whole_classes(context.split)
   logits = predict(context, original_variables, held.images)
-  if len(shown.forget) < len(context.asked.test_split.forget):
+  if len(shown.forget) < len(context.selection.test_split.forget):
     is_right = np.argmax(logits, -1) == held.labels
     return float(np.mean(is_right & ~np.isin(held.labels, whole)))
   by_class = metrics.per_class_accuracy(logits, held.labels)

@@ -195,7 +195,7 @@ def _loaded(
     run_dir=folder,
     train=train,
     test=test,
-    asked=request,
+    selection=request,
     model=contexts.network(job, train),
     mesh=mesh if mesh.size > 1 else None,
     source=source_files,
@@ -226,7 +226,7 @@ def _write(
   folder.mkdir(parents=True, exist_ok=True)
   run_folder.write_json(folder / "config.json", config)
   run_folder.write_json(folder / "data.json", record)
-  context.asked.request.to_json(folder / "request.json")
+  context.selection.request.to_json(folder / "request.json")
   forget_ids = np.asarray(context.split.forget.ids).tolist()
   run_folder.write_json(folder / "forget_ids.json", forget_ids)
   run_figures.save_twins(context)
@@ -234,7 +234,7 @@ def _write(
 
 def announce(context: contexts.Context) -> str:
   """Says what is about to be forgotten, and which images have twins."""
-  result = context.asked
+  result = context.selection
   lines = [str(result.preview)]
   if context.job.weights is not None:
     taken = torch_weights.describe(

@@ -21,7 +21,7 @@ _NUM_KEPT = 200
 _NOT_GROUPS = frozenset({"id", "label", "file", "sha256"})
 
 
-class Asked(NamedTuple):
+class Selection(NamedTuple):
   """What is to be forgotten, and all that is known of it before any work.
 
   Attributes:
@@ -85,7 +85,9 @@ def build(job: recipes.Job) -> forget.Request:
   )
 
 
-def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
+def ask(
+  job: recipes.Job, train: types.Dataset, test: types.Dataset
+) -> Selection:
   """Splits the data by a job's request, and looks for twins.
 
   Args:
@@ -127,7 +129,7 @@ def ask(job: recipes.Job, train: types.Dataset, test: types.Dataset) -> Asked:
       groups = dict(zip(np.asarray(train.ids), codes, strict=True))
       split = twins.move(split, duplicates, groups=groups)
       moved = np.setdiff1d(np.asarray(split.forget.ids), before)
-  return Asked(
+  return Selection(
     request=request,
     split=split,
     test_split=types.Split(test.take(is_asked), test.take(~is_asked)),
@@ -157,7 +159,7 @@ def images_hash(parts: Sequence[types.Dataset]) -> str:
   return files.digest("".join(texts).encode())
 
 
-def record(result: Asked) -> dict[str, Any]:
+def record(result: Selection) -> dict[str, Any]:
   """Returns what a run folder keeps of the request, for JSON."""
   return {
     "request": request_fields(result.request),

@@ -63,7 +63,7 @@ def evaluate(
   values = {
     (name, column): requests.values(part, column)
     for name, part in parts.items()
-    for column in context.asked.columns
+    for column in context.selection.columns
   }
   records = run_folder.read_json(context.run_dir / "history.json")
   result = {}
@@ -93,7 +93,7 @@ def evaluate(
       parts,
       {name: logits[name] for name in ("original", "unlearned")},
       retrained,
-      context.asked.request.group,
+      context.selection.request.group,
     )
   _save_features(context, variables)
   run_folder.write_json(context.run_dir / "metrics.json", result)
@@ -202,13 +202,13 @@ def data_record(context: contexts.Context, num_read: int) -> dict[str, Any]:
       "not used (num_train)": num_read - num_used,
     },
     "images_sha256": requests.images_hash([context.train, context.test]),
-    **requests.record(context.asked),
+    **requests.record(context.selection),
   }
 
 
 def save_twins(context: contexts.Context) -> None:
   """Keeps a few twins as pictures."""
-  twins = context.asked.twins
+  twins = context.selection.twins
   pairs = [] if twins is None else twins.pairs[:_NUM_TWINS]
   parts = {
     "forget": context.split.forget,
@@ -341,7 +341,7 @@ def _read_out(
   result: dict[str, Any],
 ) -> None:
   """Adds the clinical figures, the attacks and the diagnosis to `result`."""
-  clinical = read_out.figures(context.parts, logits, context.asked.columns)
+  clinical = read_out.figures(context.parts, logits, context.selection.columns)
   for name, figures in clinical.items():
     result[name] |= figures
   if "unlearned" not in logits:

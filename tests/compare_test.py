@@ -424,7 +424,7 @@ def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):
       forgotten.take(np.arange(len(forgotten) // 2, len(forgotten))), retained
     ),
   )
-  part = context._replace(asked=context.asked._replace(split=half))
+  part = context._replace(selection=context.selection._replace(split=half))
   found = recipes.resolve("psg_soft", part)
   assert (found.record["labels"], found.record["retain_labels"]) == (
     "soft",
@@ -484,7 +484,7 @@ def test_rewinding_by_what_is_known(context):
   found = recipes.resolve("scrub_r", context)
   assert found.arguments["reference_error"] == 1.0
   assert found.note is None
-  part = context.asked.split
+  part = context.selection.split
   rows = np.arange(len(part.forget)) < 20
   split = part._replace(
     forget=part.forget.take(rows),
@@ -493,7 +493,7 @@ def test_rewinding_by_what_is_known(context):
       labels=np.where(np.arange(len(part.retain)) < 9, 0, part.retain.labels),
     ),
   )
-  mixed = context._replace(asked=context.asked._replace(split=split))
+  mixed = context._replace(selection=context.selection._replace(split=split))
   assert not contexts.is_class_request(mixed)
   found = recipes.resolve("scrub_r", mixed)
   assert "validation" in found.arguments

@@ -199,7 +199,7 @@ def test_twins_in_other_classes_leave_a_class_request_one():
   assert set(asked.split.forget.ids) == {"i0", "i1", "i3"}
   assert asked.is_class_request
   job = recipes.Job(recipe="mri")
-  context = contexts.Context(*[None] * 7)._replace(job=job, asked=asked)
+  context = contexts.Context(*[None] * 7)._replace(job=job, selection=asked)
   assert contexts.stop_target(context) == "zero"
   asked = ask(train, where="row = 0", twins="move")
   assert not asked.is_class_request
@@ -213,7 +213,7 @@ def test_patients_are_not_halved():
   )
   for test, name in ((train, "retain"), (train.take(np.arange(4)), None)):
     asked = requests.ask(job, train, test)
-    context = contexts.Context(*[None] * 7)._replace(job=job, asked=asked)
+    context = contexts.Context(*[None] * 7)._replace(job=job, selection=asked)
     shown, held = contexts.validation(context)
     if name is None:
       # One patient alone, who stays among what is shown.
@@ -657,7 +657,7 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
   expected = accuracy(held)
   assert contexts.target_accuracy(device, variables) == pytest.approx(expected)
   # No figure is computed of the images that set the target.
-  same_kind = device.asked.test_split.forget
+  same_kind = device.selection.test_split.forget
   assert set(held.ids) | set(shown.forget.ids) == set(same_kind.ids)
   assert not set(held.ids) & set(shown.forget.ids)
   assert abs(len(held) - len(shown.forget)) <= same_kind.num_classes
@@ -670,7 +670,7 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
   assert again.ids.tolist() == held.ids.tolist()
   # Of a patient there is no test image: others of the patient's disease.
   patient = context()
-  assert not len(patient.asked.test_split.forget)
+  assert not len(patient.selection.test_split.forget)
   (label,) = set(patient.split.forget.labels)
   shown, held = contexts.validation(patient)
   expected = accuracy(held.take(held.labels == label))
@@ -681,7 +681,7 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
   assert (
     "validation" not in run_figures.data_record(classes, num_read)["counts"]
   )
-  assert classes.parts["test_retain"] is classes.asked.test_split.retain
+  assert classes.parts["test_retain"] is classes.selection.test_split.retain
 
 
 def test_images_of_ones_own_have_a_recipe_of_their_own(monkeypatch):

@@ -305,7 +305,7 @@ def _aim(context: contexts.Context) -> str | None:
   shown, held = contexts.validation(context)
   if held is None:
     return None
-  is_same_kind = len(shown.forget) < len(context.asked.test_split.forget)
+  is_same_kind = len(shown.forget) < len(context.selection.test_split.forget)
   name = "test_forget" if is_same_kind else "test_retain"
   return (
     f"stops at the original's accuracy on {len(held)} images of {name} that"

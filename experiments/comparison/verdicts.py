@@ -56,7 +56,7 @@ def gather(
   retrained = [
     x.logits["retrained"] for x in models.values() if "retrained" in x.logits
   ]
-  column = context.asked.request.group
+  column = context.selection.request.group
   parts = {x: context.parts[x] for x in summary.SPLITS}
   return Logits(
     {x: np.stack([y[x] for y in retrained]) for x in parts}
