@@ -212,6 +212,7 @@ def test_none_stands_for_a_methods_own_value(trained, name):
   chex.assert_trees_all_equal(none, default)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [x for x in TRAINING if x != "unsir"])
 def test_every_method_accumulates_gradients(trained, name):
   options = {

@@ -29,7 +29,13 @@ def namespace(monkeypatch):
   return names
 
 
-@pytest.mark.parametrize("title", TITLES)
+@pytest.mark.parametrize(
+  "title",
+  [
+    pytest.param(x, marks=() if "function" in x else pytest.mark.slow)
+    for x in TITLES
+  ],
+)
 def test_own_network(title, namespace):
   if title == "Equinox":
     pytest.importorskip("equinox", reason="Equinox is a development extra")
