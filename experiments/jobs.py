@@ -46,6 +46,24 @@ from psg_jax import (
   unlearning,
 )
 
+# A job under one name, for programs that are not ours.
+Context = contexts.Context
+MODELS = contexts.MODELS
+is_class_request = contexts.is_class_request
+standardisation = contexts.standardisation
+stop_target = contexts.stop_target
+target_accuracy = contexts.target_accuracy
+unlearn_options = contexts.unlearn_options
+validation = contexts.validation
+evaluate = run_figures.evaluate
+table = run_figures.table
+REQUEST_FIELDS = run_folder.REQUEST_FIELDS
+has_same_request = run_folder.has_same_request
+job_options = run_folder.job_options
+read_json = run_folder.read_json
+run_dir = run_folder.run_dir
+write_json = run_folder.write_json
+
 # A long epoch is also kept between its ends.
 _SAVE_SECONDS = 120.0
 # Of epochs that take less, not each is kept: the last, and one in so long.
