@@ -32,10 +32,11 @@ _FUNCTIONS = {
   "unlearn": ("unlearning", "unlearn"),
 }
 _MODULES = (
-  *("augment", "baselines", "boundary", "checkpoints", "data", "diagnosis"),
-  *("ensembles", "evaluation", "forget", "inference", "metrics", "models"),
-  *("parallel", "relearning", "streaming", "torch_weights", "training"),
-  *("twins", "types", "ulira", "unlearning", "verification", "yardstick"),
+  *("augment", "baselines", "batches", "boundary", "catalog", "checkpoints"),
+  *("data", "diagnosis", "engine", "ensembles", "evaluation", "forget"),
+  *("inference", "metrics", "models", "optimizers", "parallel", "relearning"),
+  *("steps", "streaming", "torch_weights", "training", "twins", "types"),
+  *("ulira", "unlearning", "verification", "yardstick"),
 )
 
 __all__ = ["evaluate", "fit", "search", "split", "unlearn"]
