@@ -7,7 +7,9 @@ here.
 """
 
 import dataclasses
+import difflib
 import time
+import types as types_lib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -111,6 +113,37 @@ class Passes:
       checks.integer(name, getattr(self, name), at_least=1)
     checks.one_of("batch_stats", self.batch_stats, BATCH_STATS)
     optimizers.check_schedule(self.schedule)
+
+  @classmethod
+  def of(
+    cls,
+    options: Mapping[str, Any],
+    defaults: Mapping[str, Any] = types_lib.MappingProxyType({}),
+    *,
+    others: Sequence[str] = (),
+  ) -> "Passes":
+    """Reads a function's keyword arguments.
+
+    Args:
+      options: Those given; None stands for a default.
+      defaults: The function's own values.
+      others: Names of its other arguments, to tell a misspelt one.
+
+    Returns:
+      The options.
+
+    Raises:
+      TypeError: If there is no such option, with the nearest name.
+      ValueError: If an option is out of its range.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]
+    for name in options:
+      if name not in names:
+        close = difflib.get_close_matches(name, [*names, *others], n=1)
+        hint = f", did you mean {close[0]!r}?" if close else ""
+        raise TypeError(f"there is no argument {name!r}{hint}")
+    given = {name: x for name, x in options.items() if x is not None}
+    return cls(**{**defaults, **given})
 
   def replace(self, **changes: Any) -> "Passes":
     """Returns these options with changes."""

@@ -72,12 +72,8 @@ def train(
     ValueError: If an argument is of the wrong shape or out of its range.
     FloatingPointError: If a loss or a variable is NaN or infinite.
   """
-  passes = engine.Passes(
-    **{
-      "schedule": "one_cycle",
-      "description": "training ensemble",
-      **options,
-    }
+  passes = engine.Passes.of(
+    options, {"schedule": "one_cycle", "description": "training ensemble"}
   )
   checks.one_of("mode", mode, MODES)
   checks.key(key)

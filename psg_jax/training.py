@@ -90,8 +90,8 @@ def fit(
     ValueError: If an argument is out of its range.
     FloatingPointError: If the loss is NaN or infinite.
   """
-  passes = engine.Passes(
-    **{"schedule": "one_cycle", "description": "training", **options}
+  passes = engine.Passes.of(
+    options, {"schedule": "one_cycle", "description": "training"}
   )
   checks.key(key)
   if not len(dataset):

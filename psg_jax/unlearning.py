@@ -371,12 +371,13 @@ def _passes(
   for part in split:
     if len(part):
       steps.check_classes(model, variables, part)
-  options = {"schedule": SCHEDULE, **options}
+  # Replaced below, where the size of the minibatches is known.
+  passes = engine.Passes.of(
+    options, {"schedule": SCHEDULE, "num_epochs": 1}, others=tuple(defaults())
+  )
   if options.get("num_epochs") is None:
-    size = options.get("batch_size", engine.Passes.batch_size)
-    checks.integer("batch_size", size, at_least=1)
-    options["num_epochs"] = default_num_epochs(len(split.forget), size)
-  passes = engine.Passes(**options)
+    num_epochs = default_num_epochs(len(split.forget), passes.batch_size)
+    passes = passes.replace(num_epochs=num_epochs)
   if passes.optimizer is None:
     rate = 1e-3 if passes.schedule == "constant" else 2e-3
     passes = passes.replace(optimizer=training.sgd(rate))

@@ -7,7 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from psg_jax import baselines, batches, engine, steps, unlearning
+from psg_jax import (
+  baselines,
+  batches,
+  engine,
+  steps,
+  training,
+  unlearning,
+)
 from tests import fakes
 
 KEY = jax.random.key(0)
@@ -122,3 +129,19 @@ def test_a_loss_that_is_not_finite_is_named():
   of_models = np.array([[1.0, 1.0], [1.0, np.inf]])
   with pytest.raises(FloatingPointError, match=r"of model 1 is not .* step 4"):
     engine.check_finite(of_models, 4)
+
+
+def test_misspelt_arguments_are_named():
+  def call(fn, **options):
+    return fn(MODEL, variables(), SPLIT, KEY, **options)
+
+  with pytest.raises(TypeError, match="'noise_scal', did you mean 'noise_sca"):
+    call(unlearning.unlearn, noise_scal=0.1)
+  with pytest.raises(TypeError, match="'batchsize', did you mean 'batch_size"):
+    call(baselines.find("scrub").fn, batchsize=4)
+  with pytest.raises(TypeError, match=r"no argument 'learning_rate'$"):
+    training.fit(
+      MODEL, variables(), SPLIT.retain, KEY, num_epochs=1, learning_rate=0.1
+    )
+  with pytest.raises(TypeError, match="num_epochs"):
+    training.fit(MODEL, variables(), SPLIT.retain, KEY)

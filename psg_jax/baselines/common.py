@@ -49,7 +49,7 @@ def passes(
     ValueError: If an argument is of the wrong shape, type or range.
   """
   check(model, variables, split, key, needs_retain=needs_retain)
-  return engine.Passes(**filled(options, defaults))
+  return engine.Passes.of(options, defaults)
 
 
 def filled(

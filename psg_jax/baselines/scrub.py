@@ -85,7 +85,7 @@ def scrub(
   checks.number("teacher_weight", teacher_weight, at_least=0)
   checks.number("temperature", temperature, above=0)
   common.check(model, variables, split, key)
-  passes = engine.Passes(**common.filled(options, DEFAULTS))
+  passes = engine.Passes.of(options, DEFAULTS)
   if forget_batch_size is None:
     forget_batch_size = passes.batch_size
   checks.integer("forget_batch_size", forget_batch_size, at_least=1)
