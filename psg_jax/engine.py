@@ -259,19 +259,19 @@ def run_passes(
   Args:
     program: What the steps are made of, but for the loss and `is_masked`.
     state: Where to start, on its devices; donated, and deleted.
-    images: As for `run`.
-    targets: As for `run`.
-    passes: As for `run`.
-    options: As for `run`; its state, optimiser and program are not looked at.
+    images: uint8 `[N, H, W, C]`, in memory or on disk.
+    targets: `[N, ...]`, whatever the losses expect.
+    passes: The phases of each pass.
+    options: Callbacks, devices and progress; the rest is in `program`.
     factors: float32 `[S]`, of all steps of all passes.
-    masks: As for `steps.run_steps`.
-    record_fn: As for `run`.
-    first_epoch: As for `run`.
-    first_step: As for `run`.
+    masks: Bool arrays like the trained parameters, or None.
+    record_fn: Turns what a phase reported into the pass's record.
+    first_epoch: Passes before these, made by another call.
+    first_step: Steps before these, likewise.
     run_fn: The compiled program of the steps.
 
   Returns:
-    As `run`.
+    The final state, and one record a pass.
 
   Raises:
     FloatingPointError: If a loss or a variable is NaN or infinite.
@@ -395,12 +395,12 @@ def run_phase(
     pool: Images and targets, of `batches.open_pool`.
     phase: The loss's context and the minibatches.
     factors: float32 `[S]` of the learning rate, as for `run_steps`.
-    masks: As for `run_steps`.
+    masks: Bool arrays like the trained parameters, or None.
     mesh: Devices to cut each minibatch over; None for one.
     bar: Moved by each step.
     step_callback: Called with the state after each call of the program, which
       takes up to 32 steps.
-    run_fn: As for `run_passes`.
+    run_fn: The compiled program of the steps.
 
   Returns:
     The new state, and what the steps reported.
