@@ -179,7 +179,7 @@ def _patient(
   return exams
 
 
-_MISSING = {
+MISSING = {
   "device": 0.02,
   "patient_id": 0.03,
   "eye": 0.03,
@@ -195,7 +195,7 @@ def _forget_some(
 ) -> dict[str, Any]:
   chances = generator.random(len(columns))
   return {
-    name: None if chance < _MISSING[name] else value
+    name: None if chance < MISSING[name] else value
     for (name, value), chance in zip(columns.items(), chances, strict=True)
   }
 

@@ -55,7 +55,7 @@ DEFAULT_METRICS = (
 )
 # Of the run folder, which the results repeat.
 _RECORDS = ("config", "data", "compare")
-_SLOW_PIXELS = 10**8
+SLOW_PIXELS = 10**8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +175,7 @@ def num_references(context: contexts.Context, options: Options) -> int:
     return options.references
   num_pixels = math.prod(context.train.images.shape[1:])
   passes = len(context.split.retain) * options.training.num_epochs
-  return max(5 if passes * num_pixels <= _SLOW_PIXELS else 3, options.seeds)
+  return max(5 if passes * num_pixels <= SLOW_PIXELS else 3, options.seeds)
 
 
 def _check_same(

@@ -40,7 +40,7 @@ class _Source(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Array:
+class InMemory:
   """Images in memory, beside others that are not."""
 
   images: np.ndarray
@@ -49,6 +49,7 @@ class _Array:
     return len(self.images)
 
   def read(self, rows: np.ndarray) -> np.ndarray:
+    """Reads these rows."""
     return self.images[rows]
 
 
@@ -237,7 +238,7 @@ def concatenate(
   rows, num_workers, start = [], 0, 0
   for part in parts:
     if not isinstance(part, Images):
-      part = Images([_Array(part)], np.arange(len(part)), part.shape[1:], 0)
+      part = Images([InMemory(part)], np.arange(len(part)), part.shape[1:], 0)
     rows.append(start + part._rows)
     sources += part._sources
     start += int(part._starts[-1])

@@ -854,7 +854,7 @@ def test_images_on_disk_change_nothing(trained, name):
 
   def streamed(dataset):
     images = streaming.Images(
-      [streaming._Array(dataset.images)],
+      [streaming.InMemory(dataset.images)],
       np.arange(len(dataset)),
       dataset.images.shape[1:],
       0,

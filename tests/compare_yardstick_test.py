@@ -145,9 +145,9 @@ def test_number_of_references_follows_the_cost(run_dir, data_dir):
   pixels = len(context.split.retain) * 32 * 32 * options.training.num_epochs
   few = compare.Options(seeds=2)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(compare, "_SLOW_PIXELS", pixels)
+    patch.setattr(compare, "SLOW_PIXELS", pixels)
     assert compare.num_references(context, few) == 5
-    patch.setattr(compare, "_SLOW_PIXELS", pixels - 1)
+    patch.setattr(compare, "SLOW_PIXELS", pixels - 1)
     assert compare.num_references(context, few) == 3
     assert compare.num_references(context, compare.Options(seeds=4)) == 4
 

@@ -88,7 +88,7 @@ def test_records(exams):
   assert not sides["train"] & sides["test"]
   assert len(sides["train"]) > 360
   rows = [*exams["train"], *exams["test"]]
-  for name, chance in phantom_fundus._MISSING.items():
+  for name, chance in phantom_fundus.MISSING.items():
     missing = np.mean([row.columns[name] is None for row in rows])
     # Three standard deviations of 1,872 draws.
     assert missing == pytest.approx(chance, abs=0.025), name

@@ -148,3 +148,26 @@ def test_variables_are_called_by_nouns():
     or (isinstance(node, ast.arg) and node.arg in vague)
   ]
   assert not bindings
+
+
+def test_tests_read_no_private_name():
+  private = []
+  for path in sorted((ROOT / "tests").glob("*.py")):
+    tree = ast.parse(path.read_text())
+    modules = {
+      alias.asname or alias.name
+      for node in ast.walk(tree)
+      if isinstance(node, ast.ImportFrom)
+      and (node.module or "").split(".")[0] in PACKAGES
+      for alias in node.names
+    }
+    private += [
+      f"{path.name}:{node.lineno} {node.attr}"
+      for node in ast.walk(tree)
+      if isinstance(node, ast.Attribute)
+      and isinstance(node.value, ast.Name)
+      and node.value.id in modules
+      and node.attr.startswith("_")
+      and not node.attr.startswith("__")
+    ]
+  assert not private
