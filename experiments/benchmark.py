@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 
 import psg_jax
-from experiments import benchmark_tasks, cli, recipes, run_folder
+from experiments import benchmark_tasks, cli, run_folder
 from psg_jax import (
   checks,
   data,
@@ -31,14 +31,9 @@ from psg_jax import (
   progress,
 )
 
-_REFERENCE = recipes.JOBS["reference"]
-_RELEASED = recipes.RELEASED
-# Of the reference protocol, for every channel.
-_MEAN = _STD = 0.5
 # Two implementations round differently, and few images lie on a boundary.
 _LEAST_AGREEMENT = 0.99
 _SIDES = ("psg_jax", "pytorch")
-_NUM_PARTS = 5
 _IDLE_LOAD = 0.5
 
 

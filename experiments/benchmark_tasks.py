@@ -291,8 +291,8 @@ def _jax_steps(
   """Returns steps on these rows, with the images on the device already."""
   optimizer = training.sgd(**sgd_options)
   pool = batches.resident_pool(dataset.images, dataset.labels)
-  weights = (is_real / is_real.sum(1, keepdims=True)).astype(np.float32)
-  plan = batches.Plan(rows, weights, np.zeros(rows.shape, bool))
+  is_forget = np.zeros(rows.shape, bool)
+  plan = batches.Plan(rows, batches.mean_weights(is_real), is_forget)
   program = steps.Program(
     model=setup.model, optimizer=optimizer, loss_fn=steps.mean_cross_entropy
   )

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from experiments import (
+  files,
   recipes,
   requests,
 )
@@ -26,7 +27,7 @@ from psg_jax import (
   unlearning,
 )
 
-MODELS = ("original", "retrained", "unlearned")
+MODELS = files.MODELS
 _VALIDATION_SEED = 0
 
 

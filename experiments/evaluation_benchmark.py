@@ -21,9 +21,14 @@ import tyro
 
 from experiments import cells, cli, contexts, jobs
 from experiments.comparison import summary, verdicts
-from psg_jax import checkpoints, checks, diagnosis, metrics, types
-
-_RELEARNING = ("relearn_steps", "anamnesis_index")
+from psg_jax import (
+  checkpoints,
+  checks,
+  diagnosis,
+  evaluation,
+  metrics,
+  types,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +121,9 @@ def _measure(
     context, variables, feature_splits=metrics.SPLITS
   )
   seconds["prediction"] = time.perf_counter() - start
-  names = [name for name in metrics.METRICS if name not in _RELEARNING]
+  names = [
+    name for name in metrics.METRICS if name not in evaluation.RELEARNING
+  ]
   outputs = metrics.Outputs(
     logits, features, params=variables["params"], seconds=1.0
   )

@@ -28,18 +28,18 @@ try:
 except ImportError:  # Not on Windows, where nothing is locked.
   fcntl = None  # type: ignore[assignment]
 
-_MODELS = ("original", "retrained", "unlearned")
+MODELS = ("original", "retrained", "unlearned")
 # What files of a run hold by name, as far as others rely on it; a name with a
 # dot stands after that before the dot.
 _KINDS: dict[str, dict[str, type]] = {
   "config.json": {"job": dict, "job.training": dict, "job.unlearning": dict},
-  "history.json": dict.fromkeys(_MODELS, list),
+  "history.json": dict.fromkeys(MODELS, list),
   "data.json": {
     **{"class_names": list, "counts": dict, "request": dict},
     **{"preview": dict, "source": dict, "images": dict},
   },
   "metrics.json": {
-    name: dict for model in _MODELS for name in (model, f"{model}.accuracy")
+    name: dict for model in MODELS for name in (model, f"{model}.accuracy")
   },
 }
 

@@ -194,8 +194,13 @@ def mixed(
   """Shuffles all images together, into minibatch means."""
   num_rows = num_forget + num_retain
   rows, is_real = shuffled_rows(key, num_rows, min(batch_size, num_rows))
+  return Plan(rows, mean_weights(is_real), rows < num_forget)
+
+
+def mean_weights(is_real: np.ndarray) -> np.ndarray:
+  """Returns the weights float32 `[S, B]` of the mean over each step's rows."""
   weights = is_real / is_real.sum(1, keepdims=True)
-  return Plan(rows, weights.astype(np.float32), rows < num_forget)
+  return weights.astype(np.float32)
 
 
 def forget_only(key: jax.Array, num_forget: int, batch_size: int) -> Plan:

@@ -106,12 +106,17 @@ def one_of(name: str, value: Any, allowed: Iterable[str]) -> None:
   allowed = list(allowed)
   if value in allowed:
     return
-  close = difflib.get_close_matches(str(value), allowed, n=1)
-  hint = f", did you mean {close[0]!r}?" if close else ""
+  hint = nearest(value, allowed)
   names = ", ".join(allowed)
-  if close and len(allowed) > _MAX_NAMED:
+  if hint and len(allowed) > _MAX_NAMED:
     names = f"{len(allowed)} names"
   raise ValueError(f"{name} must be one of {names}, got {value!r}{hint}")
+
+
+def nearest(value: Any, allowed: Iterable[str]) -> str:
+  """Returns `, did you mean 'x'?` where a name is near, else nothing."""
+  close = difflib.get_close_matches(str(value), list(allowed), n=1)
+  return f", did you mean {close[0]!r}?" if close else ""
 
 
 def few(values: Iterable[Any], num_shown: int = 3) -> str:

@@ -7,7 +7,6 @@ here.
 """
 
 import dataclasses
-import difflib
 import time
 import types as types_lib
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +48,23 @@ class Phase(NamedTuple):
   loss_fn: steps.LossFn
   plan: batches.Plan
   context: chex.ArrayTree = ()
+
+
+def filled(
+  options: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns the options with these defaults, which None stands for, too."""
+  given = {name: x for name, x in options.items() if x is not None}
+  return {**defaults, **given}
+
+
+def field_defaults(cls: Any) -> dict[str, Any]:
+  """Returns the defaults of a dataclass's options, None of those without."""
+  return {
+    field.name: None if field.default is dataclasses.MISSING else field.default
+    for field in dataclasses.fields(cls)
+    if field.init
+  }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,11 +155,9 @@ class Passes:
     names = [field.name for field in dataclasses.fields(cls)]
     for name in options:
       if name not in names:
-        close = difflib.get_close_matches(name, [*names, *others], n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
+        hint = checks.nearest(name, [*names, *others])
         raise TypeError(f"there is no argument {name!r}{hint}")
-    given = {name: x for name, x in options.items() if x is not None}
-    return cls(**{**defaults, **given})
+    return cls(**filled(options, defaults))
 
   def replace(self, **changes: Any) -> "Passes":
     """Returns these options with changes."""

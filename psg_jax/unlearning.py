@@ -207,19 +207,11 @@ def defaults() -> dict[str, Any]:
   """
   parameters = inspect.signature(unlearn).parameters.values()
   return {
-    **_field_defaults(boundary.Search),
+    **engine.field_defaults(boundary.Search),
     **SEARCH_DEFAULTS,
-    **_field_defaults(engine.Passes),
+    **engine.field_defaults(engine.Passes),
     "schedule": SCHEDULE,
     **{x.name: x.default for x in parameters if x.kind is x.KEYWORD_ONLY},
-  }
-
-
-def _field_defaults(cls: Any) -> dict[str, Any]:
-  return {
-    field.name: None if field.default is dataclasses.MISSING else field.default
-    for field in dataclasses.fields(cls)
-    if field.init
   }
 
 
@@ -367,10 +359,7 @@ def _passes(
   options: Mapping[str, Any],
 ) -> engine.Passes:
   """Checks what `unlearn` and `update` share, and fills up the options."""
-  check_split(split, retain_weight)
-  for part in split:
-    if len(part):
-      steps.check_classes(model, variables, part)
+  check_parts(model, variables, split, retain_weight)
   # Replaced below, where the size of the minibatches is known.
   passes = engine.Passes.of(
     options, {"schedule": SCHEDULE, "num_epochs": 1}, others=tuple(defaults())
@@ -450,6 +439,19 @@ def _as_probabilities(targets: np.ndarray, num_classes: int) -> np.ndarray:
   if targets.ndim == 2:
     return targets
   return np.eye(num_classes, dtype=np.float32)[targets]
+
+
+def check_parts(
+  model: types.Model,
+  variables: types.Variables,
+  split: types.Split,
+  retain_weight: float,
+) -> None:
+  """Raises ValueError unless the split is one that the model can unlearn."""
+  check_split(split, retain_weight)
+  for part in split:
+    if len(part):
+      steps.check_classes(model, variables, part)
 
 
 def check_split(split: types.Split, retain_weight: float) -> None:

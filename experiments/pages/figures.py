@@ -28,7 +28,9 @@ from matplotlib import figure as mpl_figure
 from matplotlib.backends import backend_agg, backend_svg
 from PIL import Image
 
-MODELS = ("original", "retrained", "unlearned")
+from experiments import files
+
+MODELS = files.MODELS
 COLORS = {
   "ink": "#1c2330",
   "muted": "#5a6474",

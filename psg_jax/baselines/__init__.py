@@ -8,7 +8,6 @@ for it, `num_epochs`, `batch_size`, `optimizer`, `callback`, `mesh` and
 file and one line here.
 """
 
-import dataclasses
 import inspect
 import types as python_types
 from collections.abc import Callable, Mapping
@@ -175,11 +174,7 @@ def parameters(name: str) -> dict[str, Any]:
   if name in _OURS:
     shared = unlearning.defaults()
   else:
-    fields = dataclasses.fields(engine.Passes) if has_more else ()
-    shared = {
-      x.name: None if x.default is dataclasses.MISSING else x.default
-      for x in fields
-    }
+    shared = engine.field_defaults(engine.Passes) if has_more else {}
   return {
     **shared,
     **method.defaults,

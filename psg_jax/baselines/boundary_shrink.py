@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from psg_jax import boundary, checks, optimizers, types, unlearning
+from psg_jax import boundary, checks, engine, optimizers, types, unlearning
 from psg_jax.baselines import common
 
 DEFAULTS = {
@@ -67,5 +67,5 @@ def boundary_shrink(
   return unlearning.unlearn(
     *(model, variables, split, key),
     search_fn=search_fn,
-    **common.filled(options, DEFAULTS),
+    **engine.filled(options, DEFAULTS),
   )

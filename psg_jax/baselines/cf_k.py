@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from psg_jax import optimizers, types
+from psg_jax import engine, optimizers, types
 from psg_jax.baselines import common, finetune, last_layers
 
 DEFAULTS = {
@@ -57,5 +57,5 @@ def cf_k(
     2022.
   """
   trainable = last_layers.trainable(variables, num_layers, layers)
-  options = common.filled(options, {"trainable": trainable, **DEFAULTS})
+  options = engine.filled(options, {"trainable": trainable, **DEFAULTS})
   return finetune.finetune(model, variables, split, key, **options)

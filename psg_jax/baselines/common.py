@@ -12,7 +12,6 @@ from psg_jax import (
   batches,
   checks,
   engine,
-  optimizers,
   steps,
   types,
   unlearning,
@@ -52,14 +51,6 @@ def passes(
   return engine.Passes.of(options, defaults)
 
 
-def filled(
-  options: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-  """Returns the options with these defaults, which None stands for, too."""
-  given = {name: x for name, x in options.items() if x is not None}
-  return {**defaults, **given}
-
-
 def check(
   model: types.Model,
   variables: types.Variables,
@@ -69,10 +60,7 @@ def check(
   needs_retain: bool = True,
 ) -> None:
   """Raises ValueError for arguments that no method can work with."""
-  unlearning.check_split(split, float(needs_retain))
-  for part in split:
-    if len(part):
-      steps.check_classes(model, variables, part)
+  unlearning.check_parts(model, variables, split, float(needs_retain))
   checks.key(key)
 
 
@@ -166,7 +154,3 @@ def finish(
   if callback is not None:
     callback(state, record)
   return Output(variables=variables, history=[record])
-
-
-sgd = optimizers.sgd
-adam = optimizers.adam

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from psg_jax import steps, types
+from psg_jax import engine, steps, types
 from psg_jax.baselines import cf_k, common, finetune, last_layers
 
 DEFAULTS = {**cf_k.DEFAULTS, "description": "EU-k"}
@@ -57,5 +57,5 @@ def eu_k(
     steps.plain_variables(common.fresh_variables(model, split, init_key)),
     steps.plain_variables(variables),
   )
-  options = common.filled(options, {"trainable": trainable, **DEFAULTS})
+  options = engine.filled(options, {"trainable": trainable, **DEFAULTS})
   return finetune.finetune(model, start, split, train_key, **options)

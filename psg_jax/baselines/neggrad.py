@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from psg_jax import batches, checks, optimizers, steps, types
+from psg_jax import batches, checks, engine, optimizers, steps, types
 from psg_jax.baselines import common
 
 DEFAULTS = {
@@ -83,7 +83,7 @@ def neggrad_plus(
   References:
     Kurmanji et al., Towards Unbounded Machine Unlearning, 2023.
   """
-  options = common.filled(options, PLUS_DEFAULTS)
+  options = engine.filled(options, PLUS_DEFAULTS)
   return neggrad(
     model, variables, split, key, retain_share=retain_share, **options
   )

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from psg_jax import boundary, checks, optimizers, types, unlearning
+from psg_jax import boundary, checks, engine, optimizers, types, unlearning
 from psg_jax.baselines import common
 
 SOFT_LABELS = ("soft", "soft_other")
@@ -48,7 +48,7 @@ def psg_soft(
     Nahass et al., Targeted Unlearning Using Perturbed Sign Gradient Methods
     With Applications On Medical Images, 2025.
   """
-  options = common.filled(options, {"labels": "soft_other"})
+  options = engine.filled(options, {"labels": "soft_other"})
   checks.one_of("labels", options["labels"], SOFT_LABELS)
   return psg(model, variables, split, key, **options)
 
@@ -98,7 +98,7 @@ def psg_released(
     distance_weight=distance_weight,
     noise_scale=noise_scale,
   )
-  options = common.filled(
+  options = engine.filled(
     options, {**RELEASED_DEFAULTS, "refresh_labels": noise_scale > 0}
   )
   # Its gradient is that of the minibatch's mean loss, beside λ and γ.

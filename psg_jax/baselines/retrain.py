@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from psg_jax import training, types
+from psg_jax import engine, training, types
 from psg_jax.baselines import common
 
 DEFAULTS = {"num_epochs": 15, "description": "retraining"}
@@ -41,6 +41,6 @@ def retrain(
   init_key, fit_key = jax.random.split(key)
   fresh = common.fresh_variables(model, split, init_key)
   trained, history = training.fit(
-    model, fresh, split.retain, fit_key, **common.filled(options, DEFAULTS)
+    model, fresh, split.retain, fit_key, **engine.filled(options, DEFAULTS)
   )
   return common.Output(variables=trained, history=history)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psg_jax import checks, optimizers, types
+from psg_jax import checks, engine, optimizers, types
 from psg_jax.baselines import common, importance, random_labels
 
 DEFAULTS = {
@@ -71,7 +71,7 @@ def salun(
   )
   mask = largest(gradient, salient_fraction)
   seconds = time.perf_counter() - start
-  options = common.filled(options, {"trainable": {"params": mask}, **DEFAULTS})
+  options = engine.filled(options, {"trainable": {"params": mask}, **DEFAULTS})
   output = random_labels.random_labels(
     model, variables, split, key, retain_weight=retain_weight, **options
   )
