@@ -287,8 +287,19 @@ def test_measure_counts_all_rounds_but_the_first():
   assert timings["a"]["psg_jax"]["median"] < 1
 
 
+class NoTorch:
+  """Finds no PyTorch; a None in `sys.modules` would halt tyro's look at it."""
+
+  @staticmethod
+  def find_spec(name, path=None, target=None):
+    del path, target
+    if name == "torch":
+      raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+
 def test_without_pytorch_there_is_one_line(monkeypatch, capsys):
-  monkeypatch.setitem(sys.modules, "torch", None)
+  monkeypatch.delitem(sys.modules, "torch", raising=False)
+  monkeypatch.setattr(sys, "meta_path", [NoTorch, *sys.meta_path])
   monkeypatch.delitem(sys.modules, "experiments.torch_loop", raising=False)
   monkeypatch.delattr(experiments, "torch_loop", raising=False)
   with pytest.raises(SystemExit) as caught:
