@@ -81,7 +81,8 @@ def unlearn(
   start = time.perf_counter()
   arguments = dict(resolved.arguments)
   if is_aimed(resolved):
-    arguments["target_accuracy"] = contexts.target_accuracy(context, variables)
+    aim = contexts.aim(context, variables, show_progress=show_progress)
+    arguments |= aim.options()
   output = baselines.find(resolved.method).fn(
     context.model,
     variables,

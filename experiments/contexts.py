@@ -16,6 +16,7 @@ from experiments import (
   requests,
 )
 from psg_jax import (
+  augment,
   boundary,
   data,
   evaluation,
@@ -23,9 +24,11 @@ from psg_jax import (
   inference,
   metrics,
   models,
+  optimizers,
   types,
   unlearning,
 )
+from psg_jax import proxies as proxies_lib
 
 MODELS = files.MODELS
 _VALIDATION_SEED = 0
@@ -114,12 +117,15 @@ def is_class_request(context: Context) -> bool:
   return context.selection.is_class_request
 
 
-def stop_target(context: Context) -> Literal["zero", "unseen"]:
-  """Returns the unlearning's target with `auto` resolved: zero or unseen."""
+def stop_target(context: Context) -> Literal["zero", "unseen", "proxy"]:
+  """Returns the unlearning's target with `auto` resolved."""
   target = context.job.unlearning.target
   if target != "auto":
     return target
-  return "zero" if is_class_request(context) else "unseen"
+  if is_class_request(context):
+    return "zero"
+  # How a model was trained that was brought along is not known.
+  return "proxy" if context.job.weights is None else "unseen"
 
 
 def validation(
@@ -129,8 +135,8 @@ def validation(
 
   The original has seen its training images, so that they must be test images:
   a half, of each class or of whole groups where the request has groups, of
-  those that match the request, or, where there are not enough, of the others.
-  No figure is computed of them.
+  those that match the request, or, where there are not enough or it is proxies
+  that say it, of the others. No figure is computed of them.
 
   Args:
     context: What the steps share.
@@ -139,11 +145,11 @@ def validation(
     The test images of which figures are computed, and those set apart; None
     where unlearning does not stop at an accuracy, or there are too few.
   """
-  shown = context.selection.test_split
-  if stop_target(context) == "zero":
+  shown, target = context.selection.test_split, stop_target(context)
+  if target == "zero":
     return shown, None
   group = context.selection.request.group
-  for name in ("forget", "retain"):
+  for name in ("forget", "retain")[target == "proxy" :]:
     part = getattr(shown, name)
     if group is None:
       units, can_part = None, np.bincount(part.labels, minlength=1).max() > 1
@@ -186,6 +192,77 @@ def target_accuracy(
   ]
   known = [value for value in accuracies if value is not None]
   return float(np.mean(known)) if known else None
+
+
+class Aim(NamedTuple):
+  """What unlearning is to come to.
+
+  Attributes:
+    accuracy: That on the forget set to stop at, in [0, 1]; None for none.
+    proxies: Those that say it and what to teach; None where none were trained.
+  """
+
+  accuracy: float | None
+  proxies: proxies_lib.Proxies | None = None
+
+  def options(self) -> dict[str, Any]:
+    """Keyword arguments of `unlearning.unlearn`."""
+    if self.proxies is None:
+      return {"target_accuracy": self.accuracy}
+    return {
+      "target_accuracy": self.accuracy,
+      "targets": self.proxies.targets,
+    }
+
+
+def aim(
+  context: Context, original_variables: types.Variables, *, show_progress: bool
+) -> Aim:
+  """Finds out what unlearning is to come to; trains proxies where they say it.
+
+  Raises:
+    ValueError: If there are too few retained images for proxies.
+  """
+  if stop_target(context) != "proxy":
+    return Aim(target_accuracy(context, original_variables))
+  options, training = context.job.unlearning, context.job.training
+  _, held = validation(context)
+  outcome = proxies_lib.fit(
+    context.model,
+    original_variables,
+    context.split,
+    jax.random.fold_in(model_key(context, "unlearned"), 1),
+    unseen=held,
+    num_models=options.num_proxies,
+    fraction=options.proxy_fraction,
+    eval_batch_size=context.job.eval_batch_size,
+    optimizer=optimizers.sgd(
+      training.learning_rate,
+      momentum=training.momentum,
+      weight_decay=training.weight_decay,
+    ),
+    schedule=training.schedule,
+    num_epochs=training.num_epochs,
+    batch_size=training.batch_size,
+    num_parts=training.num_parts,
+    augment_fn=augment_fn(training.augmentation),
+    show_progress=show_progress,
+    description="training proxies",
+  )
+  if not outcome.is_called_for:
+    return Aim(1.0, outcome)
+  return Aim(outcome.accuracy.value, outcome)
+
+
+@functools.lru_cache
+def augment_fn(name: str) -> augment.AugmentFn | None:
+  """Returns the augmentation of this name, the same object each time."""
+  return {
+    "none": None,
+    "flip": augment.flip(),
+    "crop_flip": augment.chain(augment.crop(4), augment.flip()),
+    "medical": augment.medical(),
+  }[name]
 
 
 def model_key(context: Context, name: str) -> jax.Array:
@@ -232,11 +309,16 @@ def unlearn_options(context: Context) -> dict[str, Any]:
   for name in ("learning_rate", "momentum", "weight_decay"):
     del options[name]
   # The released search depends on its minibatch, which is that of its update.
-  del options["target"]
+  for name in ("target", "num_proxies", "proxy_fraction"):
+    del options[name]
   if options.pop("search") == "released":
     options["search_batch_size"] = options["batch_size"]
+  taught = unlearning.Targets(
+    labels=options["labels"], image_weight=options["image_weight"]
+  )
   return {
     **options,
+    "image_weight": taught.image_weight,
     "search_fn": search_fn(context),
     "eval_batch_size": context.job.eval_batch_size,
   }

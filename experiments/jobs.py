@@ -15,7 +15,6 @@ A step that is finished is not done again when the job is resumed.
 
 import contextlib
 import dataclasses
-import functools
 import pathlib
 import time
 from typing import Any
@@ -34,7 +33,6 @@ from experiments import (
   sets,
 )
 from psg_jax import (
-  augment,
   checkpoints,
   checks,
   data,
@@ -51,6 +49,7 @@ Context = contexts.Context
 MODELS = contexts.MODELS
 is_class_request = contexts.is_class_request
 standardisation = contexts.standardisation
+augment_fn = contexts.augment_fn
 stop_target = contexts.stop_target
 target_accuracy = contexts.target_accuracy
 unlearn_options = contexts.unlearn_options
@@ -91,6 +90,19 @@ def check(job: recipes.Job) -> None:
   for name in ("num_steps", "search_batch_size"):
     checks.integer(f"unlearning.{name}", getattr(options, name), at_least=1)
   checks.number("unlearning.step_size", options.step_size, above=0)
+  checks.number("unlearning.step_growth", options.step_growth, at_least=1)
+  checks.integer(
+    "unlearning.num_bisections", options.num_bisections, at_least=0
+  )
+  checks.integer("unlearning.num_proxies", options.num_proxies, at_least=2)
+  checks.number(
+    "unlearning.proxy_fraction", options.proxy_fraction, above=0, below=1
+  )
+  checks.integer("unlearning.max_cycles", options.max_cycles, at_least=1)
+  if options.retain_batch_size is not None:
+    checks.integer(
+      "unlearning.retain_batch_size", options.retain_batch_size, at_least=1
+    )
   for name in ("distance_weight", "noise_scale", "retain_weight"):
     value = getattr(options, name)
     checks.number(f"unlearning.{name}", value, at_least=0)
@@ -325,8 +337,10 @@ def unlearned(
     last_state[:] = [copy_state(state)]
 
   start = time.perf_counter()
-  aim = contexts.target_accuracy(context, original_variables)
-  if aim is None and contexts.stop_target(context) == "unseen":
+  aim = contexts.aim(context, original_variables, show_progress=True)
+  if aim.proxies is not None:
+    print(aim.proxies)
+  elif aim.accuracy is None and contexts.stop_target(context) == "unseen":
     print(
       "There are no unseen images to tell when to stop: all passes are made"
       " (--unseen names images that the model was not trained on)."
@@ -337,14 +351,16 @@ def unlearned(
     context.split,
     contexts.model_key(context, "unlearned"),
     **contexts.unlearn_options(context),
-    target_accuracy=aim,
+    **aim.options(),
     optimizer=optimizer,
     callback=keep,
     mesh=context.mesh,
   )
   seconds = time.perf_counter() - start
   relabelling = output.relabelling
-  assert relabelling is not None  # This method searches.
+  if relabelling is None:
+    # For the report: these targets needed no search.
+    relabelling = _searched(context, original_variables)
   files.save_arrays(
     context.run_dir / "relabelling.npz",
     {
@@ -355,15 +371,42 @@ def unlearned(
   run_figures.save_examples(context, original_variables)
   if not last_state:
     print(
-      "Nothing was changed: the original is right on"
-      f" {100 * (aim or 0):.1f} % of unseen images of the same kind, and no"
-      " more often on those to forget (--unlearning.target zero forgets them"
-      " nevertheless)."
+      f"Nothing was changed: {_reason(aim)} (--unlearning.target zero forgets"
+      " them nevertheless)."
     )
     key = contexts.model_key(context, "unlearned")
     last_state.append(training.init_state(output.variables, optimizer, key))
   save(context, "unlearned", last_state[-1], output.history, seconds)
   return output.variables
+
+
+def _searched(
+  context: contexts.Context, original_variables: types.Variables
+) -> unlearning.Relabelling:
+  """Searches the boundary of the original for all forget images."""
+  options = contexts.unlearn_options(context)
+  return unlearning.relabel(
+    context.model.apply,
+    original_variables,
+    context.split.forget,
+    contexts.model_key(context, "unlearned"),
+    search_fn=options["search_fn"] or unlearning.search_of(options),
+    batch_size=options["search_batch_size"],
+    mesh=context.mesh,
+  )
+
+
+def _reason(aim: contexts.Aim) -> str:
+  """Why the original was left as it is."""
+  if aim.proxies is not None:
+    return (
+      f"the original is right on {100 * aim.proxies.original_accuracy:.1f} % of"
+      " the images to forget, as a model that never saw them may be"
+    )
+  return (
+    f"the original is right on {100 * (aim.accuracy or 0):.1f} % of unseen"
+    " images of the same kind, and no more often on those to forget"
+  )
 
 
 def copy_state(state: training.TrainState) -> training.TrainState:
@@ -394,17 +437,6 @@ def fresh_state(context: contexts.Context, name: str) -> training.TrainState:
   return training.init_state(
     variables, _training_optimizer(context.job), train_key
   )
-
-
-@functools.lru_cache
-def augment_fn(name: str) -> augment.AugmentFn | None:
-  """Returns the augmentation of this name, the same object each time."""
-  return {
-    "none": None,
-    "flip": augment.flip(),
-    "crop_flip": augment.chain(augment.crop(4), augment.flip()),
-    "medical": augment.medical(),
-  }[name]
 
 
 class _Training:

@@ -57,9 +57,13 @@ class Unlearning:
   """Most steps of the search (T)."""
   search_batch_size: int = 128
   """Images searched at a time; fewer take less memory, for the same result."""
-  step_size: float = 0.01
-  """Step of the search (epsilon), in pixels of [0, 1]; released: 0.1. With the
-  norm l2 it is the length of the whole step, and must be larger."""
+  step_size: float = 0.03
+  """First step of the search (epsilon), in pixels of [0, 1]; released: 0.1.
+  With the norm l2 it is the length of the whole step, and must be larger."""
+  step_growth: float = 1.5
+  """Each step of the search is so many times as long as the one before."""
+  num_bisections: int = 2
+  """So often the step that crossed the boundary is halved, back towards it."""
   step_decay: Literal["constant", "sqrt"] = "constant"
   max_distance: float | None = None
   """Radius of the ball around each image, in pixels of [0, 1]."""
@@ -78,26 +82,42 @@ class Unlearning:
   """kappa: ends a search at this probability of the old class, before the
   boundary; it can only stop earlier."""
   is_rounded: bool = False
-  learning_rate: float = 2e-3
+  learning_rate: float = 5e-3
   """The highest, where the schedule is not constant."""
   schedule: Literal["one_cycle", "constant"] = "one_cycle"
   momentum: float = 0.9
   weight_decay: float = 1e-4
   num_epochs: int | None = None
-  """Passes over the forget set; None: 3, or as many as make 60 steps."""
-  batch_size: int = 64
+  """Passes over the forget set; None: 1, or as many as make 60 steps."""
+  batch_size: int = 8
+  """Forget images a step."""
+  retain_batch_size: int | None = None
+  """Retained images beside them; None: three for each."""
   retain_weight: float = 1.0
   """phi; 0 uses no retained image."""
-  labels: Literal["hard", "soft", "soft_other", "raw_logits"] = "hard"
+  labels: Literal["hard", "soft", "soft_other", "raw_logits"] = "soft_other"
+  """hard: the class across the boundary; soft: a prediction of the original;
+  soft_other: the same without the old class; raw_logits: as released."""
+  image_weight: float | None = None
+  """Where soft labels are taken: 0, at the boundary; 1, at the image itself;
+  None: 1 with soft_other, else 0."""
   retain_labels: Literal["hard", "soft", "raw_logits"] | None = None
   top_k: int | None = None
   batch_stats: Literal["update", "frozen"] = "update"
   refresh_labels: bool = False
-  target: Literal["auto", "zero", "unseen"] = "auto"
+  target: Literal["auto", "zero", "unseen", "proxy"] = "auto"
   """When to stop: zero, after all passes; unseen, when the accuracy on the
   forget set is that of the original on unseen images of the same kind, a part
-  of the test images that is in no figure; auto, zero for whole classes and
-  unseen for all other requests."""
+  of the test images that is in no figure; proxy, when it is what models say
+  that never saw the forget set and are trained on a part of the retained one,
+  whose predictions are the targets then; auto, zero for whole classes, else
+  proxy, or unseen with --weights."""
+  num_proxies: int = 2
+  """Such models, at least 2."""
+  proxy_fraction: float = 0.1
+  """Part of the retained images that each of them is trained on."""
+  max_cycles: int = 4
+  """How often all passes are made at most to come to the target."""
   num_parts: int = 1
   """Gradient accumulation: parts of a minibatch, one after the other."""
 
@@ -194,6 +214,10 @@ class Job:
 RELEASED = Unlearning(
   search="released",
   step_size=0.1,
+  step_growth=1.0,
+  num_bisections=0,
+  labels="hard",
+  batch_size=64,
   learning_rate=1e-5,
   schedule="constant",
   weight_decay=0.0,
@@ -205,16 +229,28 @@ RELEASED = Unlearning(
 # images, the old class apart, is all that holds the other classes in place, and
 # statistics and weights move little.
 NO_RETAIN_DATA = Unlearning(
-  learning_rate=1e-4,
-  schedule="constant",
-  num_epochs=2,
+  learning_rate=3e-4,
+  num_epochs=1,
   retain_weight=0.0,
-  labels="soft_other",
   batch_stats="frozen",
+)
+
+# The paper's own form: a search of constant steps, and the class it reaches.
+PAPER = Unlearning(
+  step_size=0.01,
+  step_growth=1.0,
+  num_bisections=0,
+  labels="hard",
+  learning_rate=2e-3,
+  num_epochs=3,
+  batch_size=64,
+  retain_batch_size=64,
+  target="unseen",
 )
 
 UNLEARNING: dict[str, Unlearning] = {
   "default": Unlearning(),
+  "paper": PAPER,
   "released": RELEASED,
   "no_retain_data": NO_RETAIN_DATA,
 }
@@ -253,11 +289,8 @@ JOBS: dict[str, Job] = {
     mean=(0.3,),
     std=(0.3,),
     references=3,
-    # docs/tuning/digits.csv and digits_unlearning.csv.
+    # docs/tuning/digits.csv.
     training=Training(learning_rate=0.1, num_epochs=8, batch_size=16),
-    unlearning=Unlearning(
-      step_size=0.02, learning_rate=0.004, num_epochs=4, batch_size=32
-    ),
   ),
   "fashion_mnist": Job(
     recipe="fashion_mnist",
@@ -274,7 +307,9 @@ JOBS: dict[str, Job] = {
     _REFERENCE,
     recipe="reference_constant",
     training=Training(learning_rate=0.01, schedule="constant", num_epochs=6),
-    unlearning=Unlearning(learning_rate=1e-3, schedule="constant"),
+    unlearning=dataclasses.replace(
+      PAPER, learning_rate=1e-3, schedule="constant"
+    ),
   ),
   "cifar10": Job(
     recipe="cifar10",
@@ -292,7 +327,6 @@ JOBS: dict[str, Job] = {
     training=dataclasses.replace(
       _SMALL_MEDICAL, learning_rate=0.1, num_epochs=20
     ),
-    unlearning=Unlearning(num_epochs=2, batch_size=32),
   ),
   "fundus_class": Job(
     recipe="fundus_class",
@@ -300,7 +334,6 @@ JOBS: dict[str, Job] = {
     width=0.125,
     forget_classes=("diabetic_retinopathy",),
     training=_SMALL_MEDICAL,
-    unlearning=Unlearning(batch_size=32),
   ),
   "fundus_camera": Job(
     recipe="fundus_camera",
@@ -309,7 +342,6 @@ JOBS: dict[str, Job] = {
     forget_classes=(),
     where="source = 'hrf-png'",
     training=_SMALL_MEDICAL,
-    unlearning=Unlearning(batch_size=32),
   ),
   "phantom_patient": Job(
     recipe="phantom_patient",
@@ -319,7 +351,6 @@ JOBS: dict[str, Job] = {
     where="patient_id = 'P0014'",
     group="patient_id",
     training=_PHANTOM,
-    unlearning=Unlearning(batch_size=16),
   ),
   "phantom_dates": Job(
     recipe="phantom_dates",
@@ -328,7 +359,6 @@ JOBS: dict[str, Job] = {
     forget_classes=(),
     where="device = 'Cirrus 800 FA' AND exam_date < DATE '2016-01-01'",
     training=_PHANTOM,
-    unlearning=Unlearning(batch_size=16),
   ),
   "phantom_threshold": Job(
     recipe="phantom_threshold",
@@ -337,7 +367,6 @@ JOBS: dict[str, Job] = {
     forget_classes=(),
     where="(left_vert_pf + right_vert_pf) / 2 > 11",
     training=_PHANTOM,
-    unlearning=Unlearning(batch_size=16),
   ),
   # Images of one's own, chosen where --data is a folder or zip: torchvision's
   # network and standardisation, as most PyTorch checkpoints have them.
@@ -349,7 +378,6 @@ JOBS: dict[str, Job] = {
     dropout=0.5,
     forget_classes=(),
     training=_PAPER_MEDICAL,
-    unlearning=Unlearning(batch_size=16),
   ),
   # The paper's own sizes, for a GPU: the weights are torchvision's, given with
   # --pretrained resnet50.safetensors.
@@ -364,7 +392,7 @@ JOBS: dict[str, Job] = {
     eval_batch_size=32,
     forget_classes=("glioma",),
     training=_PAPER_MEDICAL,
-    unlearning=Unlearning(batch_size=16, search_batch_size=16),
+    unlearning=Unlearning(search_batch_size=16),
   ),
   "fundus_camera_resnet50": Job(
     recipe="fundus_camera_resnet50",
@@ -378,7 +406,7 @@ JOBS: dict[str, Job] = {
     forget_classes=(),
     where="source = 'hrf-png'",
     training=_PAPER_MEDICAL,
-    unlearning=Unlearning(batch_size=16, search_batch_size=16),
+    unlearning=Unlearning(search_batch_size=16),
   ),
 }
 

@@ -234,17 +234,23 @@ def beside_forget(
   num_retain: int,
   batch_size: int,
   retain_weight: float,
+  retain_batch_size: int | None = None,
 ) -> Plan:
-  """A pass over the forget set, with `batch_size` retain images beside each.
+  """A pass over the forget set, with retain images beside each minibatch.
 
-  Their weights sum to `retain_weight`; with 0 there are none.
+  They are `retain_batch_size`, by default `batch_size`, and their weights sum
+  to `retain_weight`; with 0 there are none.
   """
   forget_key, retain_key = jax.random.split(key)
   forget = forget_only(forget_key, num_forget, batch_size)
   if retain_weight == 0:
     return forget
   retain = _cycled(
-    retain_key, num_retain, len(forget.rows), batch_size, retain_weight
+    retain_key,
+    num_retain,
+    len(forget.rows),
+    retain_batch_size or batch_size,
+    retain_weight,
   )
   return _beside(
     forget,

@@ -32,8 +32,8 @@ DISTANCE_TERMS = ("penalty", "reward")
 # The exponential schedule of the distance weight falls to 1/e in these steps.
 _EXPONENTIAL_STEPS = 10.0
 
-# δ; logits, gradient and log-odds at the point; steps taken.
-_Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]
+# δ, logits at the point, steps taken, and δ before the last of them.
+_Carry: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,11 @@ class Search:
       of the boundary, since crossing always ends it: a small one changes
       nothing, and any below `1 / K` is never met before the boundary.
     step_decay: `"constant"`, or `"sqrt"`: `ε_t = ε / √t`.
+    step_growth: 1 or more: each step is so many times as long as the one
+      before, so that far boundaries take few gradients.
+    num_bisections: 0 or more: so often the last step of a search that ended
+      across the boundary is halved, towards the near side, by predictions
+      alone. `n` of them bring the point within `ε_t / 2ⁿ` of the boundary.
     norm: `"linf"` or `"l2"`, of the steps, the ball and the distance reported.
     distance_decay: `λ_t`: `"constant"`, `"inverse"` (`λ / t`),
       `"exponential"` (`λ exp(-(t - 1) / 10)`) or `"linear"`
@@ -84,6 +89,8 @@ class Search:
   distance_weight: float | jax.Array = 0.0
   noise_scale: float | jax.Array = 0.0
   confidence: float | jax.Array | None = None
+  step_growth: float | jax.Array = 1.0
+  num_bisections: int = 0
   step_decay: str = "constant"
   norm: str = "linf"
   distance_decay: str = "constant"
@@ -104,6 +111,8 @@ class Search:
         checks.one_value(name, getattr(self, name))
     checks.integer("num_steps", self.num_steps, at_least=1)
     checks.number("step_size", self.step_size, above=0)
+    checks.number("step_growth", self.step_growth, at_least=1)
+    checks.integer("num_bisections", self.num_bisections, at_least=0)
     checks.number("distance_weight", self.distance_weight, at_least=0)
     checks.number("noise_scale", self.noise_scale, at_least=0)
     if self.max_distance is not None:
@@ -164,7 +173,7 @@ class Search:
 
 _NUMBERS = (
   *("num_steps", "step_size", "max_distance", "distance_weight"),
-  *("noise_scale", "confidence"),
+  *("noise_scale", "confidence", "step_growth"),
 )
 _NAMES = tuple(
   field.name
@@ -362,30 +371,31 @@ def _search_one(
     logits = logits.astype(jnp.promote_types(logits.dtype, image.dtype))
     return _log_odds_against(logits, label).astype(image.dtype), logits
 
-  def evaluate(delta: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits, gradient of the log-odds and log-odds at the point."""
-    # The gradient with respect to δ is the one at the point; rounding passes
-    # it on unchanged.
-    (odds, logits), gradient = jax.value_and_grad(log_odds, has_aux=True)(
-      point(delta)
-    )
-    return logits, gradient, odds
+  def predict(delta: jax.Array) -> jax.Array:
+    return log_odds(point(delta))[1]
 
   def is_running(carry: _Carry) -> jax.Array:
-    _, logits, _, _, step = carry
+    _, logits, step, _ = carry
     return ~_is_done(search, logits, label) & (step < search.num_steps)
 
   def advance(carry: _Carry) -> _Carry:
-    delta, _, gradient, odds, step = carry
+    before, _, step, _ = carry
     step = step + 1
-    direction = _direction(search, key, delta, gradient, odds, step)
-    delta = _moved(search, image, delta, direction, step)
-    return delta, *evaluate(delta), step
+    # Taken where a step is to be made alone: none at the point reached. The
+    # gradient with respect to δ is the one at the point; rounding passes it on
+    # unchanged.
+    (odds, _), gradient = jax.value_and_grad(log_odds, has_aux=True)(
+      point(before)
+    )
+    direction = _direction(search, key, before, gradient, odds, step)
+    delta = _moved(search, image, before, direction, step)
+    return delta, predict(delta), step, before
 
   start = jnp.zeros_like(image)
-  delta, logits, _, _, step = jax.lax.while_loop(
-    is_running, advance, (start, *evaluate(start), jnp.int32(0))
+  delta, logits, step, before = jax.lax.while_loop(
+    is_running, advance, (start, predict(start), jnp.int32(0), start)
   )
+  delta, logits = _bisected(search, label, before, delta, logits, predict)
   others = jnp.where(jnp.arange(len(logits)) == label, -jnp.inf, logits)
   reached = point(delta).astype(given_type)
   return SearchOutput(
@@ -400,6 +410,39 @@ def _search_one(
     distance=_length(reached.astype(image.dtype) - image, search.norm),
     num_steps=step,
   )
+
+
+def _bisected(
+  search: Search,
+  label: jax.Array,
+  near: jax.Array,
+  far: jax.Array,
+  logits: jax.Array,
+  predict: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+  """Halves the last step, whose far end stays where a search would end."""
+
+  def halve(
+    _: int, ends: tuple[jax.Array, jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    near, far, logits = ends
+    middle = (near + far) / 2
+    middle_logits = predict(middle)
+    is_end = _is_done(search, middle_logits, label)
+    return (
+      jnp.where(is_end, near, middle),
+      jnp.where(is_end, middle, far),
+      jnp.where(is_end, middle_logits, logits),
+    )
+
+  if search.num_bisections == 0:
+    return far, logits
+  # A search that found nothing keeps the point where it gave up.
+  near = jnp.where(_is_done(search, logits, label), near, far)
+  _, far, logits = jax.lax.fori_loop(
+    0, search.num_bisections, halve, (near, far, logits)
+  )
+  return far, logits
 
 
 def _is_done(search: Search, logits: jax.Array, label: jax.Array) -> jax.Array:
@@ -445,9 +488,9 @@ def _moved(
   step: jax.Array,
 ) -> jax.Array:
   """Takes a step, back into the ball and into the bounds of pixels."""
-  size = search.step_size
+  size = search.step_size * search.step_growth ** (step - 1).astype(delta.dtype)
   if search.step_decay == "sqrt":
-    size = search.step_size / jnp.sqrt(step.astype(delta.dtype))
+    size = size / jnp.sqrt(step.astype(delta.dtype))
   delta = delta + size * _unit(direction, search.norm)
   if search.max_distance is not None:
     delta = _project(delta, search.max_distance, search.norm)

@@ -85,6 +85,12 @@ def schedule_fn(schedule: Schedule, num_steps: int) -> optax.Schedule:
   return optax.cosine_onecycle_schedule(num_steps, 1.0)
 
 
+def repeated(schedule: Schedule, num_steps: int) -> optax.Schedule:
+  """Returns a schedule of so many steps that begins again after each run."""
+  factor_fn = schedule_fn(schedule, num_steps)
+  return lambda step: factor_fn(step % num_steps)
+
+
 def check_schedule(schedule: Schedule) -> None:
   """Raises ValueError unless it is a function or a name in `SCHEDULES`."""
   if not callable(schedule):

@@ -26,6 +26,8 @@ _RELABELLING_FIELDS = (
   "num_steps",
 )
 LABELS = ("hard", "soft", "soft_other", "raw_logits")
+SOFT_LABELS = ("soft", "soft_other")
+RETAIN_LABELS = ("hard", "soft", "raw_logits")
 
 
 class SearchFn(Protocol):
@@ -159,6 +161,97 @@ def relabel(
   return Relabelling(**results)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Targets:
+  """What forget and retain images are taught: a value that checks itself.
+
+  Soft targets are of the geometric mean of the predictions at the boundary
+  point and at the image, `softmax((1 - w) z(x + δ) + w z(x))`. A retrained
+  model says of an image of a forgotten class about what the original says of
+  the image itself, that class apart; at the boundary point more is lost than
+  the class (docs/targets.md).
+
+  Attributes:
+    labels: `"hard"`: the class reached; `"soft"`: a prediction of the frozen
+      model; `"soft_other"`: the same among the other classes, so that no
+      probability of the old class is taught again; `"raw_logits"`: as the
+      released code has it, logits where probabilities belong (it can destroy a
+      model: for comparison only).
+    image_weight: `w` in [0, 1], of soft labels: 0, at the boundary point; 1, at
+      the image itself, which needs no search. By default 1 with `"soft_other"`,
+      else 0.
+    retain_labels: Targets of the retain set: `"hard"`, its labels; `"soft"`,
+      the frozen model's own predictions; `"raw_logits"`. None for those of
+      `labels`, and hard ones with `"soft_other"`.
+    top_k: With soft labels, the number of largest entries kept, or None.
+
+  Raises:
+    ValueError: If an option is out of its range or does not go with another.
+  """
+
+  labels: str = "soft_other"
+  image_weight: float | None = None
+  retain_labels: str | None = None
+  top_k: int | None = None
+
+  def __post_init__(self) -> None:
+    check_labels(self.labels, self.top_k)
+    is_soft = self.labels in SOFT_LABELS
+    weight, retain_labels = self.image_weight, self.retain_labels
+    if weight is None:
+      weight = 1.0 if self.labels == "soft_other" else 0.0
+    checks.number("image_weight", weight, at_least=0, at_most=1)
+    if weight > 0 and not is_soft:
+      raise ValueError(
+        f"image_weight must be 0 with {self.labels} labels, got {weight:g}"
+      )
+    if retain_labels is None:
+      retain_labels = "hard" if self.labels == "soft_other" else self.labels
+    checks.one_of("retain_labels", retain_labels, RETAIN_LABELS)
+    object.__setattr__(self, "image_weight", float(weight))
+    object.__setattr__(self, "retain_labels", retain_labels)
+
+  @property
+  def is_searched(self) -> bool:
+    """Whether they need the boundary points."""
+    return self.image_weight != 1
+
+  def of_forget(
+    self,
+    relabelling: Relabelling | None,
+    image_logits: np.ndarray | None,
+    old_labels: np.ndarray,
+  ) -> np.ndarray:
+    """Returns the targets of the forget set that follow from its predictions.
+
+    Args:
+      relabelling: What the search found; None where `w` is 1.
+      image_logits: float `[N, K]` of the frozen model at the images; None where
+        `w` is 0.
+      old_labels: int `[N]`, the classes to leave.
+
+    Returns:
+      int32 classes `[N]` for hard labels, else float32 `[N, K]`.
+    """
+    weight = np.float32(self.image_weight or 0)
+    if self.labels == "hard":
+      assert relabelling is not None  # The weight is 0.
+      return relabelling.labels
+    logits: np.ndarray = np.zeros((len(old_labels), 1), np.float32)
+    if relabelling is not None:
+      logits = logits + (1 - weight) * relabelling.logits
+    if image_logits is not None:
+      logits = logits + weight * np.asarray(image_logits)
+    return soft_targets(
+      logits, labels=self.labels, top_k=self.top_k, old_labels=old_labels
+    )
+
+  def of_retain(self, logits: np.ndarray) -> np.ndarray:
+    """Returns those of the retain set from its logits, where they are soft."""
+    assert self.retain_labels is not None  # It was settled.
+    return soft_targets(logits, labels=self.retain_labels, top_k=self.top_k)
+
+
 def soft_targets(
   logits: np.ndarray,
   *,
@@ -201,7 +294,9 @@ def soft_targets(
   return np.asarray(targets)
 
 
-def check_labels(labels: str, top_k: int | None, num_classes: int) -> None:
+def check_labels(
+  labels: str, top_k: int | None, num_classes: int | None = None
+) -> None:
   """Raises ValueError unless this form of labels exists."""
   checks.one_of("labels", labels, LABELS)
   if top_k is None:
@@ -209,7 +304,7 @@ def check_labels(labels: str, top_k: int | None, num_classes: int) -> None:
   if labels == "hard":
     raise ValueError(f"top_k must be None with hard labels, got {top_k}")
   checks.integer("top_k", top_k, at_least=1)
-  if top_k > num_classes:
+  if num_classes is not None and top_k > num_classes:
     raise ValueError(
       f"top_k must be at most the {num_classes} classes, got {top_k}"
     )

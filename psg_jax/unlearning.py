@@ -37,14 +37,26 @@ check_labels = relabelling.check_labels
 relabel = relabelling.relabel
 soft_targets = relabelling.soft_targets
 
-RETAIN_LABELS = ("hard", "soft", "raw_logits")
+RETAIN_LABELS = relabelling.RETAIN_LABELS
+Targets = relabelling.Targets
 # Fewer steps leave a small model between the old labels and the new.
 _MIN_STEPS = 60
-_MIN_EPOCHS = 3
+_MIN_EPOCHS = 1
 SCHEDULE = "one_cycle"
-SEARCH_DEFAULTS = {"num_steps": 50, "step_size": 0.01}
-_SEARCH_NAMES = tuple(
-  field.name for field in dataclasses.fields(boundary.Search) if field.init
+# Small minibatches, of which retained images are the most: of the mixtures that
+# were tried at one cost, nearest to retrained models (docs/targets.md).
+BATCH_SIZE = 8
+RETAIN_SHARE = 3
+LEARNING_RATE = 5e-3
+SEARCH_DEFAULTS = {
+  "num_steps": 50,
+  "step_size": 0.03,
+  "step_growth": 1.5,
+  "num_bisections": 2,
+}
+_SEARCH_NAMES, _TARGET_NAMES = (
+  tuple(field.name for field in dataclasses.fields(value) if field.init)
+  for value in (boundary.Search, relabelling.Targets)
 )
 
 
@@ -78,19 +90,20 @@ def unlearn(
   search_batch_size: int = 128,
   eval_batch_size: int = 256,
   retain_weight: float = 1.0,
-  labels: str = "hard",
-  retain_labels: str | None = None,
-  top_k: int | None = None,
+  retain_batch_size: int | None = None,
+  targets: np.ndarray | None = None,
   refresh_labels: bool = False,
   target_accuracy: float | None = None,
+  max_cycles: int = 1,
   **options: Any,
 ) -> UnlearnOutput:
   """Takes the forget set out of a trained model.
 
-  Searches a near class across the decision boundary of the frozen model for
-  each forget image (Algorithm 1), then moves a copy of the model to these
-  labels while it stays right on retained images (Algorithms 2 and 3). The
-  defaults are those that worked best, not those of the released code.
+  Says for each forget image what a model that never saw it would, from the
+  frozen model's predictions at the image and at a point across the decision
+  boundary (Algorithm 1), then moves a copy of the model to these targets while
+  it stays right on retained images (Algorithms 2 and 3). The defaults are those
+  that came nearest to retrained models, not those of the released code.
 
   Args:
     model: The network.
@@ -98,21 +111,17 @@ def unlearn(
     split: The forget and the retain set.
     key: One typed key.
     search_fn: A `boundary.Search` or another search, in place of its options;
-      None for those.
+      None for those. Where it or one of them is given and `image_weight` is
+      not, targets are those at the boundary.
     search_batch_size: Images searched at a time, and likewise
       `eval_batch_size`, images predicted at a time: what fits the memory; the
       result is the same, but that of a `search_fn` that looks at its batch.
     eval_batch_size: See there.
     retain_weight: `φ`, 0 or more; 0 uses no retain image.
-    labels: `"hard"`: the class reached; `"soft"`: the prediction at the
-      boundary point; `"soft_other"`: the same among the other classes, so that
-      no probability of the old class is taught again; `"raw_logits"`: as the
-      released code has it, logits where probabilities belong (it can destroy a
-      model: for comparison only).
-    retain_labels: Targets of the retain set: `"hard"`, its labels; `"soft"`,
-      the frozen model's own predictions; `"raw_logits"`. None for those of
-      `labels`, and hard ones with `"soft_other"`.
-    top_k: With soft labels, the number of largest entries kept, or None.
+    retain_batch_size: Retain images a step, positive; by default three for
+      each forget image.
+    targets: float `[N, K]` or int `[N]` of the forget set, in place of those
+      of `labels`, such as of `proxies.fit`; nothing is searched then.
     refresh_labels: Whether to search again before each pass, with new noise.
       Without noise the labels cannot change and are searched once.
     target_accuracy: Stop as soon as the accuracy on the forget set, by its true
@@ -122,10 +131,12 @@ def unlearn(
       often as on unseen images of the kind: that is the target then. Where the
       original model is there already, it is returned as it is, and the history
       is empty; the targets are then those that a first pass would have used.
-    **options: Those of `boundary.Search`, by default `num_steps=50` and
-      `step_size=0.01`; and those of `engine.Passes`, by default those of
-      `update`. Where `retain_weight` is 0, `batch_stats="frozen"` is the better
-      choice.
+    max_cycles: Where a target accuracy is not reached in all passes, they are
+      made again, so often in all, each with a schedule of its own.
+    **options: Those of `relabelling.Targets`, such as `labels`; of
+      `boundary.Search`, by default those of `SEARCH_DEFAULTS`; and of
+      `engine.Passes`, by default those of `update`. Where `retain_weight` is 0,
+      `batch_stats="frozen"` is the better choice.
 
   Returns:
     The unlearned variables, the targets, and the history.
@@ -138,24 +149,35 @@ def unlearn(
     Nahass et al., Targeted Unlearning Using Perturbed Sign Gradient Methods
     With Applications On Medical Images, 2025, Algorithms 1 to 3.
   """
-  search_options = {
-    name: options.pop(name) for name in _SEARCH_NAMES if name in options
-  }
+  named = dict(options)
+  target_options = _taken(options, _TARGET_NAMES)
+  has_search = bool(_taken(options, _SEARCH_NAMES)) or search_fn is not None
+  if has_search and target_options.get("image_weight") is None:
+    target_options["image_weight"] = 0.0  # It was given to be used.
   passes = _passes(model, variables, split, retain_weight, options)
-  if retain_labels is None:
-    retain_labels = "hard" if labels == "soft_other" else labels
-  check_labels(labels, top_k, split.forget.num_classes)
-  checks.one_of("retain_labels", retain_labels, RETAIN_LABELS)
+  taught = relabelling.Targets(**target_options)
+  check_labels(taught.labels, taught.top_k, split.forget.num_classes)
   checks.integer("search_batch_size", search_batch_size, at_least=1)
   checks.integer("eval_batch_size", eval_batch_size, at_least=1)
+  checks.integer("max_cycles", max_cycles, at_least=1)
   if target_accuracy is not None:
     checks.number("target_accuracy", target_accuracy, at_least=0, at_most=1)
+    num_steps = passes.num_epochs * _num_steps(split, passes.batch_size)
+    if max_cycles > 1:
+      passes = passes.replace(
+        num_epochs=max_cycles * passes.num_epochs,
+        schedule=optimizers.repeated(passes.schedule, num_steps),
+      )
+  if targets is not None:
+    targets = _checked_targets("targets", targets, split.forget)
   checks.key(key)
   if search_fn is None:
-    search_fn = boundary.Search(**{**SEARCH_DEFAULTS, **search_options})
-  if isinstance(search_fn, boundary.Search):
+    search_fn = search_of(named)
+  is_searched = targets is None and taught.is_searched
+  if is_searched and isinstance(search_fn, boundary.Search):
     _check_search(search_fn, model, variables, split.forget, key)
     refresh_labels = refresh_labels and bool(search_fn.noise_scale > 0)
+  refresh_labels = refresh_labels and is_searched
   predict = functools.partial(
     inference.predict,
     model.apply,
@@ -163,23 +185,29 @@ def unlearn(
     mesh=passes.mesh,
   )
   retain_targets = split.retain.labels
-  if retain_labels != "hard" and retain_weight > 0:
-    logits = predict(variables, split.retain.images)
-    retain_targets = soft_targets(logits, labels=retain_labels, top_k=top_k)
+  if taught.retain_labels != "hard" and retain_weight > 0:
+    retain_targets = taught.of_retain(predict(variables, split.retain.images))
   search_key, update_key = jax.random.split(key)
 
-  def search(index: int) -> tuple[Relabelling, np.ndarray]:
-    relabelling = relabel(
-      model.apply,
-      variables,
-      split.forget,
-      jax.random.fold_in(search_key, index),
-      search_fn=search_fn,
-      batch_size=search_batch_size,
-      mesh=passes.mesh,
-      show_progress=passes.show_progress,
-    )
-    return relabelling, _targets(relabelling, split.forget, labels, top_k)
+  def search(index: int) -> tuple[Relabelling | None, np.ndarray]:
+    if targets is not None:
+      return None, targets
+    outcome = None
+    if is_searched:
+      outcome = relabel(
+        model.apply,
+        variables,
+        split.forget,
+        jax.random.fold_in(search_key, index),
+        search_fn=search_fn,
+        batch_size=search_batch_size,
+        mesh=passes.mesh,
+        show_progress=passes.show_progress,
+      )
+    image_logits = None
+    if taught.image_weight:
+      image_logits = predict(variables, split.forget.images)
+    return outcome, taught.of_forget(outcome, image_logits, split.forget.labels)
 
   def is_reached(current: types.Variables) -> bool:
     if target_accuracy is None:
@@ -193,11 +221,24 @@ def unlearn(
       *(model, variables, split, targets, update_key, changed),
       retain_targets=retain_targets,
       retain_weight=retain_weight,
+      retain_batch_size=retain_batch_size,
     )
 
   return _search_and_move(
     variables, split, passes, search, move, is_reached, refresh_labels
   )
+
+
+def search_of(options: Mapping[str, Any]) -> boundary.Search:
+  """Returns the search that `unlearn` makes of its options, with defaults."""
+  return boundary.Search(
+    **SEARCH_DEFAULTS | _taken(dict(options), _SEARCH_NAMES)
+  )
+
+
+def _taken(options: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+  """Takes the options of these names out of all."""
+  return {name: options.pop(name) for name in names if name in options}
 
 
 def defaults() -> dict[str, Any]:
@@ -209,8 +250,10 @@ def defaults() -> dict[str, Any]:
   return {
     **engine.field_defaults(boundary.Search),
     **SEARCH_DEFAULTS,
+    **engine.field_defaults(relabelling.Targets),
     **engine.field_defaults(engine.Passes),
     "schedule": SCHEDULE,
+    "batch_size": BATCH_SIZE,
     **{x.name: x.default for x in parameters if x.kind is x.KEYWORD_ONLY},
   }
 
@@ -219,7 +262,7 @@ def _search_and_move(
   variables: types.Variables,
   split: types.Split,
   passes: engine.Passes,
-  search: Callable[[int], tuple[Relabelling, np.ndarray]],
+  search: Callable[[int], tuple[Relabelling | None, np.ndarray]],
   move: Callable[..., tuple[steps.TrainState, engine.History]],
   is_reached: Callable[[types.Variables], bool],
   is_refreshed: bool,
@@ -280,25 +323,8 @@ def _check_search(
   search.prepare(model.apply, variables, images, jnp.asarray(one.labels), key)
 
 
-def _targets(
-  relabelling: Relabelling,
-  forget_set: types.Dataset,
-  labels: str,
-  top_k: int | None,
-) -> np.ndarray:
-  """Returns the targets of the forget set that follow from its search."""
-  if labels == "hard":
-    return relabelling.labels
-  return soft_targets(
-    relabelling.logits,
-    labels=labels,
-    top_k=top_k,
-    old_labels=forget_set.labels,
-  )
-
-
 def default_num_epochs(num_forget: int, batch_size: int) -> int:
-  """Returns 3 passes, or as many as make 60 steps."""
+  """Returns 1 pass, or as many as make 60 steps."""
   return max(_MIN_EPOCHS, -(-_MIN_STEPS // -(-num_forget // batch_size)))
 
 
@@ -311,6 +337,7 @@ def update(
   *,
   retain_targets: np.ndarray | None = None,
   retain_weight: float = 1.0,
+  retain_batch_size: int | None = None,
   **options: Any,
 ) -> tuple[steps.TrainState, engine.History]:
   """Moves a copy of the model to the targets of the forget set.
@@ -327,9 +354,12 @@ def update(
     key: One typed key, for the order.
     retain_targets: Of the retain set, likewise; None for its labels.
     retain_weight: `φ`, 0 or more; 0 uses no retain image.
-    **options: Those of `engine.Passes`, by default `num_epochs` of 3, or as
-      many as make 60 steps, over the forget set, `schedule="one_cycle"`, and
-      `training.sgd(2e-3)`, or `sgd(1e-3)` with a constant rate.
+    retain_batch_size: Retain images a step, positive; by default three for
+      each forget image.
+    **options: Those of `engine.Passes`, by default `batch_size=8`, of forget
+      images, `num_epochs` of 1, or as many as make 60 steps, over the forget
+      set, `schedule="one_cycle"`, and `training.sgd(5e-3)`, or `sgd(1e-3)` with
+      a constant rate.
 
   Returns:
     The final state, and one record a pass: `epoch` from 1, `forget_loss` and
@@ -348,6 +378,7 @@ def update(
     *(model, variables, split, targets, key, passes),
     retain_targets=retain_targets,
     retain_weight=retain_weight,
+    retain_batch_size=retain_batch_size,
   )
 
 
@@ -362,13 +393,15 @@ def _passes(
   check_parts(model, variables, split, retain_weight)
   # Replaced below, where the size of the minibatches is known.
   passes = engine.Passes.of(
-    options, {"schedule": SCHEDULE, "num_epochs": 1}, others=tuple(defaults())
+    options,
+    {"schedule": SCHEDULE, "num_epochs": 1, "batch_size": BATCH_SIZE},
+    others=tuple(defaults()),
   )
   if options.get("num_epochs") is None:
     num_epochs = default_num_epochs(len(split.forget), passes.batch_size)
     passes = passes.replace(num_epochs=num_epochs)
   if passes.optimizer is None:
-    rate = 1e-3 if passes.schedule == "constant" else 2e-3
+    rate = 1e-3 if passes.schedule == "constant" else LEARNING_RATE
     passes = passes.replace(optimizer=training.sgd(rate))
   return passes
 
@@ -383,6 +416,7 @@ def _update(
   *,
   retain_targets: np.ndarray | None,
   retain_weight: float,
+  retain_batch_size: int | None,
 ) -> tuple[steps.TrainState, engine.History]:
   """`update`, with its options checked."""
   images: np.ndarray | streaming.Images = split.forget.images
@@ -399,11 +433,16 @@ def _update(
       targets = _as_probabilities(targets, num_classes)
       retain_targets = _as_probabilities(retain_targets, num_classes)
     targets = np.concatenate([targets, retain_targets])
+  if retain_batch_size is None:
+    retain_batch_size = RETAIN_SHARE * passes.batch_size
+  checks.integer("retain_batch_size", retain_batch_size, at_least=1)
   sizes = len(split.forget), len(split.retain), passes.batch_size
   plans = batches.each_pass(
     training.order_key(passes.state, key),
     passes.num_epochs,
-    lambda key: batches.beside_forget(key, *sizes, retain_weight),
+    lambda key: batches.beside_forget(
+      key, *sizes, retain_weight, retain_batch_size
+    ),
   )
   return engine.run(
     model,

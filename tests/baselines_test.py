@@ -45,6 +45,7 @@ MODEL = fakes.linear_model(16, 3)
 # What a method needs on a linear model of three classes, beside its defaults.
 NEEDS = {
   "psg": {"num_steps": 20, "step_size": 0.05, "num_epochs": 1},
+  "psg_hard": {"num_steps": 20, "step_size": 0.05, "num_epochs": 1},
   "psg_soft": {"num_steps": 20, "step_size": 0.05, "num_epochs": 1},
   "psg_released": {"model_mean": 0.5, "model_std": 0.5, "num_epochs": 1},
   "scrub_r": {"reference_error": 1.0},
@@ -249,7 +250,7 @@ def test_psg_with_soft_labels_is_less_sure_of_forget_images(trained):
   images = split.forget.images / np.float32(255)
   hard, soft = (
     np.asarray(MODEL.apply(run(fn, trained, **options).variables, images))
-    for fn in (baselines.METHODS["psg"].fn, baselines.METHODS["psg_soft"].fn)
+    for fn in (baselines.find("psg_hard").fn, baselines.find("psg_soft").fn)
   )
   label = split.forget.labels[0]
   assert not np.any(hard.argmax(1) == label)

@@ -357,7 +357,7 @@ def test_searches_that_are_no_grid(options, message):
 def test_options_that_are_numbers_share_one_program(nonlinear):
   apply_fn, variables, images, labels = nonlinear
 
-  @chex.assert_max_traces(n=3)  # Shapes, then the two sides of the loop.
+  @chex.assert_max_traces(n=4)  # Shapes, the start, and a step: two points.
   def counted(variables, images):
     return apply_fn(variables, images)
 
@@ -372,6 +372,57 @@ def test_options_that_are_numbers_share_one_program(nonlinear):
       step_size=step_size,
       max_distance=step_size,
     )
+
+
+def test_growing_steps_take_few_gradients_and_bisection_comes_back():
+  # The distance is 1 / 16; steps of 0.01, 0.02, 0.04 and so on sum to 0.07.
+  arguments = one_search(margin=1.0)
+  options = {"num_steps": 50, "step_size": 0.01, "step_growth": 2.0}
+  output = boundary.search(*arguments, **options)
+  np.testing.assert_array_equal(output.num_steps, [3])
+  np.testing.assert_allclose(output.distance, 0.07, atol=1e-6)
+  for number in (1, 2, 6):
+    nearer = boundary.search(*arguments, **options, num_bisections=number)
+    assert nearer.is_crossed.all()
+    np.testing.assert_array_equal(nearer.num_steps, [3])
+    # The last step was 0.04.
+    excess = float(nearer.distance[0]) - 1 / 16
+    assert -1e-6 <= excess <= 0.04 / 2**number + 1e-6
+    np.testing.assert_allclose(
+      nearer.logits,
+      fakes.linear_apply(arguments[1], nearer.images),
+      atol=1e-5,
+    )
+
+
+def test_a_search_that_gave_up_is_not_bisected():
+  arguments = one_search(margin=1e3)
+  options = {"num_steps": 3, "step_size": 0.01, "step_growth": 1.5}
+  output = boundary.search(*arguments, **options, num_bisections=4)
+  assert not output.is_crossed.any()
+  np.testing.assert_allclose(output.distance, 0.01 + 0.015 + 0.0225, atol=1e-6)
+
+
+def test_bisection_keeps_to_the_ball_the_grid_and_the_confidence(nonlinear):
+  options = {"num_steps": 20, "step_size": 0.05, "step_growth": 1.5}
+  output = boundary.search(
+    *nonlinear,
+    KEY,
+    **options,
+    num_bisections=5,
+    max_distance=0.2,
+    is_rounded=True,
+    confidence=0.6,
+  )
+  # Rounding may leave the ball by half a grey level.
+  assert output.distance.max() <= 0.2 + 0.5 / 255 + 1e-6
+  levels = np.asarray(output.images) * 255
+  np.testing.assert_allclose(levels, levels.round(), atol=1e-4)
+  probabilities = jax.nn.softmax(output.logits)
+  labels = nonlinear[-1]
+  is_ended = output.num_steps < 20
+  assert is_ended.any()
+  assert (probabilities[jnp.arange(len(labels)), labels][is_ended] <= 0.6).all()
 
 
 def test_step_decay():

@@ -9,6 +9,7 @@ import pytest
 
 from psg_jax import (
   baselines,
+  batches,
   boundary,
   inference,
   steps,
@@ -18,7 +19,12 @@ from psg_jax import (
 from tests import fakes, tolerances
 
 KEY = jax.random.key(0)
-SEARCH = {"num_steps": 60, "step_size": 0.02}
+SEARCH = {
+  "num_steps": 60,
+  "step_size": 0.02,
+  "step_growth": 1.0,
+  "num_bisections": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +60,7 @@ def unlearn(trained, **options):
     KEY,
     **{
       **SEARCH,
+      "labels": "hard",
       "optimizer": training.sgd(0.2),
       "num_epochs": 6,
       "batch_size": 16,
@@ -174,10 +181,90 @@ def test_soft_other_drops_the_old_class():
 
 @pytest.mark.parametrize(
   ("num_forget", "expected"),
-  [(1, 60), (64, 60), (65, 30), (1280, 3), (9999, 3)],
+  [(1, 60), (64, 60), (65, 30), (1280, 3), (9999, 1)],
 )
 def test_small_forget_sets_get_more_passes(num_forget, expected):
   assert unlearning.default_num_epochs(num_forget, 64) == expected
+
+
+def test_targets_by_default_are_the_prediction_without_the_old_class(trained):
+  model, variables, split = trained
+  output = unlearning.unlearn(
+    *(model, variables, split, KEY), num_epochs=1, show_progress=False
+  )
+  assert output.relabelling is None  # Nothing had to be searched.
+  logits = inference.predict(model.apply, variables, split.forget.images)
+  # The forgotten class is 0, and the other two sum to 1.
+  first = 1 / (1 + np.exp(logits[:, 2] - logits[:, 1]))
+  expected = np.stack([np.zeros_like(first), first, 1 - first], 1)
+  np.testing.assert_allclose(output.targets, expected, atol=1e-6)
+
+
+def test_soft_targets_lie_between_the_boundary_and_the_image(trained):
+  model, variables, split = trained
+  image = inference.predict(model.apply, variables, split.forget.images)
+  for weight in (0.0, 0.25, 1.0):
+    output = unlearn(
+      trained, labels="soft_other", image_weight=weight, num_epochs=1
+    )
+    if weight == 1:
+      assert output.relabelling is None
+      logits = image
+    else:
+      edge = output.relabelling.logits
+      logits = (1 - weight) * edge + weight * image
+    first = 1 / (1 + np.exp(logits[:, 2] - logits[:, 1]))
+    np.testing.assert_allclose(output.targets[:, 1], first, atol=1e-5)
+  # A search that was asked for is used.
+  asked = unlearn(trained, labels="soft_other", num_epochs=1)
+  np.testing.assert_allclose(
+    asked.targets,
+    unlearning.soft_targets(
+      asked.relabelling.logits,
+      labels="soft_other",
+      old_labels=split.forget.labels,
+    ),
+  )
+
+
+def test_targets_that_are_given_are_taught(trained):
+  _, _, split = trained
+  targets = np.tile(np.float32([0.0, 0.9, 0.1]), (len(split.forget), 1))
+  output = unlearn(trained, targets=targets, num_epochs=30)
+  np.testing.assert_array_equal(output.targets, targets)
+  assert output.relabelling is None
+  model, _, _ = trained
+  logits = inference.predict(model.apply, output.variables, split.forget.images)
+  assert (logits.argmax(1) == 1).mean() > 0.9
+  with pytest.raises(ValueError, match=r"targets must be int"):
+    unlearn(trained, targets=targets[:-1])
+
+
+def test_passes_begin_again_until_the_target_is_reached(trained):
+  slow = {"optimizer": training.sgd(2e-3), "num_epochs": 2}
+  once = unlearn(trained, target_accuracy=0.5, **slow)
+  assert len(once.history) == 2
+  again = unlearn(trained, target_accuracy=0.5, max_cycles=200, **slow)
+  model, _, split = trained
+  assert accuracy(model, once.variables, split.forget) > 0.5
+  assert accuracy(model, again.variables, split.forget) <= 0.5
+  assert 2 < len(again.history) < 400
+  # The rate is that of one cycle of two passes, again and again.
+  with pytest.raises(ValueError, match=r"max_cycles .* got 0"):
+    unlearn(trained, max_cycles=0)
+
+
+def test_retain_images_beside_each_minibatch(trained):
+  plans = [
+    batches.beside_forget(KEY, 10, 50, 4, 1.0, number) for number in (None, 12)
+  ]
+  assert [plan.rows.shape for plan in plans] == [(3, 8), (3, 16)]
+  for plan in plans:
+    is_retain = plan.rows >= 10
+    np.testing.assert_array_equal(is_retain, ~plan.is_forget)
+    np.testing.assert_allclose((plan.weights * is_retain).sum(1), 1, rtol=1e-6)
+  with pytest.raises(ValueError, match=r"retain_batch_size .* got 0"):
+    unlearn(trained, retain_batch_size=0)
 
 
 def test_soft_labels_are_probabilities_at_the_boundary(trained):
@@ -306,6 +393,11 @@ def test_one_compilation_for_each_phase(small_cnn):
     ({"retain_weight": float("nan")}, "retain_weight .* got nan"),
     ({"labels": "softt"}, "labels .* 'softt', did you mean 'soft'"),
     ({"retain_labels": "none"}, "retain_labels must be one of"),
+    ({"image_weight": 0.5}, "image_weight must be 0 with hard labels, got 0.5"),
+    (
+      {"labels": "soft", "image_weight": 1.5},
+      "image_weight must be finite, .* got 1.5",
+    ),
     ({"top_k": 2}, "top_k must be None with hard labels, got 2"),
     ({"labels": "soft", "top_k": 9}, "top_k .* 3 classes, got 9"),
     ({"batch_stats": "on"}, "batch_stats must be one of"),

@@ -28,7 +28,7 @@ from psg_jax import baselines, checks, training, unlearning
 
 SETTINGS = ("default", "paper")
 # Methods with the options of the job.
-OURS = ("psg", "psg_soft")
+OURS = ("psg", "psg_hard", "psg_soft")
 _RATES = ("learning_rate", "momentum", "weight_decay")
 # Set by the program, or not to be written on a command line.
 _RESERVED = frozenset(
@@ -104,6 +104,7 @@ _CHEN = Rates(1e-5)
 
 RECIPES: dict[str, Recipe] = {
   "psg": Recipe(),
+  "psg_hard": Recipe(),
   "psg_soft": Recipe(),
   "psg_released": Recipe(_CHEN, Rates(1e-4), pool="forget"),
   "retrain": Recipe(),
@@ -274,6 +275,9 @@ def _of_job(
     objects = {"search_fn": options.pop("search_fn")}
     if method == "psg_soft":
       return {**options, **_soft(context)}, objects, None
+    if method == "psg_hard":
+      hard = {"labels": "hard", "image_weight": None, "retain_labels": None}
+      return {**options, **hard}, objects, _aim(context)
     return options, objects, _aim(context)
   if method == "retrain":
     names = ("num_epochs", "batch_size", "schedule")
@@ -296,8 +300,13 @@ def _soft(context: contexts.Context) -> dict[str, Any]:
   be known.
   """
   if contexts.is_class_request(context):
-    return {"labels": "soft_other"}
-  return {"labels": "soft", "retain_labels": "hard", "target_accuracy": None}
+    return {"labels": "soft_other", "image_weight": 0.0}
+  return {
+    "labels": "soft",
+    "image_weight": 0.0,
+    "retain_labels": "hard",
+    "target_accuracy": None,
+  }
 
 
 def _aim(context: contexts.Context) -> str | None:
@@ -307,6 +316,11 @@ def _aim(context: contexts.Context) -> str | None:
     return None
   is_same_kind = len(shown.forget) < len(context.selection.test_split.forget)
   name = "test_forget" if is_same_kind else "test_retain"
+  if contexts.stop_target(context) == "proxy":
+    return (
+      f"stops at the accuracy that proxies expect, corrected on {len(held)}"
+      f" images of {name} that are set apart and in no figure"
+    )
   return (
     f"stops at the original's accuracy on {len(held)} images of {name} that"
     " are set apart and in no figure"
@@ -335,8 +349,11 @@ def _budget(
     num_forget, options.batch_size
   )
   steps = passes * math.ceil(num_forget / options.batch_size)
-  images = 2 * options.batch_size * steps
-  batch_size = min(_BATCH_SIZE, options.batch_size)
+  beside = options.retain_batch_size or (
+    unlearning.RETAIN_SHARE * options.batch_size
+  )
+  images = (options.batch_size + beside) * steps
+  batch_size = min(_BATCH_SIZE, options.batch_size + beside)
   if method == "unsir":
     # One pass beside noise images, and one without.
     share = min(1.0, images / (3 * num_retain))

@@ -65,7 +65,7 @@ _GOEL = "Goel et al., 2022"
 _KURMANJI = "Kurmanji et al., NeurIPS 2023"
 _CHEN = "Chen et al., CVPR 2023"
 
-_OURS = ("psg", "psg_soft", "psg_released", "boundary_shrink")
+_OURS = ("psg", "psg_hard", "psg_soft", "psg_released", "boundary_shrink")
 
 
 def _method(
@@ -80,7 +80,8 @@ def _method(
 
 _ALL = (
   Method("psg", "PSG", psg.psg, _NAHASS),
-  _method("PSG, soft labels", psg.psg_soft, _NAHASS, {"labels": "soft_other"}),
+  _method("PSG, hard labels", psg.psg_hard, _NAHASS, psg.HARD_DEFAULTS),
+  _method("PSG, boundary labels", psg.psg_soft, _NAHASS, psg.SOFT_DEFAULTS),
   _method(
     "PSG, released code",
     psg.psg_released,

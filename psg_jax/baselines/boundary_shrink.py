@@ -10,6 +10,8 @@ from psg_jax.baselines import common
 
 DEFAULTS = {
   "num_epochs": 10,
+  "batch_size": 64,
+  "labels": "hard",
   "optimizer": optimizers.sgd(1e-5, weight_decay=0.0),
   "retain_weight": 0.0,
 }
@@ -39,9 +41,10 @@ def boundary_shrink(
     split: The forget set, and the retain set, which is not used.
     key: One typed key, for the order.
     step_size: `ε`, in pixel units, positive.
-    **options: Those of `unlearning.unlearn`; by default 10 passes over the
-      forget set, and SGD with a learning rate of 1e-5 and momentum 0.9, without
-      weight decay. BatchNorm in training mode is as released.
+    **options: Those of `unlearning.unlearn`; by default hard labels, 10 passes
+      over the forget set in minibatches of 64, and SGD with a learning rate of
+      1e-5 and momentum 0.9, without weight decay. BatchNorm in training mode is
+      as released.
 
   Returns:
     The variables, and the history of `unlearning.unlearn`.

@@ -10,14 +10,44 @@ from psg_jax import boundary, checks, engine, optimizers, types, unlearning
 from psg_jax.baselines import common
 
 SOFT_LABELS = ("soft", "soft_other")
+HARD_DEFAULTS = {"labels": "hard"}
+SOFT_DEFAULTS = {"labels": "soft_other", "image_weight": 0.0}
 RELEASED_DEFAULTS = {
   "num_epochs": 10,
+  "batch_size": 64,
+  "labels": "hard",
   "optimizer": optimizers.sgd(1e-5, weight_decay=0.0),
   "schedule": "constant",
   "retain_weight": 0.0,
 }
 
 psg = unlearning.unlearn
+
+
+def psg_hard(
+  model: types.Model,
+  variables: types.Variables,
+  split: types.Split,
+  key: jax.Array,
+  **options: Any,
+) -> common.Output:
+  """`psg` with the class across the boundary as the label (Algorithm 2).
+
+  Args:
+    model: The network.
+    variables: The original model's, left as they are.
+    split: The forget and the retain set.
+    key: One typed key.
+    **options: Those of `unlearning.unlearn`, but `labels`.
+
+  Returns:
+    As `unlearning.unlearn`, with its errors.
+
+  References:
+    Nahass et al., Targeted Unlearning Using Perturbed Sign Gradient Methods
+    With Applications On Medical Images, 2025.
+  """
+  return psg(model, variables, split, key, **HARD_DEFAULTS, **options)
 
 
 def psg_soft(
@@ -27,19 +57,21 @@ def psg_soft(
   key: jax.Array,
   **options: Any,
 ) -> common.Output:
-  """`psg` with soft labels, by default `labels="soft_other"` (Algorithm 3).
+  """`psg` with soft labels at the boundary (Algorithm 3).
 
   Each forget image is taught the frozen model's prediction at its boundary
-  point, less the old class, and not the nearest class alone: a model that never
-  saw the image is seldom sure of it. With `labels="soft"`, for requests other
-  than whole classes, the old class is kept: the model is to be undecided.
+  point, by default less the old class, and not the nearest class alone: a model
+  that never saw the image is seldom sure of it. With `labels="soft"`, for
+  requests other than whole classes, the old class is kept: the model is to be
+  undecided.
 
   Args:
     model: The network.
     variables: The original model's, left as they are.
     split: The forget and the retain set.
     key: One typed key.
-    **options: Those of `unlearning.unlearn`; `labels` must be soft.
+    **options: Those of `unlearning.unlearn`; `labels` must be soft, and
+      `image_weight` is 0 by default.
 
   Returns:
     As `unlearning.unlearn`, with its errors.
@@ -48,7 +80,7 @@ def psg_soft(
     Nahass et al., Targeted Unlearning Using Perturbed Sign Gradient Methods
     With Applications On Medical Images, 2025.
   """
-  options = engine.filled(options, {"labels": "soft_other"})
+  options = engine.filled(options, SOFT_DEFAULTS)
   checks.one_of("labels", options["labels"], SOFT_LABELS)
   return psg(model, variables, split, key, **options)
 
@@ -79,9 +111,9 @@ def psg_released(
     step_size: `ε`, in the attack's pixel units.
     distance_weight: `λ`.
     noise_scale: `γ`; the labels are then drawn anew in each pass.
-    **options: Those of `unlearning.unlearn`; by default 10 passes over the
-      forget set, SGD with a constant learning rate of 1e-5 and momentum 0.9,
-      without weight decay, and `φ` of 0.
+    **options: Those of `unlearning.unlearn`; by default hard labels, 10 passes
+      over the forget set in minibatches of 64, SGD with a constant learning
+      rate of 1e-5 and momentum 0.9, without weight decay, and `φ` of 0.
 
   Returns:
     As `unlearning.unlearn`, with its errors.
@@ -102,5 +134,5 @@ def psg_released(
     options, {**RELEASED_DEFAULTS, "refresh_labels": noise_scale > 0}
   )
   # Its gradient is that of the minibatch's mean loss, beside λ and γ.
-  options.setdefault("search_batch_size", options.get("batch_size", 64))
+  options.setdefault("search_batch_size", options["batch_size"])
   return psg(model, variables, split, key, search_fn=search_fn, **options)

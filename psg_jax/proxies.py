@@ -1,0 +1,285 @@
+"""What would a retrained model say? Small models that never saw the forget set.
+
+A model that was retrained without a camera or a patient knows others of their
+kind: how well, no part of the original model tells, since its features remember
+what it saw. A few models trained on a part of the retained images tell it, once
+they are corrected for being worse than a model of all images.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import scipy.special
+
+from psg_jax import checks, ensembles, inference, types, unlearning
+
+# Of a normal distribution, 95 in 100 lie within so many deviations.
+_QUANTILE = 1.96
+_HALVINGS = 30
+
+
+class Level(NamedTuple):
+  """A share that is expected of a retrained model.
+
+  Attributes:
+    value: In [0, 1].
+    low: Lower end of the interval, 95 in 100 retrained models are to be in.
+    high: Upper end.
+  """
+
+  value: float
+  low: float
+  high: float
+
+  def holds(self, value: float) -> bool:
+    """Whether a share is within the interval."""
+    return self.low <= value <= self.high
+
+
+class Proxies(NamedTuple):
+  """What models say of the forget set that never saw it.
+
+  Attributes:
+    logits: float32 `[M, N, K]`, each proxy's at the forget images.
+    accuracy: The accuracy on the forget set that a retrained model is to have.
+    confidence: Its mean probability of the true class there.
+    original_accuracy: The original's accuracy on the forget set.
+    targets: float32 `[N, K]`, for `unlearning.unlearn`: predictions between the
+      original's and the proxies', whose mean probability of the true class is
+      `confidence.value`.
+    cost: Images taken through a gradient, as a part of a retraining's.
+  """
+
+  logits: np.ndarray
+  accuracy: Level
+  confidence: Level
+  original_accuracy: float
+  targets: np.ndarray
+  cost: float
+
+  @property
+  def is_called_for(self) -> bool:
+    """Whether a retrained model is expected to differ from the original."""
+    return not self.accuracy.holds(self.original_accuracy)
+
+  def __str__(self) -> str:
+    """What is expected, in words."""
+    expected = (
+      f"a model that never saw them is expected to be right on"
+      f" {100 * self.accuracy.value:.1f} % of the images to forget"
+      f" ({100 * self.accuracy.low:.1f} to {100 * self.accuracy.high:.1f} %);"
+      f" the original is on {100 * self.original_accuracy:.1f} %"
+    )
+    if self.is_called_for:
+      return expected
+    return f"{expected}: no change is called for that these proxies could see"
+
+
+def fit(
+  model: types.Model,
+  variables: types.Variables,
+  split: types.Split,
+  key: jax.Array,
+  *,
+  unseen: types.Dataset | None = None,
+  num_models: int = 2,
+  fraction: float = 0.1,
+  eval_batch_size: int = 256,
+  **options: Any,
+) -> Proxies:
+  """Trains proxies, and says what a retrained model would of the forget set.
+
+  Each is trained on a part of the retained images of its own. Being worse than
+  a model of all images, it is corrected by its gap to the original on images
+  that neither has seen, in log-odds:
+
+      logit a(F) = logit a_m(F) + logit a_original(V) - logit a_m(V)
+
+  The interval has the differences between proxies, the numbers of images, and
+  half of the correction, which may be of another size on the forget images.
+
+  Args:
+    model: The network of the proxies; a narrower one costs less.
+    variables: The original model's, of a network that `model` need not be.
+    split: The forget and the retain set.
+    key: One typed key.
+    unseen: `V`, images like the retained ones that the original has not seen,
+      and on which no result is reported; without any, nothing is corrected.
+    num_models: `M`, at least 2, whose differences are needed.
+    fraction: Part of the retained images that each is trained on, in (0, 1).
+    eval_batch_size: Images predicted at a time.
+    **options: Those of `training.fit`, such as `num_epochs`.
+
+  Returns:
+    Levels, targets and cost.
+
+  Raises:
+    ValueError: If an argument is out of its range, or a part of the retained
+      images holds fewer images than there are classes.
+    FloatingPointError: If the loss is NaN or infinite.
+  """
+  checks.integer("num_models", num_models, at_least=2)
+  checks.number("fraction", fraction, above=0, below=1)
+  unlearning.check_parts(model, variables, split, 1.0)
+  checks.key(key)
+  num_rows = round(fraction * len(split.retain))
+  if num_rows < split.retain.num_classes:
+    raise ValueError(
+      f"fraction must leave an image a class, got {fraction:g} of"
+      f" {len(split.retain)} retained images"
+    )
+  choice_key, fit_key = jax.random.split(key)
+  rows = _parts(choice_key, len(split.retain), num_models, num_rows)
+  membership = np.zeros((num_models, len(split.retain)), bool)
+  np.put_along_axis(membership, rows, True, axis=1)
+  fitted, _ = ensembles.train(
+    model, split.retain, membership, fit_key, **options
+  )
+
+  def predict(dataset: types.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Logits of the original `[N, K]` and of the proxies `[M, N, K]`."""
+    images = dataset.images
+    return (
+      np.asarray(
+        inference.predict(
+          model.apply, variables, images, batch_size=eval_batch_size
+        )
+      ),
+      ensembles.predict(model, fitted, images, batch_size=eval_batch_size),
+    )
+
+  original, logits = predict(split.forget)
+  held = None if unseen is None or not len(unseen) else predict(unseen)
+  levels = [
+    level(
+      measure(logits, split.forget.labels),
+      len(split.forget),
+      *(
+        (None, None, 0)
+        if held is None or unseen is None
+        else (
+          float(measure(held[0], unseen.labels)),
+          measure(held[1], unseen.labels),
+          len(unseen),
+        )
+      ),
+    )
+    for measure in (_accuracy, _confidence)
+  ]
+  return Proxies(
+    logits=logits,
+    accuracy=levels[0],
+    confidence=levels[1],
+    original_accuracy=float(_accuracy(original, split.forget.labels)),
+    targets=blend(original, logits, split.forget.labels, levels[1].value),
+    cost=num_models * fraction,
+  )
+
+
+def _parts(
+  key: jax.Array, num_images: int, num_models: int, num_rows: int
+) -> np.ndarray:
+  """Rows `[M, R]` of each model, of which as few as can be are shared."""
+  num_rounds = -(-num_models * num_rows // num_images)
+  order = np.concatenate(
+    [
+      np.asarray(jax.random.permutation(round_key, num_images))
+      for round_key in jax.random.split(key, num_rounds)
+    ]
+  )
+  return order[: num_models * num_rows].reshape(num_models, num_rows)
+
+
+def _accuracy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """Accuracy over images, of one model or of each of several."""
+  return np.mean(np.argmax(logits, -1) == labels, -1)
+
+
+def _confidence(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """Mean probability of the true class, likewise."""
+  probabilities = scipy.special.softmax(np.asarray(logits, np.float64), -1)
+  return probabilities[..., np.arange(len(labels)), labels].mean(-1)
+
+
+def level(
+  shares: np.ndarray,
+  num_images: int,
+  original_unseen: float | None = None,
+  shares_unseen: np.ndarray | None = None,
+  num_unseen: int = 0,
+) -> Level:
+  """Corrects shares of proxies to that of a retrained model, with an interval.
+
+  Args:
+    shares: float `[M]` in [0, 1], each proxy's on the forget images.
+    num_images: How many these are, positive.
+    original_unseen: The original's share on unseen images; None for none.
+    shares_unseen: float `[M]`, each proxy's there.
+    num_unseen: How many these are.
+
+  Returns:
+    The share in [0, 1].
+  """
+  odds, variance = _log_odds(shares, num_images)
+  correction = np.zeros_like(odds)
+  if original_unseen is not None and shares_unseen is not None:
+    original, original_variance = _log_odds(
+      np.asarray(original_unseen), num_unseen
+    )
+    proxies, proxies_variance = _log_odds(shares_unseen, num_unseen)
+    correction = original - proxies
+    variance = variance + original_variance + proxies_variance
+  values = odds + correction
+  # A retrained model differs from the proxies' mean as these from each other.
+  between = values.var(ddof=1) * (1 + 1 / len(values))
+  deviation = np.sqrt(
+    between + variance.mean() + np.square(correction.mean() / 2)
+  )
+  ends = values.mean() + _QUANTILE * deviation * np.array([0.0, -1.0, 1.0])
+  return Level(*(float(x) for x in scipy.special.expit(ends)))
+
+
+def _log_odds(shares: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+  """Log-odds of shares of so many images, and their variance by chance."""
+  hits = np.asarray(shares, np.float64) * number
+  # Half an image on each side: no share is 0 or 1.
+  right, wrong = hits + 0.5, number - hits + 0.5
+  return np.log(right / wrong), 1 / right + 1 / wrong
+
+
+def blend(
+  original: np.ndarray, proxies: np.ndarray, labels: np.ndarray, share: float
+) -> np.ndarray:
+  """Predictions between the original's and the proxies', of a given level.
+
+      softmax((1 - a) log p_original + a mean_m log p_m)
+
+  with `a` in [0, 1] for which the mean probability of the true class is
+  `share`, or the nearest to it.
+
+  Args:
+    original: float `[N, K]`, logits.
+    proxies: float `[M, N, K]`, logits.
+    labels: int `[N]`, true classes.
+    share: In [0, 1].
+
+  Returns:
+    float32 `[N, K]`.
+  """
+  near = scipy.special.log_softmax(np.asarray(original, np.float64), -1)
+  far = scipy.special.log_softmax(np.asarray(proxies, np.float64), -1).mean(0)
+
+  def mixed(part: float) -> np.ndarray:
+    return (1 - part) * near + part * far
+
+  low, high = 0.0, 1.0
+  is_falling = _confidence(near, labels) > _confidence(far, labels)
+  for _ in range(_HALVINGS):
+    middle = (low + high) / 2
+    is_above = _confidence(mixed(middle), labels) > share
+    if is_above == is_falling:
+      low = middle
+    else:
+      high = middle
+  return scipy.special.softmax(mixed(high), -1).astype(np.float32)
