@@ -51,6 +51,7 @@ NEEDS = {
   "ssd": {"selection_weight": 1.0},
   "cf_k": {"layers": ("kernel",)},
   "eu_k": {"layers": ("kernel",)},
+  "trew": {"layer": "kernel"},
 }
 
 
