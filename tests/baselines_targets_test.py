@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from psg_jax import models, streaming, types
+from psg_jax import boundary, models, streaming, types
 from psg_jax.baselines import amun, delete, trew
 from tests import fakes
 
@@ -107,7 +107,10 @@ def test_adversarial_images_do_not_depend_on_the_batch_or_where_images_are(
 ):
   variables, split = known
   whole = find(MODEL, variables, split.forget, KEY)
+  num_programs = boundary.num_programs()
   parts = find(MODEL, variables, split.forget, KEY, batch_size=7)
+  # One for all radii, however many images are left.
+  assert boundary.num_programs() == num_programs + 1
   chex.assert_trees_all_equal(parts, whole)
   stored = streaming.Images(
     [streaming.InMemory(split.forget.images)],
@@ -218,6 +221,9 @@ def test_amun_makes_the_model_less_sure_of_forget_images(known):
 def test_amun_says_what_is_wrong(known, options, message):
   with pytest.raises(ValueError, match=message):
     run(amun.amun, known, **options)
+  variables, split = known
+  with pytest.raises(ValueError, match=r"dataset must not be empty"):
+    find(MODEL, variables, split.forget.take([]), KEY)
 
 
 def test_other_classes_share_what_the_label_leaves():

@@ -185,6 +185,8 @@ def nearest_adversarial(
   checks.number("start_radius", start_radius, above=0)
   checks.integer("num_steps", num_steps, at_least=1)
   checks.integer("batch_size", batch_size, at_least=1)
+  if not len(dataset):
+    raise ValueError("dataset must not be empty, got 0 images")
   images = np.asarray(dataset.images[:])
   result = Adversarial(
     images=images.copy(),
@@ -192,7 +194,9 @@ def nearest_adversarial(
     radii=np.full(len(dataset), np.inf, np.float32),
   )
   farthest = math.sqrt(math.prod(images.shape[1:]))
-  batch_size = min(batch_size, len(dataset))
+  # Batches of one size, with little to fill up.
+  num_batches = -(-len(dataset) // batch_size)
+  batch_size = -(-len(dataset) // num_batches)
   radius, rows = start_radius, np.arange(len(dataset))
   with progress.bar(
     "adversarial images", len(rows), unit="image", is_shown=show_progress
