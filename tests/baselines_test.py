@@ -52,6 +52,7 @@ NEEDS = {
   "ssd": {"selection_weight": 1.0},
   "cf_k": {"layers": ("kernel",)},
   "eu_k": {"layers": ("kernel",)},
+  "trew": {"layer": "kernel"},
 }
 
 

@@ -50,6 +50,13 @@ ITEMS = {
     "baselines_test::test_conformance_time_is_without_evaluation",
     "baselines_test::test_conformance_masked_weights_keep_every_bit",
   ),
+  "AMUN on adversarial images without the forget images' true labels": (
+    "baselines_targets_test::test_conformance_amun_keeps_the_true_labels_beside_the_wrong_ones",
+  ),
+  "a DELETE student that is masked, a TREW target that is the likeness alone": (
+    "baselines_targets_test::test_conformance_delete_masks_the_teacher_and_not_the_student",
+    "baselines_targets_test::test_conformance_trew_tilts_the_models_own_prediction",
+  ),
   "test images that are training images, forget images with a retained twin": (
     "conformance_test::test_twins_of_forget_images_are_found_in_retain_and_test_set",
     "twins_test::test_brain_tumor_mri_has_300_groups_of_equal_files",

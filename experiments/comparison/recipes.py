@@ -43,7 +43,9 @@ _BATCH_SIZE = 64
 # Passes over a small forget set would be many, and each moves the model.
 _MAX_FORGET_PASSES = 3
 
-Pool = Literal["retain", "paired", "mixed", "scrub", "forget"]
+Pool = Literal[
+  "retain", "paired", "mixed", "scrub", "forget", "beside", "twice"
+]
 
 
 class Rates(NamedTuple):
@@ -131,6 +133,9 @@ RECIPES: dict[str, Recipe] = {
     _CHEN, Rates(3e-5), {"batch_stats": "frozen"}, "forget"
   ),
   "boundary_expanding": Recipe(_CHEN, Rates(3e-5), pool="forget"),
+  "amun": Recipe(_LABELS, pool="twice"),
+  "delete": Recipe(Rates(1e-4), None, {"batch_stats": "frozen"}, "forget"),
+  "trew": Recipe(_LABELS, pool="beside"),
 }
 
 
@@ -368,6 +373,8 @@ def _budget(
     "mixed": num_forget + num_retain,
     "scrub": num_forget + num_retain,
     "forget": num_forget,
+    "beside": 2 * num_forget,
+    "twice": 2 * num_forget + num_retain,
   }[recipe.pool]
   num_epochs = max(1, round(images / cost))
   if recipe.pool == "forget":

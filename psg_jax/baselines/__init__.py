@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 from psg_jax import checks, engine, unlearning
 from psg_jax.baselines import (
+  amun,
   bad_teacher,
   boundary_expanding,
   boundary_shrink,
   cf_k,
+  delete,
   eu_k,
   finetune,
   fisher,
@@ -31,6 +33,7 @@ from psg_jax.baselines import (
   salun,
   scrub,
   ssd,
+  trew,
   unsir,
 )
 from psg_jax.baselines.common import Output
@@ -64,6 +67,7 @@ _GOLATKAR = "Golatkar et al., CVPR 2020"
 _GOEL = "Goel et al., 2022"
 _KURMANJI = "Kurmanji et al., NeurIPS 2023"
 _CHEN = "Chen et al., CVPR 2023"
+_EBRAHIMPOUR = "Ebrahimpour-Boroojeny et al."
 
 _OURS = ("psg", "psg_hard", "psg_soft", "psg_released", "boundary_shrink")
 
@@ -143,6 +147,9 @@ _ALL = (
     _CHEN,
     boundary_expanding.DEFAULTS,
   ),
+  _method("AMUN", amun.amun, f"{_EBRAHIMPOUR}, ICML 2025", amun.DEFAULTS),
+  _method("DELETE", delete.delete, "Zhou et al., CVPR 2025", delete.DEFAULTS),
+  _method("TREW", trew.trew, f"{_EBRAHIMPOUR}, ICML 2026", trew.DEFAULTS),
 )
 
 METHODS: Mapping[str, Method] = python_types.MappingProxyType(
