@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import optax
 
 from experiments import contexts, jobs, recipes
-from psg_jax import baselines, checks, training, unlearning
+from psg_jax import baselines, checks, training, types, unlearning
 
 SETTINGS = ("default", "paper")
 # Methods with the options of the job.
@@ -35,7 +35,8 @@ _RESERVED = frozenset(
   {
     *("model", "variables", "split", "key", "callback", "mesh"),
     *("show_progress", "optimizer", "repair_optimizer", "search_fn"),
-    *("augment_fn", "validation", "trainable", "state", "description"),
+    *("augment_fn", "validation", "held_out", "trainable", "state"),
+    *("description",),
     *("step_callback", "stop_fn"),
   }
 )
@@ -43,7 +44,7 @@ _BATCH_SIZE = 64
 # Passes over a small forget set would be many, and each moves the model.
 _MAX_FORGET_PASSES = 3
 
-Pool = Literal["retain", "paired", "mixed", "scrub", "forget"]
+Pool = Literal["retain", "paired", "mixed", "scrub", "forget", "beside_forget"]
 
 
 class Rates(NamedTuple):
@@ -130,6 +131,17 @@ RECIPES: dict[str, Recipe] = {
     _CHEN, Rates(3e-5), {"batch_stats": "frozen"}, "forget"
   ),
   "boundary_expanding": Recipe(_CHEN, Rates(3e-5), pool="forget"),
+  # A third of the weights are new, of a smaller network in fewer steps.
+  "msg": Recipe(Rates(1e-3, 0.9, 5e-4), Rates(0.01, 0.9, 5e-4), pool="retain"),
+  "regun": Recipe(Rates(0.01), pool="beside_forget"),
+  "bias_shift": Recipe(),
+}
+
+
+# What methods do with unseen images, and which argument takes them.
+_UNSEEN = {
+  "scrub_r": ("validation", "chooses its pass by"),
+  "regun": ("held_out", "takes its references from"),
 }
 
 
@@ -283,8 +295,14 @@ def _of_job(
   if method == "psg_released":
     mean, std = contexts.standardisation(job, context.train)
     return {}, {"model_mean": mean, "model_std": std}, None
-  if method == "scrub_r":
-    return _rewinding(context)
+  if method == "scrub_r" and contexts.is_class_request(context):
+    # A retrained model has no image of a class right that it never saw; that of
+    # SCRUB, where it has forgotten the class, has none right either.
+    return {"reference_error": 1.0}, {}, None
+  if method in _UNSEEN:
+    argument, use = _UNSEEN[method]
+    held, words = _unseen(context)
+    return {}, {argument: held}, f"{use} {words}"
   return {}, {}, None
 
 
@@ -302,27 +320,24 @@ def _soft(context: contexts.Context) -> dict[str, Any]:
 
 def _aim(context: contexts.Context) -> str | None:
   """Says what the accuracy to stop at is taken from, where there is one."""
-  shown, held = contexts.validation(context)
+  _, held = contexts.validation(context)
   if held is None:
     return None
+  return f"stops at the original's accuracy on {_unseen(context)[1]}"
+
+
+def _unseen(context: contexts.Context) -> tuple[types.Dataset, str]:
+  """Images that were not trained on, those set apart if any, and which."""
+  shown, held = contexts.validation(context)
+  if held is None:
+    name = "test_forget" if len(shown.forget) else "test_retain"
+    part = shown.forget if len(shown.forget) else shown.retain
+    return part, f"{name}: no validation images are set apart"
   is_same_kind = len(shown.forget) < len(context.selection.test_split.forget)
   name = "test_forget" if is_same_kind else "test_retain"
-  return (
-    f"stops at the original's accuracy on {len(held)} images of {name} that"
-    " are set apart and in no figure"
+  return held, (
+    f"{len(held)} images of {name} that are set apart and in no figure"
   )
-
-
-def _rewinding(
-  context: contexts.Context,
-) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-  if contexts.is_class_request(context):
-    # A retrained model has no image of a class right that it never saw.
-    return {"reference_error": 1.0}, {}, None
-  parts = context.parts
-  name = "test_forget" if len(parts["test_forget"]) else "test_retain"
-  note = f"chooses its pass by {name}: no validation images are set apart"
-  return {}, {"validation": parts[name]}, note
 
 
 def _budget(
@@ -351,6 +366,7 @@ def _budget(
     "mixed": num_forget + num_retain,
     "scrub": num_forget + num_retain,
     "forget": num_forget,
+    "beside_forget": 2 * num_forget,
   }[recipe.pool]
   num_epochs = max(1, round(images / cost))
   if recipe.pool == "forget":

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from psg_jax import checks, engine, unlearning
 from psg_jax.baselines import (
   bad_teacher,
+  bias_shift,
   boundary_expanding,
   boundary_shrink,
   cf_k,
@@ -24,9 +25,11 @@ from psg_jax.baselines import (
   fisher,
   gradient_ascent,
   l1_sparse,
+  msg,
   neggrad,
   psg,
   random_labels,
+  regun,
   retrain,
   salun,
   scrub,
@@ -141,6 +144,13 @@ _ALL = (
     boundary_expanding.boundary_expanding,
     _CHEN,
     boundary_expanding.DEFAULTS,
+  ),
+  _method("MSG", msg.msg, "Cadet et al., 2024", msg.DEFAULTS),
+  _method(
+    "ReGUn", regun.regun, "Mirlach et al., 2026", regun.DEFAULTS, "held_out"
+  ),
+  _method(
+    "Bias shift (control)", bias_shift.bias_shift, "Chen et al., 2026", {}
   ),
 )
 
