@@ -496,8 +496,24 @@ def test_rewinding_by_what_is_known(context):
   mixed = context._replace(selection=context.selection._replace(split=split))
   assert not contexts.is_class_request(mixed)
   found = recipes.resolve("scrub_r", mixed)
-  assert "validation" in found.arguments
-  assert "test_forget" in found.note
+  # Images that are in no figure, as those that PSG stops by.
+  held = contexts.validation(mixed)[1]
+  words = (
+    f"{len(held)} images of test_forget that are set apart and in no figure"
+  )
+  np.testing.assert_array_equal(
+    found.arguments["validation"].labels, held.labels
+  )
+  assert found.note == f"chooses its pass by {words}"
+  found = recipes.resolve("regun", mixed)
+  assert len(found.arguments["held_out"]) == len(held)
+  assert found.note == f"takes its references from {words}"
+  # Of a whole class there are none set apart.
+  found = recipes.resolve("regun", context)
+  shown = context.parts["test_forget"]
+  assert len(found.arguments["held_out"]) == len(shown)
+  assert found.note.endswith("test_forget: no validation images are set apart")
+  assert "held_out" not in recipes.names("regun")
 
 
 def rows_of(**values):

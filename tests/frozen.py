@@ -194,8 +194,10 @@ def cases() -> Iterator[tuple[str, Callable[[], Any]]]:
       )
     for method in baselines.METHODS.values():
       needs = dict(_NEEDS.get(method.name, {}))
-      if method.name in ("cf_k", "eu_k"):
+      if method.name in ("cf_k", "eu_k", "msg", "bias_shift"):
         needs["layers"] = ("head",)
+      if "held_out" in method.needs:
+        needs["held_out"] = dataset
       yield (
         f"{name}/baseline/{method.name}",
         lambda method=method, model=model, trained=trained, needs=needs: (

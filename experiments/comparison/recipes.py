@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import optax
 
 from experiments import contexts, jobs, recipes
-from psg_jax import baselines, checks, training, unlearning
+from psg_jax import baselines, checks, training, types, unlearning
 
 SETTINGS = ("default", "paper")
 # Methods with the options of the job.
@@ -35,7 +35,8 @@ _RESERVED = frozenset(
   {
     *("model", "variables", "split", "key", "callback", "mesh"),
     *("show_progress", "optimizer", "repair_optimizer", "search_fn"),
-    *("augment_fn", "validation", "trainable", "state", "description"),
+    *("augment_fn", "validation", "held_out", "trainable", "state"),
+    *("description",),
     *("step_callback", "stop_fn"),
   }
 )
@@ -136,6 +137,17 @@ RECIPES: dict[str, Recipe] = {
   "amun": Recipe(_LABELS, pool="twice"),
   "delete": Recipe(Rates(1e-4), None, {"batch_stats": "frozen"}, "forget"),
   "trew": Recipe(_LABELS, pool="beside"),
+  # A third of the weights are new, of a smaller network in fewer steps.
+  "msg": Recipe(Rates(1e-3, 0.9, 5e-4), Rates(0.01, 0.9, 5e-4), pool="retain"),
+  "regun": Recipe(Rates(0.01), pool="beside"),
+  "bias_shift": Recipe(),
+}
+
+
+# What methods do with unseen images, and which argument takes them.
+_UNSEEN = {
+  "scrub_r": ("validation", "chooses its pass by"),
+  "regun": ("held_out", "takes its references from"),
 }
 
 
@@ -292,8 +304,14 @@ def _of_job(
   if method == "psg_released":
     mean, std = contexts.standardisation(job, context.train)
     return {}, {"model_mean": mean, "model_std": std}, None
-  if method == "scrub_r":
-    return _rewinding(context)
+  if method == "scrub_r" and contexts.is_class_request(context):
+    # A retrained model has no image of a class right that it never saw; that of
+    # SCRUB, where it has forgotten the class, has none right either.
+    return {"reference_error": 1.0}, {}, None
+  if method in _UNSEEN:
+    argument, use = _UNSEEN[method]
+    held, words = _unseen(context)
+    return {}, {argument: held}, f"{use} {words}"
   return {}, {}, None
 
 
@@ -316,32 +334,27 @@ def _soft(context: contexts.Context) -> dict[str, Any]:
 
 def _aim(context: contexts.Context) -> str | None:
   """Says what the accuracy to stop at is taken from, where there is one."""
-  shown, held = contexts.validation(context)
+  _, held = contexts.validation(context)
   if held is None:
     return None
+  what = "the original's accuracy on"
+  if contexts.stop_target(context) == "proxy":
+    what = "the accuracy that proxies expect, corrected by"
+  return f"stops at {what} {_unseen(context)[1]}"
+
+
+def _unseen(context: contexts.Context) -> tuple[types.Dataset, str]:
+  """Images that were not trained on, those set apart if any, and which."""
+  shown, held = contexts.validation(context)
+  if held is None:
+    name = "test_forget" if len(shown.forget) else "test_retain"
+    part = shown.forget if len(shown.forget) else shown.retain
+    return part, f"{name}: no validation images are set apart"
   is_same_kind = len(shown.forget) < len(context.selection.test_split.forget)
   name = "test_forget" if is_same_kind else "test_retain"
-  if contexts.stop_target(context) == "proxy":
-    return (
-      f"stops at the accuracy that proxies expect, corrected on {len(held)}"
-      f" images of {name} that are set apart and in no figure"
-    )
-  return (
-    f"stops at the original's accuracy on {len(held)} images of {name} that"
-    " are set apart and in no figure"
+  return held, (
+    f"{len(held)} images of {name} that are set apart and in no figure"
   )
-
-
-def _rewinding(
-  context: contexts.Context,
-) -> tuple[dict[str, Any], dict[str, Any], str | None]:
-  if contexts.is_class_request(context):
-    # A retrained model has no image of a class right that it never saw.
-    return {"reference_error": 1.0}, {}, None
-  parts = context.parts
-  name = "test_forget" if len(parts["test_forget"]) else "test_retain"
-  note = f"chooses its pass by {name}: no validation images are set apart"
-  return {}, {"validation": parts[name]}, note
 
 
 def _budget(

@@ -17,6 +17,7 @@ from psg_jax import checks, engine, unlearning
 from psg_jax.baselines import (
   amun,
   bad_teacher,
+  bias_shift,
   boundary_expanding,
   boundary_shrink,
   cf_k,
@@ -26,9 +27,11 @@ from psg_jax.baselines import (
   fisher,
   gradient_ascent,
   l1_sparse,
+  msg,
   neggrad,
   psg,
   random_labels,
+  regun,
   retrain,
   salun,
   scrub,
@@ -150,6 +153,13 @@ _ALL = (
   _method("AMUN", amun.amun, f"{_EBRAHIMPOUR}, ICML 2025", amun.DEFAULTS),
   _method("DELETE", delete.delete, "Zhou et al., CVPR 2025", delete.DEFAULTS),
   _method("TREW", trew.trew, f"{_EBRAHIMPOUR}, ICML 2026", trew.DEFAULTS),
+  _method("MSG", msg.msg, "Cadet et al., 2024", msg.DEFAULTS),
+  _method(
+    "ReGUn", regun.regun, "Mirlach et al., 2026", regun.DEFAULTS, "held_out"
+  ),
+  _method(
+    "Bias shift (control)", bias_shift.bias_shift, "Chen et al., 2026", {}
+  ),
 )
 
 METHODS: Mapping[str, Method] = python_types.MappingProxyType(

@@ -110,3 +110,67 @@ def trainable(
     )
     for name, tree in steps.plain_variables(variables).items()
   }
+
+
+def kernels(
+  params: chex.ArrayTree, layers: Sequence[str] | None
+) -> chex.ArrayTree:
+  """Marks the weights of convolutions, or of some layers.
+
+  Args:
+    params: The network's parameters.
+    layers: Prefixes of paths, of whose arrays those of two axes or more are
+      marked; None for all arrays of four axes.
+
+  Returns:
+    A tree of bool like the parameters.
+
+  Raises:
+    ValueError: If no array is marked, or a prefix names nothing.
+  """
+  prefixes = (
+    None if layers is None else _checked({"params": params}, tuple(layers))
+  )
+
+  def is_kernel(path: Any, value: jax.Array) -> bool:
+    if prefixes is None:
+      return value.ndim == 4
+    return value.ndim >= 2 and _path_name(path).startswith(prefixes)
+
+  marks = jax.tree_util.tree_map_with_path(is_kernel, params)
+  if not any(jax.tree.leaves(marks)):
+    raise ValueError(
+      "layers must name arrays of two axes or more where there is no"
+      f" convolution, got {layers}"
+    )
+  return marks
+
+
+def bias(
+  variables: types.Variables, layers: Sequence[str] | None, num_classes: int
+) -> chex.ArrayTree:
+  """Marks the bias of the last layer.
+
+  Args:
+    variables: The network's variables.
+    layers: A prefix of its path; None for the last by `choose`.
+    num_classes: How many entries it has.
+
+  Returns:
+    A tree of bool like the parameters, True for one array.
+
+  Raises:
+    ValueError: If there is no such array, or more than one.
+  """
+  prefixes = choose(variables, 1, layers)
+  marks = jax.tree_util.tree_map_with_path(
+    lambda path, x: (
+      x.shape == (num_classes,) and _path_name(path).startswith(prefixes)
+    ),
+    variables["params"],
+  )
+  if sum(jax.tree.leaves(marks)) != 1:
+    raise ValueError(
+      f"layers must name one bias of {num_classes} entries, got {prefixes}"
+    )
+  return marks

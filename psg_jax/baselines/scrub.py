@@ -135,15 +135,20 @@ def scrub_r(
 
   A forget error above that of a model that never saw the images gives them
   away. Of the models after each pass, the one is returned whose error on the
-  forget set is nearest to the reference: the error of the last model on images
-  like the forget set that were not trained on. Of two as near, the later.
+  forget set is nearest to the reference: the error of the last model, that of
+  SCRUB, on images like the forget set that were not trained on. Of two as near
+  it is the earlier, as in the authors' code: with the later, the model is that
+  of SCRUB whenever the error stays where it should be. To be like the forget
+  set the images are those of its classes, each class with the weight that it
+  has there; the authors weigh the images alike.
 
   Args:
     model: The network.
     variables: The original model's, left as they are.
     split: The forget and the retain set.
     key: One typed key, for the order.
-    validation: Images of the forget set's distribution, not trained on.
+    validation: Images that were not trained on, some of a class of the forget
+      set; of other classes they count for nothing.
     reference_error: The reference itself, in [0, 1], instead of `validation`:
       1.0 for a whole class, which a retrained model never predicts.
     **options: Those of `scrub`, without `state`: models of passes that were
@@ -167,8 +172,8 @@ def scrub_r(
       "either validation or reference_error must be given, got"
       f" validation={validation} and reference_error={reference_error}"
     )
-  if validation is not None and not len(validation):
-    raise ValueError("validation must not be empty, got 0 images")
+  if validation is not None:
+    weights = _class_weights(validation.labels, split.forget.labels)
   if reference_error is not None:
     checks.number("reference_error", reference_error, at_least=0, at_most=1)
   callback, mesh = options.pop("callback", None), options.get("mesh")
@@ -183,10 +188,14 @@ def scrub_r(
   start = time.perf_counter()
   if reference_error is None:
     assert validation is not None  # One of the two is given.
-    reference_error = _error(model, output.variables, validation, mesh)
+    logits = inference.predict(
+      model.apply, output.variables, validation.images, mesh=mesh
+    )
+    is_wrong = logits.argmax(1) != validation.labels
+    reference_error = float(is_wrong @ weights)
   errors = [_error(model, x, split.forget, mesh) for x in models]
   gaps = np.abs(np.asarray(errors) - reference_error)
-  nearest = int(np.flatnonzero(gaps == gaps.min())[-1])
+  nearest = int(gaps.argmin())
   history = [
     {**record, "forget_error": error, "is_chosen": i == nearest}
     for i, (record, error) in enumerate(
@@ -195,6 +204,21 @@ def scrub_r(
   ]
   history[-1]["rewind_seconds"] = time.perf_counter() - start
   return common.Output(variables=models[nearest], history=history)
+
+
+def _class_weights(labels: np.ndarray, reference: np.ndarray) -> np.ndarray:
+  """Weights `[N]` of a mean in which classes count as in the reference."""
+  size = max(labels.max(initial=0), reference.max(initial=0)) + 1
+  shares = np.bincount(reference, minlength=size) / np.maximum(
+    np.bincount(labels, minlength=size), 1
+  )
+  weights = shares[labels]
+  if not weights.sum():
+    raise ValueError(
+      "validation must have an image of a class of the forget set, got"
+      f" {len(labels)} images of others"
+    )
+  return weights / weights.sum()
 
 
 def _error(
