@@ -38,7 +38,7 @@ def psg_hard(
     variables: The original model's, left as they are.
     split: The forget and the retain set.
     key: One typed key.
-    **options: Those of `unlearning.unlearn`, but `labels`.
+    **options: Those of `unlearning.unlearn`; `labels` must be hard.
 
   Returns:
     As `unlearning.unlearn`, with its errors.
@@ -47,7 +47,9 @@ def psg_hard(
     Nahass et al., Targeted Unlearning Using Perturbed Sign Gradient Methods
     With Applications On Medical Images, 2025.
   """
-  return psg(model, variables, split, key, **HARD_DEFAULTS, **options)
+  options = engine.filled(options, HARD_DEFAULTS)
+  checks.one_of("labels", options["labels"], ("hard",))
+  return psg(model, variables, split, key, **options)
 
 
 def psg_soft(
