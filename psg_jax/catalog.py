@@ -51,6 +51,7 @@ class Builder(NamedTuple):
 
 BUILDERS = {
   "digits": Builder(is_embedded=True),
+  "phantom_digits": Builder(is_embedded=True),
   "phantom_fundus": Builder(size=64, is_embedded=True),
   "fashion_mnist": Builder(),
   "cifar10": Builder(),
