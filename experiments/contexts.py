@@ -32,6 +32,8 @@ from psg_jax import proxies as proxies_lib
 
 MODELS = files.MODELS
 _VALIDATION_SEED = 0
+# Parts of a retraining; a little for what rounding adds.
+MOST_PROXY_COST = 0.21
 
 
 class Context(NamedTuple):
@@ -125,7 +127,20 @@ def stop_target(context: Context) -> Literal["zero", "unseen", "proxy"]:
   if is_class_request(context):
     return "zero"
   # How a model was trained that was brought along is not known.
-  return "proxy" if context.job.weights is None else "unseen"
+  is_cheap = _proxy_cost(context) <= MOST_PROXY_COST
+  return "proxy" if context.job.weights is None and is_cheap else "unseen"
+
+
+def _proxy_cost(context: Context) -> float:
+  """What proxies cost, as a part of a retraining."""
+  job = context.job
+  return proxies_lib.cost(
+    len(context.split.retain),
+    num_models=job.unlearning.num_proxies,
+    fraction=job.unlearning.proxy_fraction,
+    num_epochs=job.training.num_epochs,
+    batch_size=job.training.batch_size,
+  )
 
 
 def validation(

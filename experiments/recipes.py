@@ -111,7 +111,7 @@ class Unlearning:
   of the test images that is in no figure; proxy, when it is what models say
   that never saw the forget set and are trained on a part of the retained one,
   whose predictions are the targets then; auto, zero for whole classes, else
-  proxy, or unseen with --weights."""
+  proxy where that costs a fifth of a retraining at most, or unseen."""
   num_proxies: int = 2
   """Such models, at least 2."""
   proxy_fraction: float = 0.1

@@ -12,11 +12,13 @@ import jax
 import numpy as np
 import scipy.special
 
-from psg_jax import checks, ensembles, inference, types, unlearning
+from psg_jax import checks, engine, ensembles, inference, types, unlearning
 
 # Of a normal distribution, 95 in 100 lie within so many deviations.
 _QUANTILE = 1.96
 _HALVINGS = 30
+# In fewer a small network has learnt nothing that could be corrected.
+_MIN_STEPS = 200
 
 
 class Level(NamedTuple):
@@ -109,7 +111,8 @@ def fit(
     num_models: `M`, at least 2, whose differences are needed.
     fraction: Part of the retained images that each is trained on, in (0, 1).
     eval_batch_size: Images predicted at a time.
-    **options: Those of `training.fit`, such as `num_epochs`.
+    **options: Those of `training.fit`; `num_epochs`, of a retraining, are more
+      here where they make fewer than 200 steps of so few images.
 
   Returns:
     Levels, targets and cost.
@@ -129,12 +132,15 @@ def fit(
       f"fraction must leave an image a class, got {fraction:g} of"
       f" {len(split.retain)} retained images"
     )
+  passes = engine.Passes.of(options)
+  num_epochs = _num_epochs(num_rows, passes)
   choice_key, fit_key = jax.random.split(key)
   rows = _parts(choice_key, len(split.retain), num_models, num_rows)
   membership = np.zeros((num_models, len(split.retain)), bool)
   np.put_along_axis(membership, rows, True, axis=1)
   fitted, _ = ensembles.train(
-    model, split.retain, membership, fit_key, **options
+    *(model, split.retain, membership, fit_key),
+    **{**options, "num_epochs": num_epochs},
   )
 
   def predict(dataset: types.Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -173,8 +179,43 @@ def fit(
     confidence=levels[1],
     original_accuracy=float(_accuracy(original, split.forget.labels)),
     targets=blend(original, logits, split.forget.labels, levels[1].value),
-    cost=num_models * fraction,
+    cost=cost(
+      len(split.retain),
+      num_models=num_models,
+      fraction=fraction,
+      num_epochs=passes.num_epochs,
+      batch_size=passes.batch_size,
+    ),
   )
+
+
+def cost(
+  num_retain: int,
+  *,
+  num_models: int,
+  fraction: float,
+  num_epochs: int,
+  batch_size: int,
+) -> float:
+  """Returns what proxies cost, as a part of a retraining's images.
+
+  Args:
+    num_retain: Retained images.
+    num_models: As for `fit`, and likewise the others.
+    fraction: See there.
+    num_epochs: Of a retraining.
+    batch_size: Images a step.
+  """
+  num_rows = round(fraction * num_retain)
+  passes = engine.Passes(num_epochs=num_epochs, batch_size=batch_size)
+  num_images = num_models * num_rows * _num_epochs(num_rows, passes)
+  return num_images / (num_retain * num_epochs)
+
+
+def _num_epochs(num_rows: int, passes: engine.Passes) -> int:
+  """As many epochs as a retraining has, or as make a model of few images."""
+  steps = -(-num_rows // passes.batch_size)
+  return max(passes.num_epochs, -(-_MIN_STEPS // steps))
 
 
 def _parts(

@@ -1,0 +1,161 @@
+import jax
+import numpy as np
+import pytest
+import scipy.special
+
+from psg_jax import proxies, training, types
+from tests import fakes
+
+KEY = jax.random.key(0)
+MODEL = fakes.linear_model(16, 3)
+FIT = {
+  "optimizer": training.sgd(0.5),
+  "num_epochs": 10,
+  "batch_size": 8,
+  "schedule": "constant",
+  "show_progress": False,
+}
+
+
+def odd_device(num_images):
+  """Images whose bright third is another class's: only who saw them knows."""
+  dataset = fakes.blobs(num_images, seed=3)
+  return types.Dataset(
+    images=dataset.images,
+    labels=(dataset.labels + 1) % 3,
+    class_names=dataset.class_names,
+  )
+
+
+def fit(forget, original, **options):
+  return proxies.fit(
+    MODEL,
+    original,
+    types.Split(forget, fakes.blobs(200)),
+    KEY,
+    **{"unseen": fakes.blobs(100, seed=9), **FIT, **options},
+  )
+
+
+@pytest.fixture(scope="module")
+def knows_all():
+  """A model that is right on the forget images of the odd device too."""
+  # What is bright, and a constant: of the other device alone.
+  return fakes.linear_variables(np.roll(kernel(), 1, axis=1))
+
+
+def kernel():
+  """Weights for which the bright third of the rows is the class."""
+  which = np.arange(16) % 3
+  return 20 * (which[:, None] == np.arange(3)) - 5.0
+
+
+def test_a_learnt_device_is_not_known_without_it(knows_all):
+  outcome = fit(odd_device(60), knows_all)
+  assert outcome.original_accuracy == 1
+  assert outcome.accuracy.value < 0.1
+  assert outcome.is_called_for
+  assert "is expected to be right on" in str(outcome)
+  np.testing.assert_allclose(outcome.targets.sum(1), 1, rtol=1e-5)
+  is_right = outcome.targets.argmax(1) == odd_device(60).labels
+  assert is_right.mean() < 0.1
+
+
+def test_nothing_is_called_for_where_a_retrained_model_would_know_as_much():
+  original = fakes.linear_variables(kernel())
+  forget = fakes.blobs(60, seed=5)
+  outcome = fit(forget, original)
+  assert outcome.original_accuracy == 1
+  assert outcome.accuracy.holds(1.0) or outcome.accuracy.high > 0.98
+  assert outcome.confidence.value > 0.8
+
+
+def test_cost_and_parts_of_the_retained_images(monkeypatch):
+  seen = []
+  train = proxies.ensembles.train
+
+  def watch(model, dataset, membership, key, **options):
+    seen.append(membership)
+    return train(model, dataset, membership, key, **options)
+
+  monkeypatch.setattr(proxies.ensembles, "train", watch)
+  outcome = fit(
+    fakes.blobs(20, seed=4),
+    fakes.linear_variables(kernel()),
+    num_models=4,
+    fraction=0.25,
+  )
+  # 50 images each, of which 10 epochs are 70 steps: 29 epochs are 203.
+  assert outcome.cost == pytest.approx(4 * 50 * 29 / (200 * 10))
+  assert outcome.logits.shape == (4, 20, 3)
+  # Four quarters are all of the images, each once.
+  np.testing.assert_array_equal(seen[0].sum(0), 1)
+  np.testing.assert_array_equal(seen[0].sum(1), 50)
+
+
+def test_a_level_is_corrected_in_log_odds():
+  number = 10**6
+  shares = np.array([0.5, 0.5])
+  plain = proxies.level(shares, number)
+  assert plain.value == pytest.approx(0.5, abs=1e-6)
+  # The original is right on 0.9 of unseen images, the proxies on 0.8.
+  corrected = proxies.level(shares, number, 0.9, np.array([0.8, 0.8]), number)
+  odds = 9 / 4
+  assert corrected.value == pytest.approx(odds / (1 + odds), abs=1e-5)
+  # Half of the correction is in doubt, here all that is.
+  ends = scipy.special.expit(
+    np.log(odds) + 1.96 * np.log(odds) / 2 * np.array([-1, 1])
+  )
+  np.testing.assert_allclose([corrected.low, corrected.high], ends, atol=1e-3)
+
+
+def test_an_interval_holds_what_chance_alone_makes():
+  rng = np.random.default_rng(0)
+  is_held = []
+  for _ in range(400):
+    shares = rng.binomial(200, 0.7, 2) / 200
+    is_held.append(proxies.level(shares, 200).holds(0.7))
+  assert np.mean(is_held) > 0.93
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.85])
+def test_targets_have_the_level(share):
+  rng = np.random.default_rng(1)
+  labels = rng.integers(0, 4, 300)
+  original = rng.normal(size=(300, 4))
+  original[np.arange(300), labels] += 4
+  others = rng.normal(size=(3, 300, 4))
+  blended = proxies.blend(original, others, labels, share)
+  found = blended[np.arange(300), labels].mean()
+  assert found == pytest.approx(share, abs=1e-4)
+
+
+def test_targets_are_the_nearest_to_a_level_that_is_not_between():
+  rng = np.random.default_rng(1)
+  labels = np.zeros(50, int)
+  original, others = (
+    rng.normal((2.0, 0.0, 0.0), 1, (50, 3)),
+    rng.normal(size=(2, 50, 3)),
+  )
+  far = scipy.special.softmax(scipy.special.log_softmax(others, -1).mean(0), -1)
+  np.testing.assert_allclose(
+    proxies.blend(original, others, labels, 0.0), far, atol=1e-5
+  )
+  near = scipy.special.softmax(original, -1)
+  np.testing.assert_allclose(
+    proxies.blend(original, others, labels, 1.0), near, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"num_models": 1}, "num_models must be .* 2, got 1"),
+    ({"fraction": 1.0}, "fraction .* got 1"),
+    ({"fraction": 0.01}, "fraction must leave an image a class, got 0.01"),
+    ({"num_epoch": 1}, "num_epoch"),
+  ],
+)
+def test_bad_options(options, message):
+  with pytest.raises((ValueError, TypeError), match=message):
+    fit(fakes.blobs(20), fakes.linear_variables(kernel()), **options)
