@@ -391,6 +391,8 @@ def of_model(
   )
   of_split = context._replace(selection=context.selection._replace(split=split))
   target = contexts.stop_target(of_split)
+  if target != context.job.unlearning.target and target == "proxy":
+    target = "unseen"  # Proxies of each model would cost as much as all models.
   unlearning = dataclasses.replace(context.job.unlearning, target=target)
   job = dataclasses.replace(context.job, unlearning=unlearning)
   return of_split._replace(job=job)

@@ -7,6 +7,7 @@
     runs/<name>/history.json    curves of the three
     runs/<name>/metrics.json    figures of the three
     runs/<name>/flips.csv       retained images that are wrong now
+    runs/<name>/proxies.json    what models say that never saw the forget set
     runs/<name>/*.npz           examples and features for the report
     runs/<name>/report.html
 
@@ -340,6 +341,9 @@ def unlearned(
   aim = contexts.aim(context, original_variables, show_progress=True)
   if aim.proxies is not None:
     print(aim.proxies)
+    run_folder.write_json(
+      context.run_dir / "proxies.json", aim.proxies.as_dict()
+    )
   elif aim.accuracy is None and contexts.stop_target(context) == "unseen":
     print(
       "There are no unseen images to tell when to stop: all passes are made"

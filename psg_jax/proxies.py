@@ -65,6 +65,17 @@ class Proxies(NamedTuple):
     """Whether a retrained model is expected to differ from the original."""
     return not self.accuracy.holds(self.original_accuracy)
 
+  def as_dict(self) -> dict[str, float | bool]:
+    """Returns the accuracy that is expected, and what it cost, for JSON."""
+    return {
+      "accuracy": self.accuracy.value,
+      "low": self.accuracy.low,
+      "high": self.accuracy.high,
+      "original_accuracy": self.original_accuracy,
+      "is_called_for": self.is_called_for,
+      "cost": self.cost,
+    }
+
   def __str__(self) -> str:
     """What is expected, in words."""
     expected = (

@@ -437,6 +437,13 @@ def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):
   assert found.record["target"] == "auto"
   held = contexts.validation(part)[1]
   assert found.note == (
+    f"stops at the accuracy that proxies expect, corrected by {len(held)}"
+    " images of test_retain that are set apart and in no figure"
+  )
+  options = dataclasses.replace(part.job.unlearning, target="unseen")
+  part = part._replace(job=dataclasses.replace(part.job, unlearning=options))
+  held = contexts.validation(part)[1]
+  assert recipes.resolve("psg", part).note == (
     f"stops at the original's accuracy on {len(held)} images of test_forget"
     " that are set apart and in no figure"
   )
@@ -445,12 +452,12 @@ def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):
 def test_budget_is_that_of_psg(context):
   num_forget, num_retain = len(context.split.forget), len(context.split.retain)
   assert (num_forget, num_retain) == (41, 359)
-  # 60 steps of 64 forget and 64 retain images: 7680.
+  # 60 steps of 8 forget and 24 retain images: 1920.
   expected = {
-    "finetune": 21,  # 7680 / 359
-    "neggrad": 11,  # 7680 / 718
-    "random_labels": 19,  # 7680 / 400
-    "bad_teacher": 52,  # 7680 / (41 + 108)
+    "finetune": 5,  # 1920 / 359
+    "neggrad": 3,  # 1920 / 718
+    "random_labels": 5,  # 1920 / 400
+    "bad_teacher": 13,  # 1920 / (41 + 108)
     "boundary_shrink": 3,
   }
   found = {
@@ -499,7 +506,7 @@ def test_rewinding_by_what_is_known(context):
   # Images that are in no figure, as those that PSG stops by.
   held = contexts.validation(mixed)[1]
   words = (
-    f"{len(held)} images of test_forget that are set apart and in no figure"
+    f"{len(held)} images of test_retain that are set apart and in no figure"
   )
   np.testing.assert_array_equal(
     found.arguments["validation"].labels, held.labels

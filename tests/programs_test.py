@@ -340,7 +340,10 @@ def test_help_and_typos_from_the_command_line(program):
     (["--unlearning.retain_weight=nan"], "unlearning.retain_weight .* got nan"),
     (["--unlearning.max_distance=-1"], "unlearning.max_distance .* got -1"),
     (["--unlearning.confidence=2"], "unlearning.confidence .* got 2.0"),
-    (["--unlearning.top_k=3"], "top_k must be None with hard labels, got 3"),
+    (
+      ["--unlearning.labels=hard", "--unlearning.top_k=3"],
+      "top_k must be None with hard labels, got 3",
+    ),
     (["--unlearning.noise=gaussian"], "gaussian.*noise"),
     (["--unlearning.norm=l1"], "l1.*norm"),
     (["--width=abc"], "width.*abc"),

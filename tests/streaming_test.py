@@ -301,13 +301,14 @@ def test_forget_and_retain_images_are_in_every_part():
     KEY,
     num_epochs=1,
     batch_size=8,
+    retain_batch_size=16,
     num_parts=4,
     show_progress=False,
   )
   jax.effects_barrier()
   assert len(seen) == 2 * 4
   for part in seen:
-    assert sorted(part.tolist()) == [0, 0, 1, 1]
+    assert sorted(part.tolist()) == [0, 0, 1, 1, 1, 1]
 
 
 def test_bad_number_of_workers(data_dir):
