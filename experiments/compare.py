@@ -341,6 +341,7 @@ def _collect(
       for method in options.methods
     },
     "yardstick": verdicts.measure(logits, rows),
+    "checks": verdicts.examine(logits),
     "rows": rows,
     "cells": [
       {k: x for k, x in record.items() if k != "metrics"} for record in records
@@ -429,11 +430,13 @@ def to_csv(results: Mapping[str, Any]) -> str:
   """Returns one line a cell and metric, with the columns `summary.COLUMNS`.
 
   The original and the retrained model have no `unlearn_seed`; the figures of
-  the yardstick, which are of all seeds together, follow without either seed.
+  the yardstick and the checks, which are of all seeds together, follow without
+  either seed.
   """
   rows = summary.tidy(results["rows"]).itertuples(index=False, name=None)
   measured = verdicts.csv_rows(results.get("yardstick"))
-  return files.to_csv([summary.COLUMNS, *rows, *measured])
+  examined = verdicts.check_rows(results.get("checks"))
+  return files.to_csv([summary.COLUMNS, *rows, *measured, *examined])
 
 
 if __name__ == "__main__":

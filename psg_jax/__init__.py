@@ -34,8 +34,9 @@ _FUNCTIONS = {
 _MODULES = (
   *("augment", "baselines", "batches", "boundary", "catalog", "checkpoints"),
   *("data", "diagnosis", "engine", "ensembles", "evaluation", "forget"),
-  *("inference", "metrics", "models", "optimizers", "parallel", "relearning"),
-  *("steps", "streaming", "torch_weights", "training", "twins", "types"),
+  *("inference", "metrics", "model_checks", "models", "optimizers"),
+  *("parallel", "relearning", "steps", "streaming", "torch_weights", "traces"),
+  *("training", "twins", "types"),
   *("ulira", "unlearning", "verification", "yardstick"),
 )
 

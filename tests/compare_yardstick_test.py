@@ -118,6 +118,56 @@ def test_yardstick_leads_the_tables(run_dir):
   assert f"Loss attack (flags {flags} of 3 retrained)" in page
 
 
+def test_checks_stand_beside_the_yardstick(run_dir):
+  results = read(run_dir / "results.json")["checks"]
+  assert results["total"] == 3
+  assert set(results["against"]) == {"original", "finetune"}
+  examined = {(x["name"], x["split"]): x for x in results["examinations"]}
+  retrained = [
+    np.load(run_dir / "models" / f"seed-{seed}" / "retrained.npz")
+    for seed in (2022, 2023, 2024)
+  ]
+  ours = np.load(run_dir / "cells" / "finetune-2022-0" / "logits.npz")
+  split = "test_forget"
+  counts = [
+    np.bincount(x[split].argmax(1), minlength=10) for x in (*retrained, ours)
+  ]
+  # All are of one class. Beside two references at a time, each pair in turn.
+  num = counts[0].sum()
+  expected = [
+    np.abs(counts[3] - (counts[i] + counts[j]) / 2).sum() / (2 * num)
+    for i, j in ((0, 1), (0, 2), (1, 2))
+  ]
+  row = examined["destination", split]
+  finding = row["models"]["finetune"]
+  assert finding["value"] == pytest.approx(np.mean(expected))
+  assert len(row["references"]) == len(row["false_alarms"]) == 3
+  # The original is at its own place, with that of the seed beside it.
+  row = examined["nearness", split]
+  assert row["models"]["original"]["value"] == pytest.approx(1)
+  with open(run_dir / "results.csv", newline="") as file:
+    by_key = {
+      (row["model"], row["metric"]): row["value"]
+      for row in csv.DictReader(file)
+    }
+  name = f"check_destination_{split}"
+  assert float(by_key["finetune", name]) == finding["value"]
+  assert by_key["finetune", f"{name}_rejected"] == str(
+    float(finding["is_rejected"][0])
+  )
+  assert float(by_key["original", f"check_nearness_{split}"]) == pytest.approx(
+    1
+  )
+  page = (run_dir / "compare.html").read_text()
+  alarms = sum(examined["destination", split]["false_alarms"])
+  assert (
+    f"Predictions go elsewhere, forget, test (rejects {alarms} of 3 retrained)"
+  ) in page
+  assert f"{results['false_alarms']} of 3 of them are rejected" in page
+  text = f"{finding['value']:.2f}" + "*" * finding["is_rejected"][0]
+  assert f">{text}<" in page.replace("\n", "")
+
+
 @pytest.mark.parametrize(
   ("given", "message"),
   [

@@ -1,5 +1,6 @@
 """What a comparison says of each method, all seeds together."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,14 @@ import numpy as np
 
 from experiments import cells, contexts, read_out
 from experiments.comparison import references, runs, summary
-from psg_jax import judgement, verification, yardstick
+from psg_jax import (
+  judgement,
+  metrics,
+  model_checks,
+  traces,
+  verification,
+  yardstick,
+)
 
 _NUM_RESAMPLES = 1000
 
@@ -100,6 +108,83 @@ def measure(
     confidence=summary.CONFIDENCE,
     num_resamples=_NUM_RESAMPLES,
   )
+
+
+def examine(logits: Logits) -> dict[str, Any] | None:
+  """Checks the original and all methods, as `model_checks.assess`.
+
+  A model has the original of its training seed beside it; further references
+  have one of these, as in `references.rows`.
+
+  Args:
+    logits: Of `gather`.
+
+  Returns:
+    None without a retrained model.
+  """
+  if logits.retrained is None:
+    return None
+  outputs = {
+    model: _outputs(by_part) for model, by_part in logits.models.items()
+  }
+  originals = {seed: runs[0] for seed, runs in outputs["original"].items()}
+  retrained = [
+    metrics.Outputs({part: x[place] for part, x in logits.retrained.items()})
+    for place in range(len(next(iter(logits.retrained.values()))))
+  ]
+  pairs = zip(retrained, itertools.cycle(originals.values()), strict=False)
+  return model_checks.assess(
+    [model_checks.Subject(*pair) for pair in pairs],
+    {
+      model: [
+        model_checks.Subject(run, originals[seed])
+        for seed, runs in by_seed.items()
+        for run in runs
+      ]
+      for model, by_seed in outputs.items()
+    },
+    logits.labels,
+    traces.CHECKS,
+  )
+
+
+def _outputs(
+  by_part: Mapping[str, Mapping[int, np.ndarray]],
+) -> dict[int, list[metrics.Outputs]]:
+  """The outputs of the runs of a model, by training seed."""
+  seeds = next(iter(by_part.values()))
+  return {
+    seed: [
+      metrics.Outputs({part: x[seed][run] for part, x in by_part.items()})
+      for run in range(len(seeds[seed]))
+    ]
+    for seed in seeds
+  }
+
+
+def check_rows(
+  record: Mapping[str, Any] | None,
+) -> Iterator[tuple[str, None, None, str, float | None, str | None]]:
+  """Gives the figures of the checks, with the columns `summary.COLUMNS`.
+
+  Args:
+    record: Of `examine`.
+
+  Yields:
+    `check_<name>_<split>`, the mean over models, and with `_rejected` the share
+    of models that are rejected; of the retrained ones, by all others.
+  """
+  for row in (record or {"examinations": []})["examinations"]:
+    name = f"check_{row['name']}_{row['split']}"
+    alarms = {"is_rejected": row["false_alarms"], "reason": row["reason"]}
+    retrained = {"values": row["references"], **alarms}
+    for model, finding in {"retrained": retrained, **row["models"]}.items():
+      columns = {"": "values", "_rejected": "is_rejected"}
+      for end, key in columns.items():
+        values = finding[key]
+        value = float(np.mean(values)) if values else None
+        reason = None if values else finding["reason"]
+        yield model, None, None, name + end, value, reason
 
 
 def csv_rows(

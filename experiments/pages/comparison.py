@@ -12,6 +12,7 @@ from experiments.comparison import recipes
 from experiments.pages import (
   distributions,
   figures,
+  model_checks,
   panels,
   request,
   tables,
@@ -64,6 +65,7 @@ def build(
     The path of the page.
   """
   config, measured = results["config"], results.get("yardstick")
+  examined = results.get("checks")
   num_methods = len(results["methods"])
   heads = {x: tables.Cell(title) for x, title in results["titles"].items()}
   path = folder / "compare.html"
@@ -84,6 +86,8 @@ def build(
     standing=_standing(results),
     yardstick=measured and yardstick.table(measured, heads),
     verdicts=_yardstick_verdicts(results),
+    checks=examined and model_checks.table(examined, heads),
+    checks_statement=examined and model_checks.statement(examined),
     full=_full_table(results),
     missing=_missing(results),
     pictures=figures.write(
