@@ -217,7 +217,7 @@ def cost(
     num_epochs: Of a retraining.
     batch_size: Images a step.
   """
-  num_rows = round(fraction * num_retain)
+  num_rows = max(1, round(fraction * num_retain))
   passes = engine.Passes(num_epochs=num_epochs, batch_size=batch_size)
   num_images = num_models * num_rows * _num_epochs(num_rows, passes)
   return num_images / (num_retain * num_epochs)

@@ -437,15 +437,15 @@ def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):
   assert found.record["target"] == "auto"
   held = contexts.validation(part)[1]
   assert found.note == (
-    f"stops at the accuracy that proxies expect, corrected by {len(held)}"
-    " images of test_retain that are set apart and in no figure"
+    f"stops at the original's accuracy on {len(held)} images of test_forget"
+    " that are set apart and in no figure"
   )
-  options = dataclasses.replace(part.job.unlearning, target="unseen")
+  options = dataclasses.replace(part.job.unlearning, target="proxy")
   part = part._replace(job=dataclasses.replace(part.job, unlearning=options))
   held = contexts.validation(part)[1]
   assert recipes.resolve("psg", part).note == (
-    f"stops at the original's accuracy on {len(held)} images of test_forget"
-    " that are set apart and in no figure"
+    f"stops at the accuracy that proxies expect, corrected by {len(held)}"
+    " images of test_retain that are set apart and in no figure"
   )
 
 
@@ -506,7 +506,7 @@ def test_rewinding_by_what_is_known(context):
   # Images that are in no figure, as those that PSG stops by.
   held = contexts.validation(mixed)[1]
   words = (
-    f"{len(held)} images of test_retain that are set apart and in no figure"
+    f"{len(held)} images of test_forget that are set apart and in no figure"
   )
   np.testing.assert_array_equal(
     found.arguments["validation"].labels, held.labels

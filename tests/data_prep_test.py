@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import base, builder, cifar10, digits, fashion_mnist, sources
+from data_prep import (
+  base,
+  builder,
+  cifar10,
+  digits,
+  fashion_mnist,
+  phantom_digits,
+  sources,
+)
 from data_prep import prepare as prepare_program
 from psg_jax import catalog, data
 
@@ -771,3 +779,36 @@ def test_full_output_is_one_line(prepared_digits):
   assert done.stderr.splitlines() == [
     b"error: the output cannot be written: No space left on device"
   ]
+
+
+def test_phantom_digits_are_taken_by_four_devices():
+  rng = np.random.default_rng(3)
+  pixels = rng.integers(0, 256, (32, 32), dtype=np.uint8)
+  plain = [
+    builder.Example(
+      image=builder.from_array(pixels),
+      label=1,
+      id=str(row),
+      columns={"row": row},
+    )
+    for row in range(200)
+  ]
+  taken = list(phantom_digits.taken(plain))
+  devices = [example.columns["device"] for example in taken]
+  # A quarter each, within four deviations of chance.
+  for device in phantom_digits.DEVICES:
+    assert abs(devices.count(device) - 50) < 4 * np.sqrt(200 * 0.25 * 0.75)
+  images = {
+    device: np.asarray(example.image)
+    for device, example in zip(devices, taken, strict=True)
+  }
+  np.testing.assert_array_equal(images["plain"], pixels)
+  # The first column, from its top, is the last row of the turned picture.
+  np.testing.assert_array_equal(images["turned"][-1], pixels[:, 0])
+  np.testing.assert_array_equal(images["dim"], np.round(pixels * 0.6))
+  noise = images["noisy"].astype(float) - pixels
+  assert 40 < noise.std() < 90
+  # The same on every machine, whatever was drawn before.
+  again = list(phantom_digits.taken(plain[5:]))
+  np.testing.assert_array_equal(again[0].image, taken[5].image)
+  assert [x.id for x in taken] == [x.id for x in plain]
