@@ -2,15 +2,14 @@ r"""Choose learning rates, batches and passes of a recipe, without test images.
 
     python -m experiments.tune --recipe digits --rates 0.02 0.05 0.1 0.2
     python -m experiments.tune --recipe digits --part unlearning \
-      --forget-classes 1 --rates 0.002 0.005 0.01 0.02 --epochs 3 6
+      --forget-classes 1 --seed 100 --methods psg eu_k scrub --trials 4
 
 trains on four fifths of the training set, a choice of the seed, and measures on
 the fifth that is left. The table is a line a trial and seed; trials that stand
 in it are not done again, so that an interrupted search goes on. The first line
-of what it prints is the trial to take: for training, of those within a standard
-error of the best accuracy, the one with the lowest cross-entropy; for
-unlearning, on a request that is not the recipe's own, the one that is nearest
-to two retrained models, by their distance to each other. The tables are kept in
+of what it prints is the trial to take: of those within a standard error of the
+best accuracy, the one with the lowest cross-entropy. The settings of unlearning
+methods are chosen by `experiments.tune_methods`. The tables are kept in
 docs/tuning.
 """
 
@@ -27,36 +26,38 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from experiments import cli, contexts, files, jobs, recipes
-from psg_jax import (
-  checks,
-  data,
-  inference,
-  metrics,
-  training,
-  types,
-  unlearning,
-)
+from experiments import cli, contexts, files, jobs, recipes, tune_methods
+from psg_jax import checks, data, inference, metrics, training, types
 
-VALIDATION_FRACTION = 0.2
+_RATES = (0.02, 0.05, 0.1, 0.2)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(recipes.Job):
-  """Options of a job, and what is to be tried in its training."""
+  """Options of a job, and what is to be tried in its training or after it."""
 
   part: Literal["training", "unlearning"] = "training"
   """What is tried; unlearning has models trained by the recipe."""
-  rates: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
-  """Highest learning rates."""
+  rates: tuple[float, ...] = ()
+  """Training: highest learning rates; 0.02, 0.05, 0.1 and 0.2 by default."""
   batch_sizes: tuple[int, ...] = ()
-  """Images a step; the recipe's by default."""
+  """Training: images a step; the recipe's by default."""
   epochs: tuple[int, ...] = ()
-  """Passes; the recipe's by default."""
+  """Training: passes; the recipe's by default."""
+  methods: tuple[str, ...] = ()
+  """Unlearning: methods, of `psg_jax.baselines`; all by default."""
+  trials: int = 6
+  """Unlearning: trials of each method, the same number for all."""
+  grid: tuple[str, ...] = ()
+  """Unlearning: values to try, as METHOD.ARGUMENT=V1,V2; several of a method
+  are multiplied. By default the learning rate and the passes are varied."""
+  references: int = 2
+  """Unlearning: retrained models of each seed, at least 2."""
   seeds: int = 2
-  """Trainings of each trial, from --seed on."""
+  """Trainings, and unlearnings, of each trial, from --seed on."""
   table: str | None = None
-  """CSV file of the trials; <runs_dir>/<recipe>_<part>.csv by default."""
+  """CSV file of the trials; by default <runs_dir>/<recipe>_training.csv, and
+  of unlearning trials.csv in the run folder."""
 
 
 class Trial(NamedTuple):
@@ -74,7 +75,7 @@ class Row(NamedTuple):
 
   Attributes:
     trial: The settings.
-    seed: Of training and unlearning.
+    seed: Of the training.
     figures: Those of `FIGURES`, measured on the validation part; None for one
       that there is not.
   """
@@ -84,17 +85,10 @@ class Row(NamedTuple):
   figures: dict[str, float | None]
 
 
-# Accuracies are in [0, 1], losses and divergences in nats. `spread`: KL
-# divergence from the model of the first seed. `normalised_*`: KL divergence
-# from two retrained models, by theirs from each other. `agreement`: the part of
-# the forgotten classes' images on which these two say the same.
-FIGURES = {
-  "training": ("accuracy", "loss", "spread", "seconds"),
-  "unlearning": (
-    *("forget_accuracy", "retain_accuracy"),
-    *("normalised_forget", "normalised_retain", "seconds", "agreement"),
-  ),
-}
+# The accuracy is in [0, 1], the loss in nats, and so is `spread`, the KL
+# divergence from the model of the first seed.
+FIGURES = ("accuracy", "loss", "spread", "seconds")
+_FIELDS = (*Trial._fields, "seed", *FIGURES)
 
 
 def main() -> None:
@@ -114,16 +108,35 @@ def run(options: Options) -> str:
   Raises:
     ValueError: If an option is wrong; nothing is trained then.
   """
-  tried = getattr(options, options.part)
+  tries_training = options.part == "training"
+  others = ("methods", "grid")
+  for name in others if tries_training else ("rates", "batch_sizes", "epochs"):
+    if getattr(options, name):
+      raise ValueError(
+        f"{name} must not be given with part {options.part}, got"
+        f" {getattr(options, name)}"
+      )
+  if not tries_training:
+    search = tune_methods.Search(
+      options.methods,
+      options.trials,
+      options.seeds,
+      options.grid,
+      options.table,
+    )
+    return tune_methods.run(options, search)
+  return _tune_training(options)
+
+
+def _tune_training(options: Options) -> str:
+  tried = options.training
   options = dataclasses.replace(
     options,
     name=f"{options.recipe}_tune",
+    rates=options.rates or _RATES,
     batch_sizes=options.batch_sizes or (tried.batch_size,),
-    epochs=options.epochs or (tried.num_epochs or 3,),
+    epochs=options.epochs or (tried.num_epochs,),
   )
-  for name in ("rates", "batch_sizes", "epochs"):
-    if not getattr(options, name):
-      raise ValueError(f"{name} must hold a value, got none")
   for rate in options.rates:
     checks.number("rates", rate, above=0)
   for name in ("batch_sizes", "epochs"):
@@ -131,14 +144,14 @@ def run(options: Options) -> str:
       checks.integer(name, value, at_least=1)
   checks.integer("seeds", options.seeds, at_least=1)
   path = pathlib.Path(
-    options.table or f"{options.runs_dir}/{options.recipe}_{options.part}.csv"
+    options.table or f"{options.runs_dir}/{options.recipe}_training.csv"
   )
   files.at_end.enter_context(
     files.lock(
       path, argument="table", hint=f"the same command goes on with {path}"
     )
   )
-  rows = read(path, options.part)
+  rows = read(path)
   context = jobs.prepare(options, is_read_only=True)
   trials = [
     Trial(tried.schedule, rate, batch_size, epochs, len(context.train))
@@ -152,16 +165,15 @@ def run(options: Options) -> str:
   def is_missing(trial: Trial) -> bool:
     return not {row.seed for row in rows if row.trial == trial} >= set(seeds)
 
-  run_trials = _training_rows if options.part == "training" else _unlearn_rows
   missing = [trial for trial in trials if is_missing(trial)]
   kept = [row for row in rows if row.trial not in missing]
-  for row in run_trials(context, missing, seeds):
+  for row in _rows(context, missing, seeds):
     kept.append(row)
-    files.write_text(path, to_csv(kept, options.part))
-  return summary([row for row in kept if row.trial in trials], options.part)
+    files.write_text(path, to_csv(kept))
+  return summary([row for row in kept if row.trial in trials])
 
 
-def _training_rows(
+def _rows(
   context: contexts.Context, trials: Sequence[Trial], seeds: Sequence[int]
 ) -> Iterator[Row]:
   """Trains with each of the settings.
@@ -169,7 +181,9 @@ def _training_rows(
   The validation part is that of the first seed for all, so that models of
   several seeds are compared on images that none of them has seen.
   """
-  part, validation = _parts(context)
+  part, validation = data.hold_out(
+    context.train, tune_methods.VALIDATION_FRACTION, context.job.seed
+  )
   for trial in trials:
     first: np.ndarray | None = None
     for seed in seeds:
@@ -187,68 +201,6 @@ def _training_rows(
       }
       first = log_probs if first is None else first
       yield Row(trial, seed, figures)
-
-
-def _unlearn_rows(
-  context: contexts.Context, trials: Sequence[Trial], seeds: Sequence[int]
-) -> Iterator[Row]:
-  """Unlearns the job's request with each of the settings."""
-  if not trials:
-    return
-  part, validation = _parts(context)
-  ids = np.asarray(context.split.forget.ids)
-  is_forgotten = np.isin(np.asarray(part.ids), ids)
-  split = types.Split(
-    part.take(np.flatnonzero(is_forgotten)),
-    part.take(np.flatnonzero(~is_forgotten)),
-  )
-  if not contexts.is_class_request(context):
-    raise ValueError("forget_classes must be what unlearning is tried with")
-  is_forgotten = np.isin(validation.labels, np.unique(split.forget.labels))
-  held = types.Split(
-    validation.take(np.flatnonzero(is_forgotten)),
-    validation.take(np.flatnonzero(~is_forgotten)),
-  )
-  options = context.job.training
-  recipe = Trial(
-    options.schedule,
-    options.learning_rate,
-    options.batch_size,
-    options.num_epochs,
-    len(context.train),
-  )
-  for seed in seeds:
-    original = _fit(context, recipe, part, seed)
-    references = [
-      [_log_probs(context, variables, dataset) for dataset in held]
-      for variables in (
-        # Seeds that no original has.
-        _fit(context, recipe, split.retain, seed + 1000 * (1 + index))
-        for index in range(2)
-      )
-    ]
-    first, second = (reference[0].argmax(-1) for reference in references)
-    for trial in trials:
-      start = time.perf_counter()
-      output = _unlearn(context, trial, original, split, seed)
-      figures: dict[str, float | None] = {
-        "agreement": float(np.mean(first == second))
-      }
-      for index, name in enumerate(("forget", "retain")):
-        log_probs = _log_probs(context, output, held[index])
-        pair = [reference[index] for reference in references]
-        floor = (_divergence(*pair) + _divergence(*pair[::-1])) / 2
-        distance = np.mean([_divergence(x, log_probs) for x in pair])
-        figures |= {
-          f"{name}_accuracy": metrics.accuracy(log_probs, held[index].labels),
-          f"normalised_{name}": float(distance) / floor,
-        }
-      figures["seconds"] = time.perf_counter() - start
-      yield Row(trial, seed, figures)
-
-
-def _parts(context: contexts.Context) -> tuple[types.Dataset, types.Dataset]:
-  return data.hold_out(context.train, VALIDATION_FRACTION, context.job.seed)
 
 
 def _divergence(reference: np.ndarray, log_probs: np.ndarray) -> float:
@@ -271,7 +223,7 @@ def _log_probs(
 
 
 def _optimizer_and_schedule(
-  trial: Trial, options: recipes.Training | recipes.Unlearning, num_rows: int
+  trial: Trial, options: recipes.Training, num_rows: int
 ) -> dict[str, Any]:
   """The rate is part of the schedule: one program serves all rates."""
   steps = -(-num_rows // min(trial.batch_size, num_rows)) * trial.num_epochs
@@ -306,52 +258,24 @@ def _fit(
   return variables
 
 
-def _unlearn(
-  context: contexts.Context,
-  trial: Trial,
-  variables: types.Variables,
-  split: types.Split,
-  seed: int,
-) -> types.Variables:
-  options = {
-    **contexts.unlearn_options(context),
-    **_optimizer_and_schedule(trial, context.job.unlearning, len(split.forget)),
-  }
-  output = unlearning.unlearn(
-    context.model,
-    variables,
-    split,
-    jax.random.key(seed),
-    **options,
-    mesh=context.mesh,
-  )
-  return output.variables
-
-
-def read(path: pathlib.Path, part: str) -> list[Row]:
-  """Reads a table; empty where there is none.
+def read(path: pathlib.Path) -> list[Row]:
+  """Reads a table of trainings; empty where there is none.
 
   Raises:
-    ValueError: If the file is no such table. The last columns may be missing:
-      older tables have no `agreement`.
+    ValueError: If the file is no such table.
   """
   if not path.exists():
     return []
-  fields = _fields(part)
   names, lines = files.read_csv(path)
-  if len(names) < len(fields) - 1 or tuple(names) != fields[: len(names)]:
-    raise ValueError(f"table must have the columns {fields}, got {path}")
+  if tuple(names) != _FIELDS:
+    raise ValueError(f"table must have the columns {_FIELDS}, got {path}")
   try:
-    return [_row(line, part) for line in lines]
+    return [_row(line) for line in lines]
   except ValueError as error:
     raise ValueError(f"table must hold numbers, got {path}: {error}") from None
 
 
-def _fields(part: str) -> tuple[str, ...]:
-  return (*Trial._fields, "seed", *FIGURES[part])
-
-
-def _row(line: dict[str, str], part: str) -> Row:
+def _row(line: dict[str, str]) -> Row:
   return Row(
     Trial(
       line["schedule"],
@@ -359,46 +283,39 @@ def _row(line: dict[str, str], part: str) -> Row:
       *(int(line[name]) for name in Trial._fields[2:]),
     ),
     int(line["seed"]),
-    {
-      name: float(line[name]) if line.get(name) else None
-      for name in FIGURES[part]
-    },
+    {name: float(line[name]) if line[name] else None for name in FIGURES},
   )
 
 
-def to_csv(rows: Sequence[Row], part: str) -> str:
+def to_csv(rows: Sequence[Row]) -> str:
   """Returns the table as text, with a line of names."""
-  table: list[Sequence[Any]] = [_fields(part)]
+  table: list[Sequence[Any]] = [_FIELDS]
   for row in rows:
-    values = [row.figures[name] for name in FIGURES[part]]
+    values = [row.figures[name] for name in FIGURES]
     texts = ["" if value is None else f"{value:.4f}" for value in values]
     table.append([*row.trial, row.seed, *texts])
   return files.to_csv(table)
 
 
-def summary(rows: Sequence[Row], part: str) -> str:
+def summary(rows: Sequence[Row]) -> str:
   """Returns one line a trial, first the one to take.
 
-  For training, of those whose mean validation accuracy is within a standard
-  error (binomial, of all seeds' validation images) of the best, the one with
-  the lowest cross-entropy; for unlearning, the one with the lowest mean of the
-  normalised distances. The others follow in the order of their figure.
+  Of those whose mean validation accuracy is within a standard error (binomial,
+  of all seeds' validation images) of the best, it is the one with the lowest
+  cross-entropy. The others follow in the order of their accuracy.
   """
   lines: list[tuple[float, float, str]] = []
   for trial in dict.fromkeys(row.trial for row in rows):
     same = [row for row in rows if row.trial == trial]
     means = {
       name: float(np.mean(values))
-      for name in FIGURES[part]
+      for name in FIGURES
       if (values := [x for row in same if (x := row.figures[name]) is not None])
     }
-    score, tie = means.get("accuracy", 0.0), means.get("loss", 0.0)
-    if part == "unlearning":
-      score = -(means["normalised_forget"] + means["normalised_retain"]) / 2
     lines.append(
       (
-        score,
-        tie,
+        means.get("accuracy", 0.0),
+        means.get("loss", 0.0),
         f"rate {trial.learning_rate:<6g} batch {trial.batch_size:<4}"
         f" epochs {trial.num_epochs:<3} {trial.schedule}: "
         + ", ".join(f"{name} {value:.3f}" for name, value in means.items())
@@ -406,11 +323,11 @@ def summary(rows: Sequence[Row], part: str) -> str:
       )
     )
   lines.sort(reverse=True)
-  if lines and part == "training":
+  if lines:
     best = lines[0][0]
     # Two accuracies of about `best` differ by so much by chance.
-    num_held = VALIDATION_FRACTION * sum(row.trial.num_images for row in rows)
-    num_held /= len(lines)
+    num_images = sum(row.trial.num_images for row in rows) / len(lines)
+    num_held = tune_methods.VALIDATION_FRACTION * num_images
     error = math.sqrt(best * (1 - best) / num_held)
     near = [line for line in lines if line[0] >= best - error]
     taken = min(near, key=lambda line: line[1])

@@ -18,7 +18,7 @@ def test_trials_are_kept_and_not_done_again(tmp_path, capsys):
   table = tmp_path / "tables" / "digits.csv"
   run("--rates", "0.05", "--table", str(table))
   before = table.read_text()
-  rows = tune.read(table, "training")
+  rows = tune.read(table)
   assert [row.seed for row in rows] == [2022, 2023]
   assert rows[0].figures["spread"] is None
   assert rows[1].figures["spread"] > 0
@@ -27,7 +27,7 @@ def test_trials_are_kept_and_not_done_again(tmp_path, capsys):
   run("--rates", "0.05", "0.1", "--table", str(table))
   # The seconds of a training done anew would differ.
   assert table.read_text().startswith(before)
-  assert len(tune.read(table, "training")) == 4
+  assert len(tune.read(table)) == 4
   assert len(capsys.readouterr().out.strip().splitlines()) == 2
   assert not (tmp_path / "runs").exists()
 
@@ -50,7 +50,7 @@ def test_the_first_line_is_near_the_best_with_the_lowest_loss():
     *rows(0.1, (0.91, 0.92), 0.2),
     *rows(0.2, (0.80, 0.80), 0.1),
   ]
-  lines = tune.summary(table, "training").splitlines()
+  lines = tune.summary(table).splitlines()
   assert [line.split()[1] for line in lines] == ["0.1", "0.05", "0.2"]
 
 
@@ -64,37 +64,3 @@ def test_the_first_line_is_near_the_best_with_the_lowest_loss():
 )
 def test_bad_input(capsys, arguments, words):
   assert words in programs_test.failing(capsys, tune, *ARGUMENTS, *arguments)
-
-
-@pytest.mark.slow
-def test_unlearning_is_tried_against_retrained_models(tmp_path, capsys):
-  table = tmp_path / "unlearning.csv"
-  run(
-    *("--part", "unlearning", "--forget-classes", "1", "--seeds", "1"),
-    *("--rates", "0.001", "10", "--epochs", "2", "--table", str(table)),
-  )
-  small, large = tune.read(table, "unlearning")
-  # A rate that destroys the model is far from retrained ones.
-  assert (
-    large.figures["normalised_retain"] > 2 * small.figures["normalised_retain"]
-  )
-  assert capsys.readouterr().out.startswith("rate 0.001")
-  assert small.figures["agreement"] == large.figures["agreement"]
-  assert 0 <= small.figures["agreement"] <= 1
-
-
-def test_tables_without_the_last_column_are_read(tmp_path):
-  trial = tune.Trial("one_cycle", 0.1, 32, 3, 100)
-  figures = dict.fromkeys(tune.FIGURES["unlearning"], 0.5)
-  text = tune.to_csv([tune.Row(trial, 1, figures)], "unlearning")
-  table = tmp_path / "table.csv"
-  table.write_text(text)
-  assert tune.read(table, "unlearning")[0].figures["agreement"] == 0.5
-  table.write_text(
-    "".join(
-      line.rpartition(",")[0] + "\n" for line in text.strip().splitlines()
-    )
-  )
-  (row,) = tune.read(table, "unlearning")
-  assert row.figures["agreement"] is None
-  assert row.figures["normalised_retain"] == 0.5
