@@ -60,9 +60,9 @@ class Unlearning:
   step_size: float = 0.03
   """First step of the search (epsilon), in pixels of [0, 1]; released: 0.1.
   With the norm l2 it is the length of the whole step, and must be larger."""
-  step_growth: float = 1.5
+  step_growth: float = 2.0
   """Each step of the search is so many times as long as the one before."""
-  num_bisections: int = 2
+  num_bisections: int = 3
   """So often the step that crossed the boundary is halved, back towards it."""
   step_decay: Literal["constant", "sqrt"] = "constant"
   max_distance: float | None = None

@@ -51,8 +51,8 @@ LEARNING_RATE = 5e-3
 SEARCH_DEFAULTS = {
   "num_steps": 50,
   "step_size": 0.03,
-  "step_growth": 1.5,
-  "num_bisections": 2,
+  "step_growth": 2.0,
+  "num_bisections": 3,
 }
 _SEARCH_NAMES, _TARGET_NAMES = (
   tuple(field.name for field in dataclasses.fields(value) if field.init)

@@ -311,6 +311,10 @@ def _of_job(
   if method in _UNSEEN:
     argument, use = _UNSEEN[method]
     held, words = _unseen(context)
+    shown = context.parts["test_forget"]
+    if contexts.stop_target(context) == "proxy" and len(shown):
+      # Those set apart are of another kind.
+      held, words = shown, "test_forget: no images of its kind are set apart"
     return {}, {argument: held}, f"{use} {words}"
   return {}, {}, None
 
