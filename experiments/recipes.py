@@ -100,7 +100,7 @@ class Unlearning:
   soft_other: the same without the old class; raw_logits: as released."""
   image_weight: float | None = None
   """Where soft labels are taken: 0, at the boundary; 1, at the image itself;
-  None: 1 with soft_other, else 0."""
+  None: 0.5 with soft_other, else 0."""
   retain_labels: Literal["hard", "soft", "raw_logits"] | None = None
   top_k: int | None = None
   batch_stats: Literal["update", "frozen"] = "update"

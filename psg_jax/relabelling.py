@@ -166,10 +166,9 @@ class Targets:
   """What forget and retain images are taught: a value that checks itself.
 
   Soft targets are of the geometric mean of the predictions at the boundary
-  point and at the image, `softmax((1 - w) z(x + δ) + w z(x))`. A retrained
-  model says of an image of a forgotten class about what the original says of
-  the image itself, that class apart; at the boundary point more is lost than
-  the class (docs/targets.md).
+  point and at the image, `softmax((1 - w) z(x + δ) + w z(x))`. Of the image
+  itself a model tells more, at the boundary it is less sure of itself: the mean
+  of both was never the worst on validation images (docs/targets.md).
 
   Attributes:
     labels: `"hard"`: the class reached; `"soft"`: a prediction of the frozen
@@ -178,8 +177,8 @@ class Targets:
       released code has it, logits where probabilities belong (it can destroy a
       model: for comparison only).
     image_weight: `w` in [0, 1], of soft labels: 0, at the boundary point; 1, at
-      the image itself, which needs no search. By default 1 with `"soft_other"`,
-      else 0.
+      the image itself, which needs no search. By default 0.5 with
+      `"soft_other"`, else 0.
     retain_labels: Targets of the retain set: `"hard"`, its labels; `"soft"`,
       the frozen model's own predictions; `"raw_logits"`. None for those of
       `labels`, and hard ones with `"soft_other"`.
@@ -199,7 +198,7 @@ class Targets:
     is_soft = self.labels in SOFT_LABELS
     weight, retain_labels = self.image_weight, self.retain_labels
     if weight is None:
-      weight = 1.0 if self.labels == "soft_other" else 0.0
+      weight = 0.5 if self.labels == "soft_other" else 0.0
     checks.number("image_weight", weight, at_least=0, at_most=1)
     if weight > 0 and not is_soft:
       raise ValueError(

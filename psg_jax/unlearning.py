@@ -111,8 +111,7 @@ def unlearn(
     split: The forget and the retain set.
     key: One typed key.
     search_fn: A `boundary.Search` or another search, in place of its options;
-      None for those. Where it or one of them is given and `image_weight` is
-      not, targets are those at the boundary.
+      None for those.
     search_batch_size: Images searched at a time, and likewise
       `eval_batch_size`, images predicted at a time: what fits the memory; the
       result is the same, but that of a `search_fn` that looks at its batch.
@@ -151,9 +150,7 @@ def unlearn(
   """
   named = dict(options)
   target_options = _taken(options, _TARGET_NAMES)
-  has_search = bool(_taken(options, _SEARCH_NAMES)) or search_fn is not None
-  if has_search and target_options.get("image_weight") is None:
-    target_options["image_weight"] = 0.0  # It was given to be used.
+  _taken(options, _SEARCH_NAMES)
   passes = _passes(model, variables, split, retain_weight, options)
   taught = relabelling.Targets(**target_options)
   check_labels(taught.labels, taught.top_k, split.forget.num_classes)
