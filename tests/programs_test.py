@@ -29,10 +29,18 @@ from experiments import (
   report,
   run_figures,
   run_folder,
+  search_benchmark,
   train,
   unlearn,
 )
-from psg_jax import checkpoints, data, metrics, programs, torch_weights
+from psg_jax import (
+  boundary,
+  checkpoints,
+  data,
+  metrics,
+  programs,
+  torch_weights,
+)
 from tests import fakes
 
 SMALL = [
@@ -153,6 +161,26 @@ def test_cost_of_evaluation_is_of_all_metrics(runs):
   assert set(row["missing"]) <= allowed
   assert 0 < row["prediction"] < row["evaluation"]
   assert [(run / name).read_bytes() for name in names] == before
+
+
+def test_cost_of_searches_is_measured_beside_fine_steps(runs, monkeypatch):
+  job = cli.read_job(runs / "first")
+  monkeypatch.setattr(
+    search_benchmark,
+    "SEARCHES",
+    {
+      "fine steps": boundary.Search(num_steps=40, step_size=0.02),
+      "growing": boundary.Search(
+        num_steps=40, step_size=0.02, step_growth=2.0, num_bisections=4
+      ),
+    },
+  )
+  rows = search_benchmark.measure(dataclasses.replace(job, resume=True))
+  assert rows["fine steps"]["same"] == 1
+  assert rows["growing"]["gradients"] <= rows["fine steps"]["gradients"]
+  for row in rows.values():
+    assert row["seconds"] > 0
+    assert 0 <= row["crossed"] <= 1
 
 
 def test_resuming_a_run_of_an_earlier_version(runs, tmp_path):
