@@ -31,7 +31,7 @@ from psg_jax import (
 )
 
 History: TypeAlias = list[dict[str, Any]]
-BATCH_STATS = ("update", "retain", "frozen")
+BATCH_STATS = ("update", "frozen")
 RunFn: TypeAlias = Callable[..., tuple[steps.TrainState, steps.Reported]]
 Callback: TypeAlias = Callable[[steps.TrainState, dict[str, Any]], None]
 

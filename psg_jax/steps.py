@@ -393,8 +393,6 @@ def _gradient(
     if program.batch_stats == "frozen":
       return model.apply(variables, batch.images), variables
     mask = batch.weights > 0 if program.is_masked else None
-    if program.batch_stats == "retain":
-      mask = (batch.weights > 0) & ~batch.is_forget
     return apply_train(model, variables, batch.images, apply_key, mask)
 
   def objective(trained: chex.ArrayTree) -> Any:
