@@ -82,7 +82,10 @@ def unlearn(
   arguments = dict(resolved.arguments)
   if is_aimed(resolved):
     aim = contexts.aim(context, variables, show_progress=show_progress)
-    arguments |= aim.options()
+    options = aim.options()
+    if resolved.method != "psg":
+      options.pop("targets", None)  # They are not of these labels.
+    arguments |= options
   output = baselines.find(resolved.method).fn(
     context.model,
     variables,

@@ -192,7 +192,7 @@ def _job(stored: dict[str, Any], run_dir: pathlib.Path) -> recipes.Job:
       stored[name] = tuple(value)
   stored |= {
     "training": recipes.Training(**stored["training"]),
-    "unlearning": recipes.Unlearning(**stored["unlearning"]),
+    "unlearning": recipes.Unlearning(**recipes.upgraded(stored["unlearning"])),
     "runs_dir": str(run_dir.parent),
     "name": run_dir.name,
     "resume": False,

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import math
 import pathlib
 import types as types_lib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from psg_jax import (
   unlearning,
 )
 from psg_jax import proxies as proxies_lib
+from psg_jax.baselines import last_layers
 
 MODELS = files.MODELS
 _VALIDATION_SEED = 0
@@ -126,14 +128,21 @@ def stop_target(context: Context) -> Literal["zero", "unseen", "proxy"]:
     return target
   if is_class_request(context):
     return "zero"
-  # How a model was trained that was brought along is not known.
-  is_cheap = _proxy_cost(context) <= MOST_PROXY_COST
-  return "proxy" if context.job.weights is None and is_cheap else "unseen"
+  options = context.job.unlearning
+  # What proxies say is taught in the place of the default labels alone, and how
+  # a model was trained that was brought along is not known.
+  is_default = options.search == "multi_step" and options.labels == "soft_other"
+  can_train = context.job.weights is None and options.retain_weight > 0
+  is_cheap = proxy_cost(context) <= MOST_PROXY_COST
+  return "proxy" if is_default and can_train and is_cheap else "unseen"
 
 
-def _proxy_cost(context: Context) -> float:
-  """What proxies cost, as a part of a retraining."""
-  job = context.job
+def proxy_cost(context: Context) -> float:
+  """What proxies cost, as a part of a retraining; no images cost infinity."""
+  job, num_retain = context.job, len(context.split.retain)
+  num_rows = round(job.unlearning.proxy_fraction * num_retain)
+  if num_rows < context.train.num_classes:
+    return math.inf
   return proxies_lib.cost(
     len(context.split.retain),
     num_models=job.unlearning.num_proxies,
@@ -318,6 +327,23 @@ def search_fn(context: Context) -> unlearning.SearchFn | None:
   )
 
 
+def trainable(context: Context, layers: Sequence[str]) -> Any:
+  """Marks the layers that are moved, for `engine.Passes`.
+
+  Raises:
+    ValueError: If the network has no such layer.
+  """
+  variables = jax.eval_shape(
+    context.model.init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, *context.train.images.shape[1:]), np.float32),
+  )
+  try:
+    return last_layers.trainable(variables, 1, layers)
+  except ValueError as error:
+    raise ValueError(f"unlearning.{error}") from None
+
+
 def unlearn_options(context: Context) -> dict[str, Any]:
   """Keyword arguments of `unlearning.unlearn` that the job sets."""
   options = dataclasses.asdict(context.job.unlearning)
@@ -331,8 +357,10 @@ def unlearn_options(context: Context) -> dict[str, Any]:
   taught = unlearning.Targets(
     labels=options["labels"], image_weight=options["image_weight"]
   )
+  layers = options.pop("layers")
   return {
     **options,
+    "trainable": trainable(context, layers) if layers else None,
     "image_weight": taught.image_weight,
     "search_fn": search_fn(context),
     "eval_batch_size": context.job.eval_batch_size,

@@ -16,6 +16,7 @@ A step that is finished is not done again when the job is resumed.
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import time
 from typing import Any
@@ -112,6 +113,15 @@ def check(job: recipes.Job) -> None:
   if options.confidence is not None:
     confidence = options.confidence
     checks.number("unlearning.confidence", confidence, at_least=0, below=1)
+  try:
+    unlearning.Targets(
+      labels=options.labels,
+      image_weight=options.image_weight,
+      retain_labels=options.retain_labels,
+      top_k=options.top_k,
+    )
+  except ValueError as error:
+    raise ValueError(f"unlearning.{error}") from None
   sets.check(job)
   requests.build(job)
 
@@ -189,6 +199,14 @@ def _prepare(
   unlearning.check_labels(
     job.unlearning.labels, job.unlearning.top_k, context.train.num_classes
   )
+  if contexts.stop_target(context) == "proxy" and math.isinf(
+    contexts.proxy_cost(context)
+  ):
+    raise ValueError(
+      "unlearning.proxy_fraction must leave an image a class, got"
+      f" {job.unlearning.proxy_fraction:g} of {len(context.split.retain)}"
+      " retained images"
+    )
   if job.weights is not None:
     _imported(context)
   if job.pretrained is not None:

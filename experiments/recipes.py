@@ -7,7 +7,8 @@ docs/tuning. Where a recipe names none, the rate is not from a table.
 
 import dataclasses
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -104,6 +105,9 @@ class Unlearning:
   retain_labels: Literal["hard", "soft", "raw_logits"] | None = None
   top_k: int | None = None
   batch_stats: Literal["update", "frozen"] = "update"
+  layers: tuple[str, ...] = ()
+  """Layers that are moved, by the beginning of their names (head, layer4); all
+  by default."""
   refresh_labels: bool = False
   target: Literal["auto", "zero", "unseen", "proxy"] = "auto"
   """When to stop: zero, after all passes; unseen, when the accuracy on the
@@ -218,6 +222,8 @@ RELEASED = Unlearning(
   num_bisections=0,
   labels="hard",
   batch_size=64,
+  target="unseen",
+  max_cycles=1,
   learning_rate=1e-5,
   schedule="constant",
   weight_decay=0.0,
@@ -225,14 +231,14 @@ RELEASED = Unlearning(
   retain_weight=0.0,
 )
 
-# Without any retained image: what the original model says of the forget
-# images, the old class apart, is all that holds the other classes in place, and
-# statistics and weights move little.
+# Without any retained image nothing holds features and statistics in place:
+# only the head is moved, on validation images the nearest to retraining. What
+# the features know of the old class stays in them.
 NO_RETAIN_DATA = Unlearning(
-  learning_rate=3e-4,
-  num_epochs=1,
+  learning_rate=0.01,
   retain_weight=0.0,
   batch_stats="frozen",
+  layers=("head",),
 )
 
 # The paper's own form: a search of constant steps, and the class it reaches.
@@ -246,6 +252,7 @@ PAPER = Unlearning(
   batch_size=64,
   retain_batch_size=64,
   target="unseen",
+  max_cycles=1,
 )
 
 UNLEARNING: dict[str, Unlearning] = {
@@ -422,6 +429,19 @@ def find(name: str) -> Job:
   """
   checks.one_of("recipe", name, JOBS)
   return JOBS[name]
+
+
+def upgraded(unlearning: Mapping[str, Any]) -> dict[str, Any]:
+  """Adds to options of an earlier version what it did without saying."""
+  if not unlearning or "step_growth" in unlearning:
+    return dict(unlearning)
+  earlier = {
+    "step_growth": 1.0,
+    "num_bisections": 0,
+    "retain_batch_size": unlearning.get("batch_size", 64),
+    "max_cycles": 1,
+  }
+  return {**earlier, **unlearning}
 
 
 def method(name: str) -> Unlearning:

@@ -80,6 +80,8 @@ def _stored_job(folder: pathlib.Path) -> dict[str, Any] | None:
     return None
   defaults = json.loads(json.dumps(job_options(recipes.Job())))
   # Until there were schedules, rates were constant.
+  options = recipes.upgraded(before.get("unlearning", {}))
+  before = {**before, "unlearning": options}
   nested = {
     name: {**defaults[name], "schedule": "constant", **before.get(name, {})}
     for name in ("training", "unlearning")

@@ -489,6 +489,11 @@ def _moved(
 ) -> jax.Array:
   """Takes a step, back into the ball and into the bounds of pixels."""
   size = search.step_size * search.step_growth ** (step - 1).astype(delta.dtype)
+  # No further than from one end of the range to the other, lest it overflow.
+  across = search.bounds[1] - search.bounds[0]
+  if search.norm == "l2":
+    across *= delta.size**0.5
+  size = jnp.minimum(size, jnp.maximum(search.step_size, across))
   if search.step_decay == "sqrt":
     size = size / jnp.sqrt(step.astype(delta.dtype))
   delta = delta + size * _unit(direction, search.norm)

@@ -113,8 +113,8 @@ def fit(
   half of the correction, which may be of another size on the forget images.
 
   Args:
-    model: The network of the proxies; a narrower one costs less.
-    variables: The original model's, of a network that `model` need not be.
+    model: The network, of the original and of the proxies.
+    variables: The original model's.
     split: The forget and the retain set.
     key: One typed key.
     unseen: `V`, images like the retained ones that the original has not seen,
@@ -289,7 +289,9 @@ def level(
     between + variance.mean() + np.square(correction.mean() / 2)
   )
   ends = values.mean() + _QUANTILE * deviation * np.array([0.0, -1.0, 1.0])
-  return Level(*(float(x) for x in scipy.special.expit(ends)))
+  # Without the half images, so that all of them can be right, or none.
+  hits = scipy.special.expit(ends) * (num_images + 1) - 0.5
+  return Level(*(float(x) for x in np.clip(hits / num_images, 0, 1)))
 
 
 def _log_odds(shares: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -157,6 +157,8 @@ def unlearn(
   checks.integer("search_batch_size", search_batch_size, at_least=1)
   checks.integer("eval_batch_size", eval_batch_size, at_least=1)
   checks.integer("max_cycles", max_cycles, at_least=1)
+  if retain_batch_size is not None:
+    checks.integer("retain_batch_size", retain_batch_size, at_least=1)
   if target_accuracy is not None:
     checks.number("target_accuracy", target_accuracy, at_least=0, at_most=1)
     num_steps = passes.num_epochs * _num_steps(split, passes.batch_size)

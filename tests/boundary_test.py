@@ -403,6 +403,20 @@ def test_a_search_that_gave_up_is_not_bisected():
   np.testing.assert_allclose(output.distance, 0.01 + 0.015 + 0.0225, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm", boundary.NORMS)
+def test_growing_steps_do_not_overflow(norm):
+  output = boundary.search(
+    *one_search(margin=1e3),
+    num_steps=300,
+    step_size=0.01,
+    step_growth=2.0,
+    norm=norm,
+  )
+  # All pixels are at the end of their range.
+  np.testing.assert_allclose(output.images, 1.0)
+  assert np.isfinite(output.logits).all()
+
+
 def test_bisection_keeps_to_the_ball_the_grid_and_the_confidence(nonlinear):
   options = {"num_steps": 20, "step_size": 0.05, "step_growth": 1.5}
   output = boundary.search(

@@ -372,6 +372,14 @@ def test_help_and_typos_from_the_command_line(program):
       ["--unlearning.labels=hard", "--unlearning.top_k=3"],
       "top_k must be None with hard labels, got 3",
     ),
+    (
+      ["--unlearning.image_weight=2"],
+      "unlearning.image_weight must be .* got 2",
+    ),
+    (
+      ["--unlearning.target=proxy", "--unlearning.proxy_fraction=0.001"],
+      "unlearning.proxy_fraction must leave an image a class, got 0.001",
+    ),
     (["--unlearning.noise=gaussian"], "gaussian.*noise"),
     (["--unlearning.norm=l1"], "l1.*norm"),
     (["--width=abc"], "width.*abc"),

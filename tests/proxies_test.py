@@ -66,7 +66,9 @@ def test_nothing_is_called_for_where_a_retrained_model_would_know_as_much():
   forget = fakes.blobs(60, seed=5)
   outcome = fit(forget, original)
   assert outcome.original_accuracy == 1
-  assert outcome.accuracy.holds(1.0) or outcome.accuracy.high > 0.98
+  assert outcome.accuracy.high == 1
+  assert not outcome.is_called_for
+  assert "no change is called for" in str(outcome)
   assert outcome.confidence.value > 0.8
 
 
@@ -107,6 +109,14 @@ def test_a_level_is_corrected_in_log_odds():
     np.log(odds) + 1.96 * np.log(odds) / 2 * np.array([-1, 1])
   )
   np.testing.assert_allclose([corrected.low, corrected.high], ends, atol=1e-3)
+
+
+@pytest.mark.parametrize("number", [1, 10, 1000])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_all_images_or_none_can_be_right(share, number):
+  level = proxies.level(np.array([share, share]), number)
+  assert level.value == pytest.approx(share, abs=1e-9)
+  assert level.holds(share)
 
 
 def test_an_interval_holds_what_chance_alone_makes():

@@ -33,7 +33,7 @@ _RATES = ("learning_rate", "momentum", "weight_decay")
 # Set by the program, or not to be written on a command line.
 _RESERVED = frozenset(
   {
-    *("model", "variables", "split", "key", "callback", "mesh"),
+    *("model", "variables", "split", "key", "callback", "mesh", "targets"),
     *("show_progress", "optimizer", "repair_optimizer", "search_fn"),
     *("augment_fn", "validation", "held_out", "trainable", "state"),
     *("description",),
@@ -289,11 +289,12 @@ def _of_job(
   job = context.job
   if method in OURS:
     options = contexts.unlearn_options(context)
-    objects = {"search_fn": options.pop("search_fn")}
+    objects = {name: options.pop(name) for name in ("search_fn", "trainable")}
     if method == "psg_soft":
       return {**options, **_soft(context)}, objects, None
     if method == "psg_hard":
       hard = {"labels": "hard", "image_weight": None, "retain_labels": None}
+      hard["top_k"] = None
       return {**options, **hard}, objects, _aim(context)
     return options, objects, _aim(context)
   if method == "retrain":
