@@ -28,6 +28,7 @@ import numpy as np
 from experiments import (
   contexts,
   files,
+  option_checks,
   recipes,
   requests,
   run_figures,
@@ -36,9 +37,7 @@ from experiments import (
 )
 from psg_jax import (
   checkpoints,
-  checks,
   data,
-  models,
   parallel,
   torch_weights,
   training,
@@ -52,6 +51,7 @@ MODELS = contexts.MODELS
 is_class_request = contexts.is_class_request
 standardisation = contexts.standardisation
 augment_fn = contexts.augment_fn
+check = option_checks.check
 stop_target = contexts.stop_target
 target_accuracy = contexts.target_accuracy
 unlearn_options = contexts.unlearn_options
@@ -69,61 +69,6 @@ write_json = run_folder.write_json
 _SAVE_SECONDS = 120.0
 # Of epochs that take less, not each is kept: the last, and one in so long.
 EPOCH_SAVE_SECONDS = 5.0
-
-
-def check(job: recipes.Job) -> None:
-  """Raises ValueError for what can be seen wrong before any work."""
-  checks.one_of("model", job.model, models.names())
-  checks.number("width", job.width, above=0)
-  checks.integer("seed", job.seed, at_least=0)
-  for name in ("num_train", "num_devices", "references", "eval_batch_size"):
-    if getattr(job, name) is not None:
-      checks.integer(name, getattr(job, name), at_least=1)
-  for part in ("training", "unlearning"):
-    options = getattr(job, part)
-    checks.number(f"{part}.learning_rate", options.learning_rate, above=0)
-    checks.number(f"{part}.momentum", options.momentum, at_least=0, below=1)
-    checks.number(f"{part}.weight_decay", options.weight_decay, at_least=0)
-    if options.num_epochs is not None:
-      checks.integer(f"{part}.num_epochs", options.num_epochs, at_least=1)
-    checks.integer(f"{part}.batch_size", options.batch_size, at_least=1)
-    checks.integer(f"{part}.num_parts", options.num_parts, at_least=1)
-  options = job.unlearning
-  for name in ("num_steps", "search_batch_size"):
-    checks.integer(f"unlearning.{name}", getattr(options, name), at_least=1)
-  checks.number("unlearning.step_size", options.step_size, above=0)
-  checks.number("unlearning.step_growth", options.step_growth, at_least=1)
-  checks.integer(
-    "unlearning.num_bisections", options.num_bisections, at_least=0
-  )
-  checks.integer("unlearning.num_proxies", options.num_proxies, at_least=2)
-  checks.number(
-    "unlearning.proxy_fraction", options.proxy_fraction, above=0, below=1
-  )
-  checks.integer("unlearning.max_cycles", options.max_cycles, at_least=1)
-  if options.retain_batch_size is not None:
-    checks.integer(
-      "unlearning.retain_batch_size", options.retain_batch_size, at_least=1
-    )
-  for name in ("distance_weight", "noise_scale", "retain_weight"):
-    value = getattr(options, name)
-    checks.number(f"unlearning.{name}", value, at_least=0)
-  if options.max_distance is not None:
-    checks.number("unlearning.max_distance", options.max_distance, above=0)
-  if options.confidence is not None:
-    confidence = options.confidence
-    checks.number("unlearning.confidence", confidence, at_least=0, below=1)
-  try:
-    unlearning.Targets(
-      labels=options.labels,
-      image_weight=options.image_weight,
-      retain_labels=options.retain_labels,
-      top_k=options.top_k,
-    )
-  except ValueError as error:
-    raise ValueError(f"unlearning.{error}") from None
-  sets.check(job)
-  requests.build(job)
 
 
 def prepare(

@@ -99,6 +99,8 @@ def test_proxies_say_when_to_stop(tmp_path, data_dir, capsys):
   # Few images take many epochs to make a model.
   assert said["cost"] > 1
   assert "a model that never saw them is expected" in capsys.readouterr().out
+  page = (tmp_path / "proxies" / "report.html").read_text()
+  assert "Accuracy expected on images to forget" in page
   # No figure is of the images that corrected it, which are of another kind.
   counts = read(tmp_path / "proxies" / "data.json")["counts"]
   test = data.load("phantom_fundus@16", "test").metadata.to_pylist()

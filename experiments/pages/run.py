@@ -61,6 +61,7 @@ class Run(NamedTuple):
   twins: Mapping[str, np.ndarray] | None = None
   flips: Sequence[Mapping[str, str]] | None = None
   flip_images: np.ndarray | None = None
+  proxies: Mapping[str, Any] | None = None
 
   @property
   def job(self) -> Mapping[str, Any]:
@@ -113,6 +114,7 @@ def read(folder: pathlib.Path) -> Run:
     names = ("images", "boundary", "old_labels", "new_labels")
     path = folder / "examples.npz"
     examples = files.read_arrays(path, *names, "distance", "is_crossed")
+  path = folder / "proxies.json"
   run = Run(
     config=files.read_json(folder / "config.json"),
     models=tables.Models(metrics),
@@ -122,6 +124,7 @@ def read(folder: pathlib.Path) -> Run:
     features=files.read_arrays(folder / "features.npz", "labels", "is_forget"),
     twins=arrays("twins.npz", "left", "right"),
     flips=read_out.read_flips(folder),
+    proxies=files.read_json(path) if path.is_file() else None,
     flip_images=(arrays("flips.npz", "images") or {}).get("images"),
   )
   for key in ("class_names", "counts"):
@@ -196,6 +199,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
   return [
     ("Recipe", tables.words(run.job.get("recipe"))),
     *request.sizes(run.data),
+    *_expected(run.proxies),
     ("Seed", tables.words(run.job.get("seed"))),
     ("Written", tables.date(run.config.get("created"))),
   ]
@@ -269,6 +273,19 @@ def _time_rows(models: tables.Models) -> list[tables.Row]:
 
     rows.append(models.row("Share of retraining", "seconds", show=share))
   return rows
+
+
+def _expected(proxies: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+  """What models say of the forget set that never saw it."""
+  if proxies is None:
+    return []
+  value, low, high = (
+    tables.percent(proxies.get(name)) for name in ("accuracy", "low", "high")
+  )
+  text = f"{value} ({low} to {high})"
+  if not proxies.get("is_called_for"):
+    text += ", as the original: no change is called for"
+  return [("Accuracy expected on images to forget", text)]
 
 
 def _relabelling(run: Run) -> list[tuple[str, str]]:
