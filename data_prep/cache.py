@@ -33,7 +33,7 @@ def main() -> None:
   """Runs the program."""
   options = tyro.cli(
     Options,
-    prog="python -m data_prep.cache",
+    prog=programs.command(),
     args=programs.arguments(),
     use_underscores=True,
   )

@@ -71,7 +71,7 @@ def main() -> None:
   """Runs the program; wrong input ends it with one line and status 2."""
   options = tyro.cli(
     Options,
-    prog="python -m data_prep.prepare",
+    prog=programs.command(),
     args=programs.arguments(),
     use_underscores=True,
   )

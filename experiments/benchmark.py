@@ -20,7 +20,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import tyro
 
 import psg_jax
 from experiments import benchmark_tasks, cli, run_folder
@@ -39,10 +38,8 @@ _IDLE_LOAD = 0.5
 
 def main() -> None:
   """Times, compares what comes out, and prints both."""
-  options = tyro.cli(
-    benchmark_tasks.Options,
-    description="Time psg_jax against PyTorch.",
-    use_underscores=True,
+  options = cli.parse(
+    benchmark_tasks.Options, description="Time psg_jax against PyTorch."
   )
   check(options)
   torch_version = None

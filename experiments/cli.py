@@ -147,6 +147,7 @@ def parse(
     with contextlib.redirect_stderr(said):
       given: _OptionsT = tyro.cli(
         options,
+        prog=programs.command(),
         args=programs.arguments(),
         description=description,
         use_underscores=True,

@@ -30,7 +30,7 @@ class ReportOptions:
 
 def main() -> None:
   """Writes the page of a run folder and prints its path."""
-  options = tyro.cli(
+  options = cli.parse(
     ReportOptions, description="Write the page that shows what a run did."
   )
   print(build(options.run))

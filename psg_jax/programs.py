@@ -33,17 +33,41 @@ _OUT_OF_MEMORY = (
 )
 _TRACEBACK = "PSG_JAX_TRACEBACK"
 
+# Each is `psg NAME`, `psg-NAME` and `python -m experiments.NAME`.
+COMMANDS = {
+  "demo": "train, retrain, unlearn, compare and report in one go",
+  "prepare": "prepare a data set, or images of your own",
+  "cache": "list the prepared sets, and remove them",
+  "train": "train the original model and the retrained one",
+  "unlearn": "take images out of a trained model",
+  "report": "write the page that shows what a run did",
+  "compare": "compare unlearning methods over training seeds",
+  "audit": "attack unlearned models: U-LiRA and KLOM",
+  "tune": "choose settings on validation images",
+  "benchmark": "time the library against eager PyTorch",
+}
+_BUILDERS = ("prepare", "cache")
+
 
 class _Terminated(BaseException):
   """SIGTERM came."""
 
 
 def start() -> None:
-  """Runs the program that a command such as `psg-train` is named after."""
+  """Runs the program that a command such as `psg-train` is named after.
+
+  `psg` itself is `experiments.psg`.
+  """
   quit_on_signals()
   name = pathlib.Path(sys.argv[0]).stem.removeprefix("psg-").replace("-", "_")
-  package = "data_prep" if name in ("prepare", "cache") else "experiments"
+  package = "data_prep" if name in _BUILDERS else "experiments"
   runpy.run_module(f"{package}.{name}", run_name="__main__", alter_sys=True)
+
+
+def command() -> str | None:
+  """Returns the installed command that runs this program; None without one."""
+  name = pathlib.Path(sys.argv[0]).stem
+  return f"psg-{name}" if name in COMMANDS else None
 
 
 def expect_signals() -> None:
