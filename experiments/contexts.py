@@ -141,7 +141,7 @@ def proxy_cost(context: Context) -> float:
   """What proxies cost, as a part of a retraining; no images cost infinity."""
   job, num_retain = context.job, len(context.split.retain)
   num_rows = round(job.unlearning.proxy_fraction * num_retain)
-  if num_rows < context.train.num_classes:
+  if num_rows < context.split.retain.num_classes:
     return math.inf
   return proxies_lib.cost(
     len(context.split.retain),

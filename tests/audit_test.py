@@ -11,7 +11,7 @@ import scipy.stats
 
 from experiments import attack, audit, contexts, jobs
 from experiments.pages import audit as audit_page
-from psg_jax import data, ensembles, ulira
+from psg_jax import data, ensembles, models, ulira
 from tests import fakes, programs_test
 
 SMALL = [
@@ -41,7 +41,7 @@ def data_dir(tmp_path_factory):
   data.load("digits", "test")
   # A network that is compiled in no time.
   model = fakes.linear_model(32 * 32, 10)
-  patch.setattr(jobs.models, "create", lambda *args, **options: model)
+  patch.setattr(models, "create", lambda *args, **options: model)
   yield folder
   patch.undo()
 

@@ -142,9 +142,9 @@ def test_damaged_tables_are_named(tmp_path, content):
 
 def test_a_table_of_trials_must_hold_numbers(tmp_path):
   path = tmp_path / "trials.csv"
-  text = tune.to_csv([], "training")
+  text = tune.to_csv([])
   path.write_text(text + "constant,x,1,1,1,0,0.5,0.5,0.5,1.0\n")
-  fails(lambda: tune.read(path, "training"), str(path), "'x'")
+  fails(lambda: tune.read(path), str(path), "'x'")
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), ValueError()])

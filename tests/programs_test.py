@@ -38,6 +38,7 @@ from psg_jax import (
   checkpoints,
   data,
   metrics,
+  models,
   programs,
   torch_weights,
 )
@@ -517,7 +518,7 @@ def test_checkpoint_of_another_model(runs):
   context = jobs.prepare(cli.read_job(runs / "first"), is_known_run=True)
   other = dataclasses.replace(context.job, width=0.1)
   wider = context._replace(job=other)._replace(
-    model=jobs.models.create(
+    model=models.create(
       "all_cnn",
       num_classes=10,
       num_channels=1,
