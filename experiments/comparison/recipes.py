@@ -36,8 +36,7 @@ _RESERVED = frozenset(
     *("model", "variables", "split", "key", "callback", "mesh", "targets"),
     *("show_progress", "optimizer", "repair_optimizer", "search_fn"),
     *("augment_fn", "validation", "held_out", "trainable", "state"),
-    *("description",),
-    *("step_callback", "stop_fn"),
+    *("description", "step_callback", "stop_fn"),
   }
 )
 _BATCH_SIZE = 64
@@ -293,9 +292,9 @@ def _of_job(
     if method == "psg_soft":
       return {**options, **_soft(context)}, objects, None
     if method == "psg_hard":
-      hard = {"labels": "hard", "image_weight": None, "retain_labels": None}
-      hard["top_k"] = None
-      return {**options, **hard}, objects, _aim(context)
+      others = dict.fromkeys(("image_weight", "retain_labels", "top_k"))
+      options = {**options, "labels": "hard", **others}
+      return options, objects, _aim(context)
     return options, objects, _aim(context)
   if method == "retrain":
     names = ("num_epochs", "batch_size", "schedule")

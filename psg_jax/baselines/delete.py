@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from psg_jax import (
@@ -100,6 +99,4 @@ def other_classes(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
   num_classes = logits.shape[-1]
   checks.integer("num_classes", num_classes, at_least=2)
   checks.labels(labels, len(logits), num_classes)
-  is_old = labels[:, None] == np.arange(num_classes)
-  masked = jnp.where(is_old, -jnp.inf, jnp.asarray(logits, jnp.float32))
-  return np.asarray(jax.nn.softmax(masked))
+  return unlearning.soft_targets(logits, labels="soft_other", old_labels=labels)
