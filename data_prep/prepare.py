@@ -31,9 +31,10 @@ class Options:
   """Prepares a data set for training and unlearning.
 
   Attributes:
-    dataset: The data set: digits, phantom_fundus, fashion_mnist, cifar10,
-      brain_tumor_mri, fundus, or image_folder for images of your own; all but
-      the first and those of 32 pixels may be followed by @SIZE.
+    dataset: The data set: digits, phantom_digits, phantom_fundus,
+      fashion_mnist, cifar10, pathmnist, svhn, brain_tumor_mri, fundus, or
+      image_folder for images of your own; all but the first two and those of 32
+      pixels may be followed by @SIZE.
     source: Raw file or folder; looked for or downloaded where not given.
     data_dir: Folder of all prepared sets; the environment variable
       PSG_JAX_DATA, or else ~/.cache/psg_jax, where not given.

@@ -13,6 +13,7 @@ import numpy as np
 from experiments import contexts, files, requests, run_folder
 from experiments.comparison import recipes
 from psg_jax import baselines, inference, metrics, types
+from psg_jax import proxies as proxies_lib
 
 DONE, DIVERGED = "done", "diverged"
 
@@ -57,11 +58,13 @@ class Unlearned(NamedTuple):
     output: Of the method.
     seconds: That it took.
     target: The accuracy it was to stop at, if any.
+    proxies: Those that said it, if any.
   """
 
   output: baselines.Output
   seconds: float
   target: float | None
+  proxies: proxies_lib.Proxies | None = None
 
 
 def unlearn(
@@ -80,9 +83,10 @@ def unlearn(
   """
   start = time.perf_counter()
   arguments = dict(resolved.arguments)
+  proxies = None
   if is_aimed(resolved):
     aim = contexts.aim(context, variables, show_progress=show_progress)
-    options = aim.options()
+    options, proxies = aim.options(), aim.proxies
     if resolved.method != "psg":
       options.pop("targets", None)  # They are not of these labels.
     arguments |= options
@@ -97,7 +101,8 @@ def unlearn(
   )
   jax.block_until_ready(output.variables)
   seconds = time.perf_counter() - start
-  return Unlearned(output, seconds, arguments.get("target_accuracy"))
+  target = arguments.get("target_accuracy")
+  return Unlearned(output, seconds, target, proxies)
 
 
 def is_aimed(resolved: recipes.Resolved) -> bool:

@@ -169,9 +169,33 @@ def _loaded(
   job: recipes.Job, folder: pathlib.Path, is_earlier: bool
 ) -> tuple[contexts.Context, int]:
   """Loads the images and splits them; says how many were read."""
+  loaded = sets.load(job)
+  num_read = len(loaded.train) + len(loaded.test)
+  return assemble(job, folder, loaded, is_earlier=is_earlier), num_read
+
+
+def assemble(
+  job: recipes.Job,
+  folder: pathlib.Path,
+  loaded: sets.Loaded,
+  *,
+  is_earlier: bool = False,
+) -> contexts.Context:
+  """Returns what the steps of a job share, with images that are loaded.
+
+  Args:
+    job: The options.
+    folder: Of what is to be written.
+    loaded: The images.
+    is_earlier: Whether references standardise as the original does, as those
+      of an earlier version.
+
+  Raises:
+    ValueError: If there are fewer images than the job asks for, or the request
+      matches none.
+  """
   mesh = parallel.create_mesh(job.num_devices)
-  train, test, source_files = sets.load(job)
-  num_read = len(train) + len(test)
+  train, test, source_files = loaded
   if job.num_train is not None:
     if job.num_train > len(train):
       raise ValueError(
@@ -184,7 +208,7 @@ def _loaded(
   if not is_earlier:
     # What was to be forgotten must not reach it in a mean either.
     retrained_model = contexts.network(job, request.split.retain)
-  context = contexts.Context(
+  return contexts.Context(
     job=job,
     run_dir=folder,
     train=train,
@@ -195,7 +219,6 @@ def _loaded(
     source=source_files,
     retrained_model=retrained_model,
   )
-  return context, num_read
 
 
 def _write(

@@ -231,21 +231,30 @@ def check_same_data(
 
 def config(context: contexts.Context) -> dict[str, Any]:
   """Returns what `config.json` says of a run: options, versions, device."""
-  device = jax.devices()[0]
   is_own = context.retrained_model is not None
   return {
     "job": job_options(context.job),
     "references_standardise_by": RETAINED if is_own else "training images",
-    "versions": {
-      "python": platform.python_version(),
-      "psg_jax": psg_jax.__version__,
-      **{name: metadata.version(name) for name in _PACKAGES},
-    },
-    "device": f"{jax.device_count()} x {device.device_kind}",
+    "versions": versions(),
+    "device": device(),
     "git_commit": git_commit(),
     "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     "command": " ".join(["python", "-m", *_module_arguments()]),
   }
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of Python, this library and what it stands on."""
+  return {
+    "python": platform.python_version(),
+    "psg_jax": psg_jax.__version__,
+    **{name: metadata.version(name) for name in _PACKAGES},
+  }
+
+
+def device() -> str:
+  """Says how many devices of which kind there are."""
+  return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
 
 
 def _module_arguments() -> list[str]:

@@ -55,6 +55,8 @@ BUILDERS = {
   "phantom_fundus": Builder(size=64, is_embedded=True),
   "fashion_mnist": Builder(),
   "cifar10": Builder(),
+  "pathmnist": Builder(needs_source=True),
+  "svhn": Builder(needs_source=True),
   "brain_tumor_mri": Builder(size=224, needs_source=True),
   "fundus": Builder(size=224, needs_source=True),
   OWN_BUILDER: Builder(size=224, needs_source=True),

@@ -1,0 +1,176 @@
+"""The models that cells of experiments share, each trained once and kept.
+
+    <folder>/original-<digest>/     checkpoints and history of one original
+    <folder>/retrained-<digest>/    and of one retrained model
+
+A digest is of all that a model depends on: its images, its network, its
+training, and, for a retrained model, the images it does not see.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import (
+  cells,
+  contexts,
+  jobs,
+  recipes,
+  requests,
+  run_folder,
+  sets,
+)
+from experiments.comparison import recipes as method_recipes
+from psg_jax import data, files, forget, metrics, types
+
+# What a model depends on, beside its images.
+_MODEL_OPTIONS = (
+  *("dataset", "model", "width", "dropout", "precision", "pretrained"),
+  *("mean", "std", "seed", "training"),
+)
+_LOADED_OPTIONS = ("dataset", "data_dir", "streaming")
+
+
+class Bench(NamedTuple):
+  """A job and where its models are kept.
+
+  Attributes:
+    context: What the steps of the job share.
+    folder: Of the models of all jobs.
+  """
+
+  context: contexts.Context
+  folder: pathlib.Path
+
+  def original(self) -> types.Variables:
+    """Returns the original model, trained or restored."""
+    return jobs.original(self._at("original"))
+
+  def retrained(self) -> types.Variables:
+    """Returns the model that never saw the forget set, likewise."""
+    return jobs.retrained(self._at("retrained"))
+
+  def seconds(self, model: str) -> float:
+    """Returns how long a model was trained, compiling included."""
+    records = run_folder.read_json(self._at(model).run_dir / "history.json")
+    return float(records[f"{model}_seconds"])
+
+  def unlearn(
+    self, variables: types.Variables | None = None
+  ) -> cells.Unlearned:
+    """Unlearns by the job's options, from the original or another model.
+
+    Raises:
+      FloatingPointError: If it diverges.
+    """
+    return cells.unlearn(
+      self.context,
+      method_recipes.resolve("psg", self.context),
+      self.original() if variables is None else variables,
+      contexts.model_key(self.context, "unlearned"),
+      show_progress=False,
+    )
+
+  def outputs(self, name: str, variables: types.Variables) -> metrics.Outputs:
+    """Returns the logits of a model on all parts that there are."""
+    splits = [x for x, part in self.context.parts.items() if len(part)]
+    logits, _ = cells.predict(self.context.of(name), variables, splits)
+    return metrics.Outputs(logits)
+
+  def figures(
+    self,
+    name: str,
+    variables: types.Variables,
+    names: Sequence[str],
+    **seconds: float,
+  ) -> dict[str, float | None]:
+    """Computes metrics of a model beside the original and the retrained one.
+
+    Args:
+      name: `original`, `retrained` or `unlearned`, whose network it is.
+      variables: The model's.
+      names: Metrics, of `psg_jax.metrics`.
+      **seconds: Its time, for the metrics that take it.
+    """
+    others = {
+      "original": self.outputs("original", self.original()),
+      "retrained": self.outputs("retrained", self.retrained()),
+    }
+    model = others.get(name) or self.outputs(name, variables)
+    figures = cells.figures(
+      self.context, names, model._replace(**seconds), others
+    )
+    return {metric: figure["value"] for metric, figure in figures.items()}
+
+  def asking(self, **request: Any) -> "Bench":
+    """Returns the bench of another request for the same original model."""
+    job = dataclasses.replace(self.context.job, **request)
+    return open_bench(job, self.folder)
+
+  def without(self, dropped: types.Dataset) -> "Bench":
+    """Returns the bench whose training images are without some of them."""
+    keep = ~np.isin(np.asarray(self.context.train.ids), np.asarray(dropped.ids))
+    train = self.context.train.take(keep)
+    loaded = sets.Loaded(train, self.context.test, dict(self.context.source))
+    job = dataclasses.replace(self.context.job, num_train=None)
+    context = jobs.assemble(job, self.folder, loaded)
+    # Still the network of the original, whose standardisation is its own.
+    return self._replace(context=context._replace(model=self.context.model))
+
+  def validated(self, fraction: float = 0.2) -> "Bench":
+    """Returns the bench with a part of the training images in place of tests.
+
+    What is chosen there has not seen a test image; the models are trained on
+    what is left.
+    """
+    context = self.context
+    rest, held = data.hold_out(context.train, fraction, context.job.seed)
+    loaded = sets.Loaded(rest, held, dict(context.source))
+    job = dataclasses.replace(context.job, num_train=None)
+    return self._replace(context=jobs.assemble(job, self.folder, loaded))
+
+  def _at(self, model: str) -> contexts.Context:
+    """Returns the job with the folder of one of its models."""
+    context = self.context
+    images = context.train
+    parts: dict[str, Any] = {
+      name: value
+      for name, value in dataclasses.asdict(context.job).items()
+      if name in _MODEL_OPTIONS
+    }
+    parts["images"] = requests.images_hash([images])
+    if model == "retrained":
+      ids = np.asarray(context.split.forget.ids)
+      parts["forgotten"] = forget.ids_hash(ids)
+    digest = files.digest(parts, sort_keys=True)[:16]
+    folder = self.folder / f"{model}-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    # One retrained model serves all requests that forget the same images.
+    job = dataclasses.replace(context.job, references=1)
+    return context._replace(job=job, run_dir=folder)
+
+
+def open_bench(job: recipes.Job, folder: pathlib.Path) -> Bench:
+  """Loads a job's images and splits them; nothing is trained yet.
+
+  Args:
+    job: The options.
+    folder: Where models are kept.
+
+  Raises:
+    ValueError: As `jobs.prepare`, for its options and its data.
+  """
+  jobs.check(job)
+  options = tuple(getattr(job, name) for name in _LOADED_OPTIONS)
+  return Bench(jobs.assemble(job, folder, _load(*options)), folder)
+
+
+@functools.lru_cache(maxsize=2)
+def _load(dataset: str, data_dir: str | None, streaming: bool) -> sets.Loaded:
+  """Loads images once for the cells that follow one another."""
+  job = recipes.Job(dataset=dataset, data_dir=data_dir, streaming=streaming)
+  return sets.load(job)

@@ -1,0 +1,221 @@
+"""Figures of an experiment, and whether they are what is expected.
+
+A row of the table has the mean of each figure over what the table does not tell
+apart, seeds or classes, with its standard deviation and how many there are.
+What is expected are such rows, measured before and kept in
+`experiments/expected`, with where and when.
+
+A mean is as expected within
+
+    floor + times max(sd, pooled sd) sqrt(1 / n + 1 / n')
+
+of the mean that is expected, where the standard deviations are those that are
+expected: a row's own, and that of all rows of its figure, since a row has few
+seeds. Another processor is as another seed: rounding decides where training
+ends. The floor is what one or two images more or less make.
+"""
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments import files
+from experiments.reproduction import catalogue
+
+EXPECTED = pathlib.Path(__file__).parent.parent / "expected"
+TIMES = {"smoke": 6.0, "cpu": 4.0, "full": 4.0}
+"""How many standard errors: the sd of few short trainings is known badly."""
+FLOORS = {"kl": 0.05, "other": 0.02}
+_KEPT = ("mean", "sd", "count")
+
+
+class Figure(NamedTuple):
+  """A figure of a row.
+
+  Attributes:
+    mean: Over seeds or classes; None where there is none.
+    sd: Standard deviation over them; None for one value.
+    count: How many values.
+  """
+
+  mean: float | None
+  sd: float | None
+  count: int
+
+
+class Row(NamedTuple):
+  """A row of an experiment's table.
+
+  Attributes:
+    key: Values of the columns that tell it from others, by column.
+    figures: By name.
+  """
+
+  key: Mapping[str, Any]
+  figures: Mapping[str, Figure]
+
+
+class Finding(NamedTuple):
+  """A figure that is compared with what is expected.
+
+  Attributes:
+    key: Of the row.
+    figure: Its name.
+    obtained: The mean; None where there is none.
+    expected: The mean that is expected, likewise.
+    tolerance: Largest difference.
+  """
+
+  key: Mapping[str, Any]
+  figure: str
+  obtained: float | None
+  expected: float | None
+  tolerance: float
+
+  @property
+  def is_as_expected(self) -> bool:
+    """Whether it is within the tolerance; two that are missing are."""
+    if self.obtained is None or self.expected is None:
+      return self.obtained is self.expected
+    return abs(self.obtained - self.expected) <= self.tolerance
+
+
+def rows(
+  experiment: catalogue.Experiment, records: Iterable[Mapping[str, Any]]
+) -> list[Row]:
+  """Averages records to the rows of an experiment's table, in their order.
+
+  Args:
+    experiment: The experiment.
+    records: Of its cells, each with the columns of its row.
+  """
+  groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+  for record in records:
+    key = tuple((x, record[x]) for x in experiment.by if x in record)
+    groups.setdefault(key, []).append(record)
+  return [
+    Row(
+      dict(key),
+      {
+        name: _figure([x.get(name) for x in group])
+        for name in experiment.figures
+      },
+    )
+    for key, group in groups.items()
+  ]
+
+
+def _figure(values: Sequence[float | None]) -> Figure:
+  known = [x for x in values if x is not None]
+  if not known:
+    return Figure(None, None, 0)
+  sd = float(np.std(known, ddof=1)) if len(known) > 1 else None
+  return Figure(float(np.mean(known)), sd, len(known))
+
+
+def compare(
+  experiment: catalogue.Experiment,
+  size: str,
+  obtained: Sequence[Row],
+  expected: Sequence[Row],
+) -> list[Finding]:
+  """Compares the checked figures of all rows with what is expected.
+
+  A row that one side lacks has a finding without a figure on that side.
+  """
+  pooled = {x: _pooled(expected, x) for x in experiment.checked}
+  before = {_key(row): row for row in expected}
+  now = {_key(row): row for row in obtained}
+  nothing = Figure(None, None, 0)
+  findings = []
+  for key in dict.fromkeys([*before, *now]):
+    for name in experiment.checked:
+      old, new = (
+        side[key].figures.get(name, nothing) if key in side else nothing
+        for side in (before, now)
+      )
+      row = before.get(key) or now[key]
+      if old.count or new.count or key not in before or key not in now:
+        kind = "kl" if name.startswith("kl_") else "other"
+        spread = max(old.sd or 0.0, pooled[name])
+        counts = 1 / max(old.count, 1) + 1 / max(new.count, 1)
+        tolerance = FLOORS[kind] + TIMES[size] * spread * math.sqrt(counts)
+        findings.append(Finding(row.key, name, new.mean, old.mean, tolerance))
+  return findings
+
+
+def _pooled(rows: Sequence[Row], name: str) -> float:
+  """The root mean square of the standard deviations of a figure."""
+  known = [
+    row.figures[name].sd
+    for row in rows
+    if name in row.figures and row.figures[name].sd is not None
+  ]
+  return float(np.sqrt(np.mean(np.square(known)))) if known else 0.0
+
+
+def _key(row: Row) -> str:
+  # Numbers that came from a file and numbers that did not are alike there.
+  return json.dumps(row.key, sort_keys=True)
+
+
+def path(name: str, size: str) -> pathlib.Path:
+  """Returns the file of what an experiment is expected to give."""
+  return EXPECTED / size / f"{name}.json"
+
+
+def read(name: str, size: str) -> dict[str, Any] | None:
+  """Returns what is expected: `rows`, `seconds`, `bytes` and `origin`.
+
+  None where it was never measured at this size.
+  """
+  file = path(name, size)
+  if not file.is_file():
+    return None
+  content = files.read_json(file)
+  content["rows"] = [
+    Row(x["row"], {name: Figure(**y) for name, y in x["figures"].items()})
+    for x in content["rows"]
+  ]
+  return content
+
+
+def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+  """Returns rows as they are kept, six digits each."""
+  return [
+    {
+      "row": dict(row.key),
+      "figures": {
+        name: {what: _rounded(getattr(figure, what)) for what in _KEPT}
+        for name, figure in row.figures.items()
+      },
+    }
+    for row in rows
+  ]
+
+
+def _rounded(value: float | None) -> float | None:
+  return None if value is None else float(f"{value:.6g}")
+
+
+def duration(name: str, text: str) -> float:
+  """Reads a time such as `2h`, `90m`, `1h30m` or `300s`; returns seconds.
+
+  Raises:
+    ValueError: If it is none, or not above 0.
+  """
+  match = re.fullmatch(
+    r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text
+  )
+  parts = [float(x or 0) for x in match.groups()] if match else [0.0]
+  seconds = sum(x * y for x, y in zip(parts, (3600, 60, 1), strict=False))
+  if seconds <= 0:
+    raise ValueError(
+      f"{name} must be a time such as 2h, 90m or 300s, got {text}"
+    )
+  return seconds
