@@ -346,7 +346,7 @@ def verdict(name: str, found: Sequence[results.Finding], size: str) -> str:
     )
   table = tables.aligned(lines)
   return (
-    f"{name}: {len(wrong)} of {len(found)} figures not as expected\n{table}"
+    f"{name}: {len(wrong)} of {len(found)} figures are not as expected\n{table}"
   )
 
 

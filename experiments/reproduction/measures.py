@@ -332,7 +332,7 @@ def feature_maps(bench: Bench) -> Records:
     points = page_figures.embed(features)
     record: dict[str, Any] = {
       "model": name,
-      "purity": _purity(features, is_forget[rows]),
+      "purity": purity(features, is_forget[rows]),
     }
     if points is not None:
       record |= {
@@ -344,7 +344,7 @@ def feature_maps(bench: Bench) -> Records:
   return records
 
 
-def _purity(features: np.ndarray, is_forget: np.ndarray) -> float:
+def purity(features: np.ndarray, is_forget: np.ndarray) -> float:
   """Share of forget images among the 10 neighbours of forget images."""
   unit = features / np.maximum(
     np.linalg.norm(features, axis=1, keepdims=True), 1e-9
