@@ -43,6 +43,7 @@ COMMANDS = {
   "report": "write the page that shows what a run did",
   "compare": "compare unlearning methods over training seeds",
   "audit": "attack unlearned models: U-LiRA and KLOM",
+  "reproduce": "rerun the paper's experiments, and check their figures",
   "tune": "choose settings on validation images",
   "benchmark": "time the library against eager PyTorch",
 }

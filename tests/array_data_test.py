@@ -32,8 +32,7 @@ def test_pathmnist_known(tmp_path):
   arrays = _archive(source)
   base.prepare("pathmnist", data_dir=tmp_path, source=source)
   train, test = (
-    data.load("pathmnist", split, data_dir=tmp_path)
-    for split in catalog.SPLITS
+    data.load("pathmnist", split, data_dir=tmp_path) for split in catalog.SPLITS
   )
   assert train.class_names == pathmnist.CLASS_NAMES
   assert train.labels.tolist() == list(range(9))

@@ -321,7 +321,9 @@ def test_folder_that_is_no_run(program, tmp_path):
   folder.mkdir(parents=True)
   (folder / "thesis.txt").write_text("years of work")
   for overwrite in (False, True):
-    with pytest.raises(ValueError, match=r"runs_dir must hold a run .*run\.json"):
+    with pytest.raises(
+      ValueError, match=r"runs_dir must hold a run .*run\.json"
+    ):
       program(overwrite=overwrite)
   assert (folder / "thesis.txt").exists()
 

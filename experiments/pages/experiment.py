@@ -18,6 +18,7 @@ _NAMES = {
   "original": "original",
   "retrained": "retrained",
   "recommended": "unlearned",
+  "unlearned": "unlearned",
 }
 _MARKS = "os^Dv<>P"
 _TITLES = {
@@ -387,7 +388,6 @@ def _lines_panel(
     if drawing.is_log:
       panels.logarithmic(axes, "x")
     axes.set(xlabel=drawing.x.replace("_", " "))
-    axes.set_title(drawing.title)
     axes.legend(fontsize=8)
 
   return [figures.Panel(draw, _alt(drawing, records), 6.0, 3.4)]
@@ -409,7 +409,6 @@ def _bars_panel(
       axes.bar(middle, means, width * 0.9, color=colors[name], label=str(name))
     axes.set_xticks(range(len(names)), [str(x) for x in names])
     axes.set(xlabel=drawing.x.replace("_", " "))
-    axes.set_title(drawing.title)
     axes.grid(visible=False, axis="x")
     axes.legend(fontsize=8, ncols=min(len(groups), 4))
 
@@ -436,7 +435,6 @@ def _scatter_panel(
         label=str(name),
       )
     axes.set(xlabel=title(drawing.x), ylabel=title(drawing.y))
-    axes.set_title(drawing.title)
     axes.margins(0.08)
     axes.legend(fontsize=8)
 
@@ -476,7 +474,6 @@ def _front_panel(
       )
     axes.plot(*best.T, "-", color=_COLORS["ink"], lw=1, label="front")
     axes.set(xlabel=title(drawing.x), ylabel=title(drawing.y))
-    axes.set_title(drawing.title)
     axes.legend(fontsize=8)
 
   alt = f"{drawing.title}; {len(best)} of {len(all_points)} are on the front"
@@ -507,7 +504,6 @@ def _heat_panel(
       xlabel=drawing.x.replace("_", " "), ylabel=drawing.by.replace("_", " ")
     )
     axes.grid(visible=False)
-    axes.set_title(drawing.title)
 
   alt = (
     f"{drawing.title}: from {np.nanmin(values):.3f} to {np.nanmax(values):.3f}"

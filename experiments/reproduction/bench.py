@@ -101,6 +101,9 @@ class Bench(NamedTuple):
       "retrained": self.outputs("retrained", self.retrained()),
     }
     model = others.get(name) or self.outputs(name, variables)
+    if name == "retrained":
+      # It is what others are compared with.
+      del others["retrained"]
     figures = cells.figures(
       self.context, names, model._replace(**seconds), others
     )
