@@ -22,7 +22,7 @@ INTERPRETER := $(shell for name in $(PYTHON); do for python in $$name $$(ls \
   do $$python $(PROBE) >/dev/null 2>&1 && echo $$python && exit; done; done)
 WANTED := $(if $(INTERPRETER),$(shell $(INTERPRETER) --version 2>&1) with $(EXTRAS))
 
-.PHONY: setup demo test test-all lint format clean FORCE
+.PHONY: setup demo test test-all wheel-test lint format clean FORCE
 
 setup: $(VENV)/.installed
 
@@ -50,6 +50,10 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest
+
+# The wheel in empty environments with the newest dependencies; minutes each.
+wheel-test:
+	.ci/wheel
 
 lint: setup
 	$(BIN)/ruff check .

@@ -38,6 +38,7 @@ its passes. `--resume` goes on where a run was stopped, and with another
     runs/<name>/checkpoints/ensemble/       the models before unlearning
     runs/<name>/unlearned/<method>/         figures and logits of each model
     runs/<name>/audit.json, audit.npz, audit.html       of the last method
+    runs/<name>/figures/, tables/           what the page shows, for papers
 """
 
 import dataclasses

@@ -4,9 +4,9 @@
 
 trains an original and a retrained model for each seed, unlearns with every
 method, and writes `results.csv`, `results.json`, `results.md` and one page,
-`compare.html`, into `runs/digits_compare`. What is finished is kept: after an
-interruption, or to add methods, seeds or metrics, the same command with
-`--resume` goes on.
+`compare.html`, with its figures and tables, into `runs/digits_compare`. What is
+finished is kept: after an interruption, or to add methods, seeds or metrics,
+the same command with `--resume` goes on.
 `--methods psg scrub salun` chooses methods, and
 `--set scrub.num_epochs=3 salun.learning_rate=0.05` their arguments.
 

@@ -14,11 +14,11 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from psg_jax import files
 from psg_jax.files import read_csv as read_csv
+from psg_jax.files import replacing as replacing
 from psg_jax.files import save_arrays as save_arrays
 from psg_jax.files import to_csv as to_csv
 from psg_jax.files import write_text as write_text
@@ -171,21 +171,3 @@ def read_arrays(path: pathlib.Path, *names: str) -> dict[str, np.ndarray]:
 def _check_there(path: pathlib.Path) -> None:
   if not path.exists():
     raise ValueError(f"run must be complete, got no {path}")
-
-
-def write_page(path: pathlib.Path, template: str, **values: Any) -> None:
-  """Fills a template of this folder, escaping values, and writes the page.
-
-  Args:
-    path: The page.
-    template: The template's file name.
-    **values: What it names; all of it must be given.
-  """
-  environment = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  write_text(path, environment.get_template(template).render(**values))

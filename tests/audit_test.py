@@ -360,6 +360,14 @@ def test_page_has_the_figures_and_no_address(runs):
   assert "↓ 0.5" in page
   assert f"↓ {found['klom']['control']['median']:.3f}" in page
   assert not re.search(r"https?://|<script|<link", page)
+  folders = {
+    "figures": (("roc", "scores", "klom", "time"), ("png", "pdf")),
+    "tables": (("summary", "arguments"), ("csv", "md", "tex")),
+  }
+  for folder, (names, kinds) in folders.items():
+    assert {x.name for x in (runs / "one" / folder).iterdir()} == {
+      f"{name}.{kind}" for name in names for kind in kinds
+    }
 
 
 def no_work(*args, **kwargs):

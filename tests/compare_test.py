@@ -101,10 +101,20 @@ def test_run_folder(run_dir):
   )
   assert different["params"]["head"]["kernel"]
   assert {path.name for path in (run_dir / "figures").iterdir()} >= {
-    "scatter.png",
-    "losses.png",
-    "time.png",
+    f"{name}.{kind}"
+    for name in ("scatter", "losses", "time")
+    for kind in ("png", "pdf")
   }
+  names = ("short", "standing", "full", "diagnoses", "methods")
+  assert {path.name for path in (run_dir / "tables").iterdir()} >= {
+    f"{name}.{kind}" for name in names for kind in ("csv", "md", "tex")
+  }
+  # What is quoted is the table of the page, but for one head.
+  shown = (run_dir / "tables" / "short.md").read_text().splitlines()
+  assert shown[0].removeprefix("| Method") == lines[0].removeprefix("| ")
+  assert shown[1:] == lines[1 : len(shown)]
+  methods = (run_dir / "tables" / "methods.csv").read_text()
+  assert "\nPSG psg," in methods
   assert not list(run_dir.rglob("*.partial*"))
 
 

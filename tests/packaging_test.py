@@ -143,3 +143,10 @@ def test_types_are_shipped():
     "packages"
   ]
   assert (ROOT / package / "py.typed").is_file()
+
+
+def test_the_wheel_is_tried_with_every_python_that_is_promised():
+  script = (ROOT / ".ci" / "wheel").read_text()
+  tried = re.search(r"names=\((python.*)\)", script)[1].split()
+  promised = re.findall(r"Python :: (3\.\d+)", str(PROJECT["project"]))
+  assert tried == [f"python{version}" for version in promised]

@@ -194,7 +194,7 @@ def test_judge_names_what_was_not_forgotten(has_retrained):
 
 
 def test_page_shows_figures_and_pictures(parts, logits, tmp_path, monkeypatch):
-  monkeypatch.setattr(figures, "save_png", lambda *_, **__: None)
+  monkeypatch.setattr(figures, "save", lambda *_, **__: None)
   monkeypatch.setattr(figures, "save_examples", lambda *_: None)
   folder = report_test.make_run(
     tmp_path / "run", class_names=_NAMES, models=("original", "unlearned")

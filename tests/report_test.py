@@ -293,8 +293,8 @@ def _row(page: _Reader, start: str, group: int = 0) -> list[str]:
 
 @pytest.fixture
 def page_only(monkeypatch: pytest.MonkeyPatch) -> None:
-  """Leaves out the PNG files, where a test is not about them, to be quick."""
-  monkeypatch.setattr(figures, "save_png", lambda *_, **__: None)
+  """Leaves out the files of pictures, where a test is not about them."""
+  monkeypatch.setattr(figures, "save", lambda *_, **__: None)
   monkeypatch.setattr(figures, "save_examples", lambda *_: None)
 
 

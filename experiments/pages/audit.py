@@ -4,8 +4,15 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from experiments import attack, files, run_folder
-from experiments.pages import distributions, figures, panels, request, tables
+from experiments import attack, run_folder
+from experiments.pages import (
+  distributions,
+  exports,
+  figures,
+  panels,
+  request,
+  tables,
+)
 from psg_jax import ulira
 
 STEPS = ("train", "unlearn", "predict", "attack")
@@ -90,7 +97,9 @@ def _auc(result: Mapping[str, Any]) -> str:
 def build(
   folder: pathlib.Path, audit: Mapping[str, Any], results: attack.Figures
 ) -> pathlib.Path:
-  """Writes `audit.html` into a run folder, as a whole or not at all.
+  """Writes `audit.html`, and its figures and tables beside it.
+
+  The page appears as a whole or not at all.
 
   Args:
     folder: The run folder.
@@ -104,16 +113,17 @@ def build(
     run_folder.read_json(folder / f"{x}.json") for x in ("config", "data")
   )
   path = folder / "audit.html"
-  files.write_page(
+  exports.write_page(
     path,
     "pages/audit.html.jinja",
+    pictures=_panels(audit, results),
+    columns={1: 1},
     kind="Audit of an unlearning method",
     title=f"{audit['method']['title']} audited on {config['job']['dataset']}",
     outcome=audit["statements"],
     audit=audit,
     facts=[*_facts(audit, config), *request.criteria(data)],
-    table=_table(audit),
-    pictures=figures.write(_panels(audit, results), columns={1: 1}),
+    summary=_table(audit),
     arguments=tables.table((), audit["method"]["arguments"].items()),
     config=config,
   )

@@ -7,10 +7,10 @@ from typing import Any
 import markupsafe
 import numpy as np
 
-from experiments import files
 from experiments.comparison import recipes
 from experiments.pages import (
   distributions,
+  exports,
   figures,
   model_checks,
   panels,
@@ -52,7 +52,7 @@ def build(
   results: Results,
   losses: Mapping[str, Mapping[str, np.ndarray]],
 ) -> pathlib.Path:
-  """Writes `compare.html` and `figures/*.png` into a run folder.
+  """Writes `compare.html`, and its figures and tables beside it.
 
   The page appears as a whole or not at all.
 
@@ -69,9 +69,11 @@ def build(
   num_methods = len(results["methods"])
   heads = {x: tables.Cell(title) for x, title in results["titles"].items()}
   path = folder / "compare.html"
-  files.write_page(
+  exports.write_page(
     path,
     "pages/compare.html.jinja",
+    pictures=_panels(results, losses),
+    columns={0: 1, 1: 1},
     kind="Comparison of unlearning methods",
     title=f"{num_methods} unlearning method{'s' * (num_methods > 1)} compared"
     f" on {config['job']['dataset']}",
@@ -90,9 +92,6 @@ def build(
     checks_statement=examined and model_checks.statement(examined),
     full=_full_table(results),
     missing=_missing(results),
-    pictures=figures.write(
-      _panels(results, losses), folder / "figures", columns={0: 1, 1: 1}
-    ),
     diagnoses=_diagnoses(results),
     methods=_methods(results),
     config=config,
@@ -119,18 +118,14 @@ def text_table(results: Results) -> str:
 def markdown(results: Results) -> str:
   """Returns the short table and our place in Markdown, to be quoted."""
   table = _short_table(results)
-  lines = [["", *(cell.text for cell in table.heads[1:])]]
-  for row in table.groups[0].rows:
-    is_bold = [row.style == "ours", *(x.style == "best" for x in row.cells)]
-    cells = zip((row.head, *row.cells), is_bold, strict=True)
-    lines.append([f"**{x.text}**" if bold else x.text for x, bold in cells])
-  text = [tables.markdown(lines), ""]
+  unnamed = table._replace(heads=[tables.Cell(""), *table.heads[1:]])
+  text = [exports.markdown(unnamed)]
   text += [*yardstick_sentences(results), *statements(results)]
   places = standing(results)
   if places:
     heads = ("", "by", "place", "first", "behind the first")
-    text += ["", tables.markdown([heads, *places])]
-  return "\n".join([*text, ""])
+    text += ["", exports.markdown(tables.table(heads, places))]
+  return "\n".join(text).rstrip("\n") + "\n"
 
 
 def standing(results: Results) -> list[tuple[str, ...]]:

@@ -1,11 +1,11 @@
-"""Pictures of a run, drawn once and rendered as SVG (page) or PNG (README).
+"""Pictures of a run, rendered as SVG (page), and as PNG and PDF (papers).
 
 A picture is a row of panels. The page shows every panel as its own inline SVG,
-so that a phone stacks what a desktop sets side by side; the PNG has all panels
-in one image. Colours mean the same everywhere: the three models, and what was
-to be forgotten or kept. They are distinct under colour blindness, and text or
-line style repeats what they say. In the SVGs they are CSS variables, so that
-the page can choose lighter ones for a dark screen.
+so that a phone stacks what a desktop sets side by side; the files have all
+panels in one image. Colours mean the same everywhere: the three models, and
+what was to be forgotten or kept. They are distinct under colour blindness, and
+text or line style repeats what they say. In the SVGs they are CSS variables, so
+that the page can choose lighter ones for a dark screen.
 """
 
 import base64
@@ -25,7 +25,7 @@ import sklearn.manifold
 import threadpoolctl
 from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
-from matplotlib.backends import backend_agg, backend_svg
+from matplotlib.backends import backend_agg, backend_pdf, backend_svg
 from PIL import Image
 
 from experiments import files
@@ -74,6 +74,8 @@ _STYLE: Any = {
   "ytick.labelcolor": COLORS["ink"],
   "text.parse_math": False,
   "svg.fonttype": "none",
+  # Whole fonts, which publishers ask for, and in which text can be found.
+  "pdf.fonttype": 42,
 }
 
 
@@ -111,11 +113,11 @@ def write(
   *,
   columns: Mapping[int, int],
 ) -> dict[str, Picture]:
-  """Draws pictures for a page, and as PNG files.
+  """Draws pictures for a page, and as `NAME.png` and `NAME.pdf`.
 
   Args:
     pictures: Panels by name.
-    folder: Of the PNG files, which is made; None for none.
+    folder: Of the files, which is made; None for none.
     columns: How many columns a number of panels has; two by default.
   """
   drawn = {}
@@ -125,7 +127,7 @@ def write(
     drawn[name] = Picture(svgs, num_columns)
     if panels and folder is not None:
       folder.mkdir(exist_ok=True)
-      save_png(panels, folder / f"{name}.png", num_columns=num_columns)
+      save(panels, folder / name, num_columns=num_columns)
   return drawn
 
 
@@ -169,14 +171,14 @@ def render_svg(panel: Panel, name: str) -> markupsafe.Markup:
   )
 
 
-def save_png(
+def save(
   panels: Sequence[Panel], path: pathlib.Path, *, num_columns: int
 ) -> None:
-  """Writes panels into one PNG file, on white.
+  """Writes panels into one image, as PNG and as PDF, on white.
 
   Args:
     panels: At least one.
-    path: The file.
+    path: The files without their endings.
     num_columns: The most panels in a row.
   """
   columns = min(num_columns, len(panels))
@@ -191,7 +193,7 @@ def save_png(
       panel.draw(axes)
     for axes in list(grid)[len(panels) :]:
       axes.set_axis_off()
-    _write_png(figure, path)
+    _save(figure, path)
 
 
 def embed(features: np.ndarray) -> np.ndarray | None:
@@ -309,10 +311,10 @@ def save_examples(
   captions: Sequence[str],
   factor: float,
 ) -> None:
-  """Writes forget images, boundary images and differences into one PNG file.
+  """Writes forget images, boundary images and differences into one image.
 
   Args:
-    path: The file.
+    path: The PNG and the PDF file without their endings.
     images: float `[E, H, W, C]` in [0, 1]; up to 8 are drawn.
     moved: float `[E, H, W, C]` in [0, 1].
     captions: `E` titles.
@@ -341,24 +343,29 @@ def save_examples(
       grid[row, 0].set_ylabel(name, color=COLORS["ink"])
     for axes, caption in zip(grid[0], captions, strict=False):
       axes.set_title(caption, fontsize=8.5, fontweight="normal", loc="center")
-    _write_png(figure, path)
+    _save(figure, path)
 
 
 def _figure(width: float, height: float) -> mpl_figure.Figure:
   return mpl_figure.Figure(figsize=(width, height), layout="constrained")
 
 
-def _print(write: Callable[..., None], target: Any) -> None:
+def _print(write: Callable[..., None], target: Any, **options: Any) -> None:
   with warnings.catch_warnings():
-    # Names in scripts that the font lacks are boxes in the PNG and right on
+    # Names in scripts that the font lacks are boxes in the files and right on
     # the page.
     warnings.filterwarnings("ignore", message="Glyph .* missing")
-    write(target)
+    write(target, **options)
 
 
-def _write_png(figure: mpl_figure.Figure, path: pathlib.Path) -> None:
-  """Writes a figure to a PNG file, on white."""
+def _save(figure: mpl_figure.Figure, path: pathlib.Path) -> None:
+  """Writes a figure to a PNG and a PDF file, the same bytes each time."""
   figure.set_facecolor("white")
-  figure.set_dpi(130)
   figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
-  _print(backend_agg.FigureCanvasAgg(figure).print_png, path)
+  # The PDF has a resolution of its own, and must come last.
+  figure.set_dpi(130)
+  with files.replacing(path.with_name(f"{path.name}.png")) as partial:
+    _print(backend_agg.FigureCanvasAgg(figure).print_png, partial)
+  undated: Any = {"metadata": {"CreationDate": None}}
+  with files.replacing(path.with_name(f"{path.name}.pdf")) as partial:
+    _print(backend_pdf.FigureCanvasPdf(figure).print_pdf, partial, **undated)

@@ -10,6 +10,7 @@ import numpy as np
 from experiments import files, read_out
 from experiments.pages import (
   clinical,
+  exports,
   figures,
   headline,
   panels,
@@ -134,7 +135,7 @@ def read(folder: pathlib.Path) -> Run:
 
 
 def build(run_dir: str | pathlib.Path) -> pathlib.Path:
-  """Writes a run's `report.html` and its `figures/*.png`.
+  """Writes a run's `report.html`, and its figures and tables beside it.
 
   The page appears as a whole or not at all; a page of before is replaced.
 
@@ -151,15 +152,17 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
   run = read(folder)
   models, data, names = run.models, run.data, run.class_names()
   tiles, examples = _tiles(run), _examples(run)
-  pictures = _pictures(run, tiles, examples, folder / "figures")
   title, outcome = headline.headline(run.job, data, models)
   measured = models.get("unlearned", "yardstick")
   forgotten = headline.forget_classes(data)
   diagnosis = models.get("unlearned", "diagnosis")
   path = folder / "report.html"
-  files.write_page(
+  _save_examples(run, examples, folder / "figures")
+  exports.write_page(
     path,
     "pages/report.html.jinja",
+    pictures=_panels(run, tiles),
+    columns={3: 3},
     kind="Unlearning report",
     title=title,
     outcome=[outcome],
@@ -188,7 +191,6 @@ def build(run_dir: str | pathlib.Path) -> pathlib.Path:
     classes=models.table(_classes(run, names, forgotten), "Class"),
     num_classes=len(names),
     has_forget_classes=bool(forgotten),
-    pictures=pictures,
     options=_options(run),
     command=run.config.get("command"),
   )
@@ -363,27 +365,28 @@ def _examples(run: Run) -> dict[str, Any] | None:
   }
 
 
-def _pictures(
-  run: Run,
-  tiles: Sequence[panels.Tile],
-  examples: Mapping[str, Any] | None,
-  folder: pathlib.Path,
-) -> dict[str, figures.Picture]:
-  """Draws all pictures, as PNG files and for the page."""
-  folder.mkdir(exist_ok=True)
-  names = run.class_names()
-  if tiles:
-    summary = [panels.summary(tile) for tile in tiles]
-    figures.save_png(summary, folder / "summary.png", num_columns=2)
+def _save_examples(
+  run: Run, examples: Mapping[str, Any] | None, folder: pathlib.Path
+) -> None:
+  """Writes the first forget images as files."""
   if run.examples is not None and examples is not None:
+    folder.mkdir(exist_ok=True)
     figures.save_examples(
-      folder / "examples.png",
+      folder / "examples",
       run.examples["images"],
       run.examples["boundary"],
       [f"{x['name']}\n{x['distance']}" for x in examples["pictures"]],
       float(examples["factor"]),
     )
-  drawn = {
+
+
+def _panels(
+  run: Run, tiles: Sequence[panels.Tile]
+) -> dict[str, list[figures.Panel]]:
+  names = run.class_names()
+  return {
+    # On the page these are bars of its own.
+    "summary": [panels.summary(tile) for tile in tiles],
     "classes": _class_panels(run, names),
     "features": _feature_panels(run, names),
     "curves": _curve_panels(run),
@@ -393,7 +396,6 @@ def _pictures(
       if matrix
     ],
   }
-  return figures.write(drawn, folder, columns={3: 3})
 
 
 def _class_panels(run: Run, names: list[str]) -> list[figures.Panel]:

@@ -239,10 +239,3 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     for row in rows
   ]
   return "\n".join(lines)
-
-
-def markdown(rows: Iterable[Sequence[str]]) -> str:
-  """Returns rows as a table in Markdown, the first its heads."""
-  cells = [[cell.replace("|", r"\|") for cell in row] for row in rows]
-  head, *lines = [f"| {' | '.join(row)} |" for row in cells]
-  return "\n".join([head, f"|{'---|' * len(cells[0])}", *lines])
