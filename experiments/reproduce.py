@@ -14,8 +14,8 @@ a figure is not within the tolerance of what is expected.
     runs/reproduce/<size>/run.json          version, device, size
     runs/reproduce/<size>/models/           original and retrained models
     runs/reproduce/<size>/cells/            the figures of each cell
-    runs/reproduce/<size>/<name>/           results.json, results.csv,
-                                            results.md and experiment.html
+    runs/reproduce/<size>/<name>/           experiment.html, results.json,
+                                            results.csv, figures/ and tables/
 """
 
 import dataclasses

@@ -253,7 +253,10 @@ def test_what_is_left_in_the_folder(program, tmp_path):
   table = (folder / "results.csv").read_text("utf-8").splitlines()
   assert table[0] == "model,accuracy,seconds,seed"
   assert table[1:] == ["ours,0.4,1.0,0", "ours,0.6,1.0,1"]
-  assert "50.0 ± 14.1%" in (folder / "results.md").read_text("utf-8")
+  for ending in ("md", "tex", "csv"):
+    text = (folder / "tables" / f"figures.{ending}").read_text("utf-8")
+    assert "50.0" in text
+  assert (folder / "figures" / "picture0.pdf").read_bytes()[:4] == b"%PDF"
 
 
 def test_unknown_experiment(program):

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import axes as mpl_axes
 
 from experiments import files
-from experiments.pages import figures, panels, tables
+from experiments.pages import exports, figures, panels, tables
 from experiments.reproduction import catalogue, results
 
 _COLORS = figures.COLORS
@@ -56,7 +56,7 @@ def build(
   expected: Mapping[str, Any] | None,
   found: Sequence[results.Finding],
 ) -> pathlib.Path:
-  """Writes `experiment.html`, `results.csv`, `results.md` and the pictures.
+  """Writes `experiment.html`, `results.csv`, pictures and tables.
 
   Args:
     folder: Where to.
@@ -78,16 +78,16 @@ def build(
   }
   table = _table(experiment, obtained)
   files.write_text(folder / "results.csv", _csv(experiment, records))
-  files.write_text(folder / "results.md", markdown(experiment, obtained))
   path = folder / "experiment.html"
-  files.write_page(
+  exports.write_page(
     path,
     "pages/experiment.html.jinja",
     kind="Reproduced experiment",
     title=experiment.title,
     outcome=[*statements(obtained), *_verdict(found)],
     facts=_facts(experiment, name, size, content),
-    pictures=figures.write(drawn, folder / "figures", columns={1: 1, 3: 3}),
+    pictures=drawn,
+    columns={1: 1, 3: 3},
     titles={
       f"picture{number}": drawing.title
       for number, drawing in enumerate(experiment.drawings)
@@ -106,13 +106,6 @@ def text_table(
 ) -> str:
   """Returns the figures as lines for a terminal."""
   return tables.aligned(_lines(experiment, rows))
-
-
-def markdown(
-  experiment: catalogue.Experiment, rows: Sequence[results.Row]
-) -> str:
-  """Returns the figures as a table in Markdown."""
-  return tables.markdown(_lines(experiment, rows)) + "\n"
 
 
 def statements(rows: Sequence[results.Row]) -> list[str]:
