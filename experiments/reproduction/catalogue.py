@@ -341,6 +341,7 @@ def fractions(size: str) -> Iterator[Cell]:
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
   "device": ("retinas", {"where": "device = 'Cirrus 800 FA'"}),
   "learnt device": ("devices", {"where": "device = 'turned'"}),
+  "random tenth": ("fashion_mnist", {"fraction": 0.1}),
   "eye": ("retinas", {"where": "eye = 'OS'"}),
   "patient": (
     "retinas",
