@@ -26,7 +26,6 @@ from psg_jax import checks, grids, types, unlearning
 
 WEIGHTS = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
 NOISES = (0.0, 1e-4, 1e-1, 1.0)
-NUM_CELLS = len(WEIGHTS) * len(NOISES)
 WAYS = (
   *("grid", "grid again", "vmapped", "vmapped again"),
   *("runs", "loop", "loop again"),
@@ -104,7 +103,8 @@ def measure(options: Options) -> tuple[dict[str, list[np.ndarray]], float]:
     del shared[name]
   arguments = (context.model, variables, context.split)
 
-  singles = np.linspace(0, NUM_CELLS - 1, options.singles).astype(int)
+  num_cells = len(cells())
+  singles = np.linspace(0, num_cells - 1, options.singles).astype(int)
 
   def grid(mode: str) -> _Taken:
     options = shared | {"cells": cells(), "mode": mode}
@@ -127,7 +127,7 @@ def measure(options: Options) -> tuple[dict[str, list[np.ndarray]], float]:
       models.append(variables)
     first, rest = rows[:num_compiling], rows[num_compiling:]
     mean = np.mean(rest, axis=0)
-    return np.sum(first, axis=0) + mean * (NUM_CELLS - len(first)), models
+    return np.sum(first, axis=0) + mean * (num_cells - len(first)), models
 
   ways: dict[str, Callable[[], _Taken]] = {
     "grid": lambda: grid("map"),

@@ -105,7 +105,21 @@ def read(
   cells: Sequence[Cell],
   options: Mapping[str, Any],
 ) -> tuple[Shared, list[dict[str, Any]]]:
-  """Checks all arguments before any work, and completes the cells."""
+  """Checks the arguments of `grids.unlearn_grid` and completes its cells.
+
+  Args:
+    model: As for `unlearn_grid`, and so are the following.
+    variables: The original model's.
+    split: The forget and the retain set.
+    cells: Hyper-parameters of each cell, those that it names.
+    options: All others.
+
+  Returns:
+    What the cells share, and all of `HYPER_PARAMETERS` of each cell.
+
+  Raises:
+    ValueError: If an argument is of the wrong shape, type or range.
+  """
   options, defaults = dict(options), unlearning.defaults()
   cells = _checked_names(cells)
   for name in _REFUSED:

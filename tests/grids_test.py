@@ -284,15 +284,11 @@ def test_an_optimiser_has_the_rate_that_it_is_given_with(linear, has_rate):
 
 def test_several_devices_are_used(linear, calls):
   assert jax.device_count() == 8
-  output = unlearn_grid(linear, mode="auto")
-  mapped = unlearn_grid(linear)
+  cells = [CELLS[0], CELLS[3], {"learning_rate": 0.1}]
+  output = unlearn_grid(linear, cells, mode="auto")
+  mapped = unlearn_grid(linear, cells)
   assert_close(output.variables, mapped.variables)
-  mesh = parallel.create_mesh(2)
-  meshed = unlearn_grid(linear, mode="sharded", mesh=mesh)
-  assert_close(meshed.variables, mapped.variables)
-  # A network that takes no mask: one cell alone has no retained images.
-  assert calls[:2] == [(8, "sharded")] * 2
-  assert calls[2:] == [(4, "map"), (1, "map"), (4, "sharded"), (2, "sharded")]
+  assert calls == [(8, "sharded"), (3, "map")]
 
 
 def test_a_cell_that_diverges_is_named(linear):
