@@ -108,8 +108,8 @@ def measure(options: Options) -> tuple[dict[str, list[np.ndarray]], float]:
 
   def grid(mode: str) -> _Taken:
     options = shared | {"cells": cells(), "mode": mode}
-    row, found = _timed(lambda: grids.unlearn_grid(*arguments, key, **options))
-    return row, [found.output(x).variables for x in singles]
+    row, output = _timed(lambda: grids.unlearn_grid(*arguments, key, **options))
+    return row, [output.output(x).variables for x in singles]
 
   def run(cell: dict[str, Any]) -> types.Variables:
     options = shared | cell
@@ -122,9 +122,9 @@ def measure(options: Options) -> tuple[dict[str, list[np.ndarray]], float]:
     for place in singles:
       if is_cleared:
         jax.clear_caches()
-      row, variables = _timed(functools.partial(run, cells()[place]))
+      row, unlearned = _timed(functools.partial(run, cells()[place]))
       rows.append(row)
-      models.append(variables)
+      models.append(unlearned)
     first, rest = rows[:num_compiling], rows[num_compiling:]
     mean = np.mean(rest, axis=0)
     return np.sum(first, axis=0) + mean * (num_cells - len(first)), models
@@ -145,14 +145,14 @@ def measure(options: Options) -> tuple[dict[str, list[np.ndarray]], float]:
     for way in options.ways:
       if "again" not in way:
         jax.clear_caches()
-      row, variables = ways[way]()
+      row, outcome = ways[way]()
       rows[way].append(row)
-      models.append(variables)
+      models.append(outcome)
       print(f"{way}: {row[0]:.1f} s, {row[1]:.1f} core s", flush=True)
   difference = max(
     float(np.abs(np.asarray(x) - np.asarray(y)).max())
-    for variables in models
-    for x, y in zip(*map(jax.tree.leaves, (variables, models[0])), strict=True)
+    for outcome in models
+    for x, y in zip(*map(jax.tree.leaves, (outcome, models[0])), strict=True)
   )
   return rows, difference
 

@@ -29,11 +29,11 @@ class Context(NamedTuple):
 
   Attributes:
     shared: Arrays for all models.
-    own: Arrays with an axis `M` in front, of which each model has its own.
+    per_model: Arrays with an axis `M` in front, of which each has its own.
   """
 
   shared: chex.ArrayTree = ()
-  own: chex.ArrayTree = ()
+  per_model: chex.ArrayTree = ()
 
 
 def model_keys(key: jax.Array, model: int) -> tuple[jax.Array, jax.Array]:
@@ -358,7 +358,7 @@ def run_steps(
     labels: Its targets, likewise.
     minibatches: `[S, M, B]`.
     factors: float32 `[S, M]`.
-    context: What the loss is given, each model its part of `own`.
+    context: What the loss is given, each model its part of `per_model`.
     masks: For all models.
     mode: As for `train`.
     mesh: The devices of `"sharded"`.
@@ -366,15 +366,15 @@ def run_steps(
   Returns:
     The new state, and reports `[S, M, ...]`.
   """
-  shared, own = context or Context()
+  shared, per_model = context or Context()
 
   def one(inputs: Any, whole: Any) -> Any:
-    state, minibatches, factors, own = inputs
+    state, minibatches, factors, per_model = inputs
     images, labels, shared, masks = whole
     return steps.run_steps(
       *(program, state, images, labels, minibatches),
       factors=factors,
-      context=Context(shared, own),
+      context=Context(shared, per_model),
       masks=masks,
     )
 
@@ -398,7 +398,7 @@ def run_steps(
     )
   minibatches, factors = _swapped((minibatches, factors))
   state, reported = run_fn(
-    (state, minibatches, factors, own), (images, labels, shared, masks)
+    (state, minibatches, factors, per_model), (images, labels, shared, masks)
   )
   return state, _swapped(reported)
 

@@ -274,7 +274,7 @@ def _relabel(
   keys: Sequence[jax.Array],
 ) -> tuple[list[relabelling.Relabelling], list[float]]:
   """Makes searches one after the other, with one program."""
-  found, seconds = [], []
+  outcomes, seconds = [], []
   if searches:
     searches = boundary.alike(searches)
   for search, key in zip(searches, keys, strict=True):
@@ -288,8 +288,8 @@ def _relabel(
       show_progress=shared.passes.show_progress,
     )
     seconds.append(time.perf_counter() - start)
-    found.append(outcome)
-  return found, seconds
+    outcomes.append(outcome)
+  return outcomes, seconds
 
 
 def _trainable(shared: grid_cells.Shared) -> tuple[Any, Any]:
@@ -394,8 +394,8 @@ def _update(
   init = jax.vmap(functools.partial(_fresh, shared))
   for chunk in chunks:
     members = np.pad(chunk, (0, size - len(chunk)), mode="edge")
-    own = jnp.asarray(taught.target_of_cell[members])
-    context = ensembles.Context(tables, own)
+    places = jnp.asarray(taught.target_of_cell[members])
+    context = ensembles.Context(tables, places)
     state = init(jnp.stack([keys[x] for x in members]))
     try:
       state, records = engine.run_passes(
@@ -470,7 +470,9 @@ def _mean_cross_entropy(
   """The plain loss, of targets that the cell looks up by the pool's rows."""
   forget, retain = context.shared
   num_forget = forget.shape[1]
-  targets = forget[context.own, jnp.minimum(batch.targets, num_forget - 1)]
+  targets = forget[
+    context.per_model, jnp.minimum(batch.targets, num_forget - 1)
+  ]
   if retain is not None:
     others = retain[jnp.maximum(batch.targets - num_forget, 0)]
     is_forget = batch.is_forget.reshape(-1, *[1] * (targets.ndim - 1))
