@@ -113,7 +113,11 @@ def unlearn_grid(
     mode: `"map"`: one cell after the other within the program; `"vmap"`: all at
       once; `"sharded"`: cut over the devices of `mesh`, by default all, one
       after the other on each; `"auto"`: sharded where there are several
-      devices, else mapped. Measure anew on an accelerator.
+      devices, else mapped. On one core of a busy CPU, 20 cells of one pass over
+      a class of the digits without a search took 36.5 s of the core mapped and
+      99.7 s vmapped, compiling included (docs/speed.md), and no variable of the
+      one was further than 0.0035 from the other's. Measure anew on an
+      accelerator.
     memory_limit: Bytes on a device for the states of cells that go through the
       program together; others wait for the next call of it. None for half of
       what the device says is free; it is not limited where it says nothing, as
