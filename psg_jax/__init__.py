@@ -19,6 +19,7 @@ if TYPE_CHECKING:
   from psg_jax.boundary import search
   from psg_jax.evaluation import evaluate
   from psg_jax.forget import split
+  from psg_jax.grids import unlearn_grid
   from psg_jax.training import train as fit
   from psg_jax.unlearning import unlearn
 
@@ -30,17 +31,19 @@ _FUNCTIONS = {
   "search": ("boundary", "search"),
   "split": ("forget", "split"),
   "unlearn": ("unlearning", "unlearn"),
+  "unlearn_grid": ("grids", "unlearn_grid"),
 }
 _MODULES = (
   *("augment", "baselines", "batches", "boundary", "catalog", "checkpoints"),
   *("data", "diagnosis", "engine", "ensembles", "evaluation", "forget"),
+  *("grids",),
   *("inference", "metrics", "model_checks", "models", "optimizers"),
   *("parallel", "relearning", "steps", "streaming", "torch_weights", "traces"),
   *("training", "twins", "types"),
   *("ulira", "unlearning", "verification", "yardstick"),
 )
 
-__all__ = ["evaluate", "fit", "search", "split", "unlearn"]
+__all__ = ["evaluate", "fit", "search", "split", "unlearn", "unlearn_grid"]
 
 
 def __getattr__(name: str) -> Any:

@@ -106,7 +106,7 @@ class Search:
     checks.one_of("distance_decay", self.distance_decay, DISTANCE_DECAYS)
     checks.one_of("distance_term", self.distance_term, DISTANCE_TERMS)
     checks.one_of("noise", self.noise, NOISES)
-    for name in _NUMBERS:
+    for name in NUMBERS:
       if getattr(self, name) is not None:
         checks.one_value(name, getattr(self, name))
     checks.integer("num_steps", self.num_steps, at_least=1)
@@ -160,7 +160,7 @@ class Search:
       name: search_inputs.to_type(
         value, jnp.int32 if name == "num_steps" else dtype
       )
-      for name in _NUMBERS
+      for name in NUMBERS
       if (value := getattr(self, name)) is not None
     }
     return Prepared(
@@ -171,14 +171,14 @@ class Search:
     )
 
 
-_NUMBERS = (
+NUMBERS = (
   *("num_steps", "step_size", "max_distance", "distance_weight"),
   *("noise_scale", "confidence", "step_growth"),
 )
 _NAMES = tuple(
   field.name
   for field in dataclasses.fields(Search)
-  if field.name not in _NUMBERS
+  if field.name not in NUMBERS
 )
 
 
@@ -198,16 +198,46 @@ def _flatten(
   search: Search,
 ) -> tuple[tuple[tuple[Any, Any], ...], tuple[Any, ...]]:
   leaves = tuple(
-    (jax.tree_util.GetAttrKey(name), getattr(search, name)) for name in _NUMBERS
+    (jax.tree_util.GetAttrKey(name), getattr(search, name)) for name in NUMBERS
   )
   return leaves, tuple(getattr(search, name) for name in _NAMES)
 
 
 def _unflatten(names: tuple[Any, ...], leaves: Iterable[Any]) -> Search:
-  return _made(dict(zip((*_NAMES, *_NUMBERS), (*names, *leaves), strict=True)))
+  return _made(dict(zip((*_NAMES, *NUMBERS), (*names, *leaves), strict=True)))
 
 
 jax.tree_util.register_pytree_with_keys(Search, _flatten, _unflatten)
+
+
+def alike(searches: Sequence[Search]) -> list[Search]:
+  """Returns searches as members of one program, which differ in numbers alone.
+
+  Args:
+    searches: One or more.
+
+  Raises:
+    ValueError: If there is none, or they differ in anything but numbers.
+  """
+  if not searches:
+    raise ValueError("searches must not be empty, got none")
+  is_plain = all(search.is_plain for search in searches)
+  members = [_with(search, {"is_plain": is_plain}) for search in searches]
+  for name in _NAMES:
+    if len({getattr(search, name) for search in members}) > 1:
+      raise ValueError(
+        f"searches must have one {name}, got"
+        f" {', '.join(repr(getattr(search, name)) for search in members)}"
+      )
+  for name in ("max_distance", "confidence"):
+    if len({getattr(search, name) is None for search in members}) > 1:
+      raise ValueError(f"searches must all have {name} or none, got both")
+  return members
+
+
+def cut(search: Search, num_steps: int) -> Search:
+  """Returns a search of fewer steps, which the same program makes."""
+  return _with(search, {"num_steps": num_steps})
 
 
 def stack(searches: Sequence[Search]) -> Search:
@@ -222,20 +252,7 @@ def stack(searches: Sequence[Search]) -> Search:
   Raises:
     ValueError: If there is none, or they differ in anything else.
   """
-  if not searches:
-    raise ValueError("searches must not be empty, got none")
-  is_plain = all(search.is_plain for search in searches)
-  alike = [_with(search, {"is_plain": is_plain}) for search in searches]
-  for name in _NAMES:
-    if len({getattr(search, name) for search in alike}) > 1:
-      raise ValueError(
-        f"searches must have one {name}, got"
-        f" {', '.join(repr(getattr(search, name)) for search in alike)}"
-      )
-  for name in ("max_distance", "confidence"):
-    if len({getattr(search, name) is None for search in alike}) > 1:
-      raise ValueError(f"searches must all have {name} or none, got both")
-  return jax.tree.map(lambda *values: jnp.stack(values), *alike)
+  return jax.tree.map(lambda *values: jnp.stack(values), *alike(searches))
 
 
 def search(

@@ -43,11 +43,14 @@ class Phase(NamedTuple):
     loss_fn: The objective.
     plan: The minibatches.
     context: Arrays that the loss is given.
+    is_masked: Whether the program is to be that of plans with padding, though
+      this one may have none.
   """
 
   loss_fn: steps.LossFn
   plan: batches.Plan
   context: chex.ArrayTree = ()
+  is_masked: bool = False
 
 
 def filled(
@@ -217,7 +220,7 @@ def run(
     FloatingPointError: If a loss or a variable is NaN or infinite.
   """
   assert options.optimizer is not None
-  trainable, masks = _read_trainable(options.trainable, variables)
+  trainable, masks = read_trainable(options.trainable, variables)
   program = steps.Program(
     model=model,
     optimizer=options.optimizer,
@@ -354,7 +357,7 @@ def _remaining(
   return todo
 
 
-def _read_trainable(
+def read_trainable(
   trainable: Mapping[str, chex.ArrayTree] | None, variables: types.Variables
 ) -> tuple[tuple[bool, ...] | None, chex.ArrayTree | None]:
   """Separates what is known of the program from masks within arrays."""
@@ -430,7 +433,9 @@ def run_phase(
   unit = program.num_parts * (1 if models else parallel.size(mesh))
   ahead = (0, num_calls * size - num_steps)
   padding = (ahead, *[(0, 0)] * len(models), (0, -batch_size % unit))
-  is_masked = bool(padding[-1][1] or np.any(phase.plan.weights == 0))
+  is_masked = phase.is_masked or bool(
+    padding[-1][1] or np.any(phase.plan.weights == 0)
+  )
   program = dataclasses.replace(
     program, is_masked=is_masked, loss_fn=phase.loss_fn
   )

@@ -1,7 +1,7 @@
 """Many models of one kind, trained together or one after the other."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -22,6 +22,18 @@ from psg_jax import (
 )
 
 MODES = ("map", "vmap", "sharded")
+
+
+class Context(NamedTuple):
+  """What losses of many models are given, as the context of a phase.
+
+  Attributes:
+    shared: Arrays for all models.
+    per_model: Arrays with an axis `M` in front, of which each has its own.
+  """
+
+  shared: chex.ArrayTree = ()
+  per_model: chex.ArrayTree = ()
 
 
 def model_keys(key: jax.Array, model: int) -> tuple[jax.Array, jax.Array]:
@@ -77,13 +89,10 @@ def train(
   )
   checks.one_of("mode", mode, MODES)
   checks.key(key)
+  passes = on_devices(passes, mode)
   members = _members(membership, len(dataset))
   if passes.trainable is not None:
     raise ValueError("trainable must be None for ensembles, got trees")
-  if passes.mesh is not None and mode != "sharded":
-    raise ValueError(f"mesh must be None with mode={mode!r}, got a mesh")
-  if mode == "sharded" and passes.mesh is None:
-    passes = passes.replace(mesh=parallel.create_mesh())
   optimizer = passes.optimizer or training.default_optimizer(passes.schedule)
   # Devices that do not divide the models train the first ones twice.
   num_models = len(members)
@@ -118,10 +127,23 @@ def train(
     passes,
     factors=factors,
     record_fn=functools.partial(_record, num_models=num_models),
-    run_fn=functools.partial(_run, mode=mode, mesh=passes.mesh),
+    run_fn=functools.partial(run_steps, mode=mode, mesh=passes.mesh),
   )
   variables = jax.tree.map(lambda x: x[:num_models], state.variables)
   return variables, history
+
+
+def on_devices(passes: engine.Passes, mode: str) -> engine.Passes:
+  """Returns the options with the devices that models are cut over, if any.
+
+  Raises:
+    ValueError: If there is a mesh where the mode has no use for one.
+  """
+  if passes.mesh is not None and mode != "sharded":
+    raise ValueError(f"mesh must be None with mode={mode!r}, got a mesh")
+  if mode == "sharded" and passes.mesh is None:
+    return passes.replace(mesh=parallel.create_mesh())
+  return passes
 
 
 def _fresh_states(
@@ -314,7 +336,7 @@ def _members(membership: np.ndarray, num_images: int) -> list[np.ndarray]:
   static_argnames=("mode", "mesh"),
   donate_argnums=1,
 )
-def _run(
+def run_steps(
   program: steps.Program,
   state: steps.TrainState,
   images: jax.Array,
@@ -322,26 +344,46 @@ def _run(
   minibatches: steps.Steps,
   *,
   factors: jax.Array,
-  context: chex.ArrayTree,
-  masks: None,
+  context: Context | tuple[()] = (),
+  masks: chex.ArrayTree | None = None,
   mode: str,
   mesh: jax.sharding.Mesh | None,
 ) -> tuple[steps.TrainState, steps.Reported]:
-  """Takes the steps of all models, `[M, ...]` in the state, else `[S, M]`."""
-  del context, masks
+  """Takes the steps of all models: a `run_fn` of `engine.run_passes`.
 
-  def one(inputs: Any, images: jax.Array, labels: jax.Array) -> Any:
-    state, minibatches, factors = inputs
+  Args:
+    program: As for `steps.run_steps`, and so are the following.
+    state: Arrays with an axis `M` in front; donated.
+    images: The pool, of all models.
+    labels: Its targets, likewise.
+    minibatches: `[S, M, B]`.
+    factors: float32 `[S, M]`.
+    context: What the loss is given, each model its part of `per_model`.
+    masks: For all models.
+    mode: As for `train`.
+    mesh: The devices of `"sharded"`.
+
+  Returns:
+    The new state, and reports `[S, M, ...]`.
+  """
+  shared, per_model = context or Context()
+
+  def one(inputs: Any, whole: Any) -> Any:
+    state, minibatches, factors, per_model = inputs
+    images, labels, shared, masks = whole
     return steps.run_steps(
-      program, state, images, labels, minibatches, factors=factors
+      *(program, state, images, labels, minibatches),
+      factors=factors,
+      context=Context(shared, per_model),
+      masks=masks,
     )
 
-  def loop(inputs: Any, images: jax.Array, labels: jax.Array) -> Any:
-    return jax.lax.map(lambda x: one(x, images, labels), inputs)
+  def loop(inputs: Any, whole: Any) -> Any:
+    return jax.lax.map(lambda x: one(x, whole), inputs)
 
   run_fn = loop
   if mode == "vmap":
-    run_fn = jax.vmap(one, (0, None, None))
+    run_fn = jax.vmap(one, (0, None))
   elif mesh is not None:
     models, whole = (
       jax.sharding.PartitionSpec(parallel.BATCH_AXIS),
@@ -350,13 +392,21 @@ def _run(
     run_fn = jax.shard_map(
       loop,
       mesh=mesh,
-      in_specs=(models, whole, whole),
+      in_specs=(models, whole),
       out_specs=models,
       check_vma=False,
     )
   minibatches, factors = _swapped((minibatches, factors))
-  state, reported = run_fn((state, minibatches, factors), images, labels)
+  state, reported = run_fn(
+    (state, minibatches, factors, per_model), (images, labels, shared, masks)
+  )
   return state, _swapped(reported)
+
+
+def num_programs() -> int:
+  """Returns how many programs of many models this process has compiled."""
+  compiled: Any = run_steps
+  return int(compiled._cache_size())
 
 
 def _swapped(tree: Any) -> Any:

@@ -66,6 +66,15 @@ def size(mesh: jax.sharding.Mesh | None) -> int:
   return 1 if mesh is None else mesh.size
 
 
+def free_bytes(mesh: jax.sharding.Mesh | None) -> int | None:
+  """Returns the memory free on the first device; None where it does not say."""
+  device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+  stats = device.memory_stats()
+  if not stats or "bytes_limit" not in stats:
+    return None
+  return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+
+
 def padded_size(num_rows: int, mesh: jax.sharding.Mesh | None) -> int:
   """Returns the next size from `num_rows` up that the devices divide."""
   return -(-num_rows // size(mesh)) * size(mesh)

@@ -153,8 +153,7 @@ def relabel(
       # This schedule knows the number of steps.
       and search_fn.distance_decay != "linear"
     ):
-      short = dataclasses.replace(search_fn, num_steps=first_steps)
-      run(rows, short, first_steps)
+      run(rows, boundary.cut(search_fn, first_steps), first_steps)
       rows = np.flatnonzero(results["num_steps"] >= first_steps)
     if rows.size:
       run(rows, search_fn)

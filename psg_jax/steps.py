@@ -245,13 +245,14 @@ def apply_train(
   """
   if model.apply_train is None:
     return model.apply(variables, images), variables
-  if mask is None or not _takes_mask(model.apply_train):
+  if mask is None or not takes_mask(model.apply_train):
     return model.apply_train(variables, images, key)
   return model.apply_train(variables, images, key, mask)
 
 
 @functools.lru_cache
-def _takes_mask(apply_train: Callable[..., Any]) -> bool:
+def takes_mask(apply_train: Callable[..., Any]) -> bool:
+  """Whether a network's `apply_train` is told which rows are padding."""
   return "mask" in inspect.signature(apply_train).parameters
 
 
@@ -483,8 +484,8 @@ def check_variables(state: TrainState) -> None:
   for leaf in jax.tree.leaves(state.variables):
     if not bool(jnp.isfinite(leaf).all()):
       raise FloatingPointError(
-        f"the variables are not finite after step {int(state.step)}: lower the"
-        " learning rate"
+        f"the variables are not finite after step {int(state.step.max())}:"
+        " lower the learning rate"
       )
 
 

@@ -54,7 +54,7 @@ SEARCH_DEFAULTS = {
   "step_growth": 2.0,
   "num_bisections": 3,
 }
-_SEARCH_NAMES, _TARGET_NAMES = (
+SEARCH_NAMES, TARGET_NAMES = (
   tuple(field.name for field in dataclasses.fields(value) if field.init)
   for value in (boundary.Search, relabelling.Targets)
 )
@@ -149,9 +149,9 @@ def unlearn(
     With Applications On Medical Images, 2025, Algorithms 1 to 3.
   """
   named = dict(options)
-  target_options = _taken(options, _TARGET_NAMES)
-  _taken(options, _SEARCH_NAMES)
-  passes = _passes(model, variables, split, retain_weight, options)
+  target_options = _taken(options, TARGET_NAMES)
+  _taken(options, SEARCH_NAMES)
+  passes = read_passes(model, variables, split, retain_weight, options)
   taught = relabelling.Targets(**target_options)
   check_labels(taught.labels, taught.top_k, split.forget.num_classes)
   checks.integer("search_batch_size", search_batch_size, at_least=1)
@@ -168,7 +168,7 @@ def unlearn(
         schedule=optimizers.repeated(passes.schedule, num_steps),
       )
   if targets is not None:
-    targets = _checked_targets("targets", targets, split.forget)
+    targets = checked_targets("targets", targets, split.forget)
   checks.key(key)
   if search_fn is None:
     search_fn = search_of(named)
@@ -231,7 +231,7 @@ def unlearn(
 def search_of(options: Mapping[str, Any]) -> boundary.Search:
   """Returns the search that `unlearn` makes of its options, with defaults."""
   return boundary.Search(
-    **SEARCH_DEFAULTS | _taken(dict(options), _SEARCH_NAMES)
+    **SEARCH_DEFAULTS | _taken(dict(options), SEARCH_NAMES)
   )
 
 
@@ -371,7 +371,7 @@ def update(
     ValueError: If an argument is of the wrong shape, type or range.
     FloatingPointError: If the loss is NaN or infinite.
   """
-  passes = _passes(model, variables, split, retain_weight, options)
+  passes = read_passes(model, variables, split, retain_weight, options)
   checks.key(key)
   return _update(
     *(model, variables, split, targets, key, passes),
@@ -381,7 +381,7 @@ def update(
   )
 
 
-def _passes(
+def read_passes(
   model: types.Model,
   variables: types.Variables,
   split: types.Split,
@@ -400,9 +400,14 @@ def _passes(
     num_epochs = default_num_epochs(len(split.forget), passes.batch_size)
     passes = passes.replace(num_epochs=num_epochs)
   if passes.optimizer is None:
-    rate = 1e-3 if passes.schedule == "constant" else LEARNING_RATE
+    rate = default_rate(passes.schedule)
     passes = passes.replace(optimizer=training.sgd(rate))
   return passes
+
+
+def default_rate(schedule: optimizers.Schedule) -> float:
+  """Returns the learning rate of the default optimiser, the highest."""
+  return 1e-3 if schedule == "constant" else LEARNING_RATE
 
 
 def _update(
@@ -419,18 +424,18 @@ def _update(
 ) -> tuple[steps.TrainState, engine.History]:
   """`update`, with its options checked."""
   images: np.ndarray | streaming.Images = split.forget.images
-  targets = _checked_targets("targets", targets, split.forget)
+  targets = checked_targets("targets", targets, split.forget)
   if retain_weight > 0:
     if retain_targets is None:
       retain_targets = split.retain.labels
-    retain_targets = _checked_targets(
+    retain_targets = checked_targets(
       "retain_targets", retain_targets, split.retain
     )
     images = streaming.concatenate([images, split.retain.images])
     if targets.ndim != retain_targets.ndim:
       num_classes = split.forget.num_classes
-      targets = _as_probabilities(targets, num_classes)
-      retain_targets = _as_probabilities(retain_targets, num_classes)
+      targets = as_probabilities(targets, num_classes)
+      retain_targets = as_probabilities(retain_targets, num_classes)
     targets = np.concatenate([targets, retain_targets])
   if retain_batch_size is None:
     retain_batch_size = RETAIN_SHARE * passes.batch_size
@@ -451,11 +456,11 @@ def _update(
     [[engine.Phase(steps.mean_cross_entropy, plan)] for plan in plans],
     key,
     passes,
-    record_fn=_record,
+    record_fn=read_report,
   )
 
 
-def _record(report: engine.Report) -> dict[str, Any]:
+def read_report(report: engine.Report) -> dict[str, Any]:
   """Loss and accuracy on the new labels, and on retained images."""
   record: dict[str, Any] = {}
   is_real, is_forget = report.plan.weights > 0, report.plan.is_forget
@@ -473,7 +478,8 @@ def _num_steps(split: types.Split, batch_size: int) -> int:
   return -(-len(split.forget) // min(batch_size, len(split.forget)))
 
 
-def _as_probabilities(targets: np.ndarray, num_classes: int) -> np.ndarray:
+def as_probabilities(targets: np.ndarray, num_classes: int) -> np.ndarray:
+  """Returns targets float32 `[N, K]`, of classes `[N]` where they are that."""
   if targets.ndim == 2:
     return targets
   return np.eye(num_classes, dtype=np.float32)[targets]
@@ -504,7 +510,7 @@ def check_split(split: types.Split, retain_weight: float) -> None:
     )
 
 
-def _checked_targets(
+def checked_targets(
   name: str, targets: np.ndarray, dataset: types.Dataset
 ) -> np.ndarray:
   """Returns the targets as int32 `[N]` or float32 `[N, K]`."""
