@@ -47,17 +47,17 @@ class PsgPathmnist(builder.ImageBuilder):
   def splits(self) -> builder.Splits:
     """Reads the archive."""
     start = f"source must be MedMNIST's pathmnist.npz, got {str(self.source)!r}"
-    with files.faults(
-      f"{start}, which cannot be read:",
-      *(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile),
+    faults = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    # A single array, or pickles, are refused.
+    with (
+      files.faults(f"{start}, which cannot be read:", *faults),
+      np.load(str(self.source), allow_pickle=False) as stored,
     ):
-      # A single array, or pickles, are refused.
-      with np.load(self.source, allow_pickle=False) as stored:
-        arrays = {
-          f"{split}_{what}": stored[f"{split}_{what}"]
-          for split in _SPLITS
-          for what in ("images", "labels")
-        }
+      arrays = {
+        f"{split}_{what}": stored[f"{split}_{what}"]
+        for split in _SPLITS
+        for what in ("images", "labels")
+      }
     for split in _SPLITS:
       images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
       _check(images, labels, f"{start}, whose {split} part has")

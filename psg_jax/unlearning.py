@@ -7,6 +7,7 @@ bring labels of their own.
 
 import dataclasses
 import functools
+import importlib
 import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -58,6 +59,13 @@ SEARCH_NAMES, TARGET_NAMES = (
   tuple(field.name for field in dataclasses.fields(value) if field.init)
   for value in (boundary.Search, relabelling.Targets)
 )
+
+
+def __getattr__(name: str) -> Any:
+  """Offers the grid, which stands on this module, under its name as well."""
+  if name in ("unlearn_grid", "grid_of"):
+    return getattr(importlib.import_module("psg_jax.grids"), name)
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 @types.pytree

@@ -56,6 +56,13 @@ def parts():
   return model, variables, fakes.split_class(dataset)
 
 
+def test_the_grid_is_offered_beside_unlearn():
+  assert unlearning.unlearn_grid is grids.unlearn_grid
+  assert unlearning.grid_of is grids.grid_of
+  with pytest.raises(AttributeError, match="unlearn_grids"):
+    _ = unlearning.unlearn_grids
+
+
 def unlearn_grid(parts, cells=CELLS, **options):
   options = {**OPTIONS, "mode": "map", "learning_rate": BASE_RATE, **options}
   return grids.unlearn_grid(*parts, KEY, cells=cells, **options)

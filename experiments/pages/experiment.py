@@ -442,7 +442,8 @@ def front(points: np.ndarray) -> np.ndarray:
   points = np.asarray(points, float)
   no_more = (points[:, None] <= points[None]).all(-1)
   less = (points[:, None] < points[None]).any(-1)
-  return ~(no_more & less).any(0)
+  is_beaten: np.ndarray = np.any(no_more & less, axis=0)
+  return ~is_beaten
 
 
 def _front_panel(

@@ -75,18 +75,43 @@ class Bench(NamedTuple):
       show_progress=False,
     )
 
-  def outputs(self, name: str, variables: types.Variables) -> metrics.Outputs:
-    """Returns the logits of a model on all parts that there are."""
+  def outputs(self, name: str) -> metrics.Outputs:
+    """Returns the logits of `original` or `retrained` on all parts.
+
+    They are predicted once, for all requests that share the model.
+    """
+    context = self.context
+    path = self._at(name).run_dir / "logits.npz"
+    whole = {"train": context.train, "test": context.test}
+    if not path.is_file():
+      variables = getattr(self, name)()
+      logits = {
+        split: contexts.predict(context.of(name), variables, part.images)
+        for split, part in whole.items()
+      }
+      files.save_arrays(path, logits)
+    logits = files.read_arrays(path)
+    rows = {
+      split: {id_: row for row, id_ in enumerate(np.asarray(part.ids))}
+      for split, part in whole.items()
+    }
+    outputs = {}
+    for name, part in context.parts.items():
+      split = name.partition("_")[0]
+      places = [rows[split][id_] for id_ in np.asarray(part.ids)]
+      outputs[name] = logits[split][np.array(places, int)]
+    return metrics.Outputs(outputs)
+
+  def outputs_of(self, variables: types.Variables) -> metrics.Outputs:
+    """Returns the logits of another model on all parts that there are."""
     splits = [x for x, part in self.context.parts.items() if len(part)]
-    logits, _ = cells.predict(self.context.of(name), variables, splits)
-    return metrics.Outputs(logits)
+    return metrics.Outputs(cells.predict(self.context, variables, splits)[0])
 
   def figures(
     self,
     name: str,
     variables: types.Variables,
     names: Sequence[str],
-    **seconds: float,
   ) -> dict[str, float | None]:
     """Computes metrics of a model beside the original and the retrained one.
 
@@ -94,19 +119,13 @@ class Bench(NamedTuple):
       name: `original`, `retrained` or `unlearned`, whose network it is.
       variables: The model's.
       names: Metrics, of `psg_jax.metrics`.
-      **seconds: Its time, for the metrics that take it.
     """
-    others = {
-      "original": self.outputs("original", self.original()),
-      "retrained": self.outputs("retrained", self.retrained()),
-    }
-    model = others.get(name) or self.outputs(name, variables)
+    others = {x: self.outputs(x) for x in ("original", "retrained")}
+    model = others.get(name) or self.outputs_of(variables)
     if name == "retrained":
       # It is what others are compared with.
       del others["retrained"]
-    figures = cells.figures(
-      self.context, names, model._replace(**seconds), others
-    )
+    figures = cells.figures(self.context, names, model, others)
     return {metric: figure["value"] for metric, figure in figures.items()}
 
   def asking(self, **request: Any) -> "Bench":
@@ -145,7 +164,7 @@ class Bench(NamedTuple):
       for name, value in dataclasses.asdict(context.job).items()
       if name in _MODEL_OPTIONS
     }
-    parts["images"] = requests.images_hash([images])
+    parts["images"] = requests.images_hash([images, context.test])
     if model == "retrained":
       ids = np.asarray(context.split.forget.ids)
       parts["forgotten"] = forget.ids_hash(ids)

@@ -119,7 +119,7 @@ _TINY = recipes.Job(
   twins="ignore",
   training=recipes.Training(learning_rate=0.1, num_epochs=4, batch_size=32),
 )
-_SMALL = recipes.Training(learning_rate=0.1, num_epochs=8, batch_size=32)
+_SMALL = recipes.Training(learning_rate=0.1, num_epochs=6, batch_size=32)
 _PAPER_TRAINING = recipes.Training(
   learning_rate=0.01,
   schedule="constant",
@@ -152,7 +152,7 @@ _COLOURS = _of(_CIFAR, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
 BASES: dict[str, dict[str, recipes.Job]] = {
   "fashion_mnist": {
     "smoke": _TINY,
-    "cpu": _of(_FASHION, num_train=4000, width=0.125, training=_SMALL),
+    "cpu": _of(_FASHION, num_train=2500, width=0.125, training=_SMALL),
     "full": _of(
       _FASHION,
       training=dataclasses.replace(
@@ -164,7 +164,7 @@ BASES: dict[str, dict[str, recipes.Job]] = {
     "smoke": _TINY,
     "cpu": _of(
       _CIFAR,
-      num_train=5000,
+      num_train=2500,
       width=0.125,
       training=dataclasses.replace(_SMALL, augmentation="flip"),
     ),
@@ -176,7 +176,7 @@ BASES: dict[str, dict[str, recipes.Job]] = {
       recipes.JOBS["mri"],
       dataset="brain_tumor_mri@32",
       twins="ignore",
-      num_train=2500,
+      num_train=1500,
       training=_SMALL_MEDICAL,
     ),
     "full": recipes.JOBS["mri_resnet50"],
@@ -198,7 +198,14 @@ BASES: dict[str, dict[str, recipes.Job]] = {
   },
   "retinas": {
     "smoke": _TINY,
-    "cpu": _of(recipes.JOBS["phantom_patient"], twins="ignore"),
+    "cpu": _of(
+      recipes.JOBS["phantom_patient"],
+      twins="ignore",
+      num_train=800,
+      training=dataclasses.replace(
+        recipes.JOBS["phantom_patient"].training, num_epochs=10
+      ),
+    ),
     "full": _of(recipes.JOBS["phantom_patient"], width=1.0),
   },
   "devices": {
@@ -213,7 +220,7 @@ BASES: dict[str, dict[str, recipes.Job]] = {
     "cpu": _of(
       _COLOURS,
       dataset="pathmnist",
-      num_train=5000,
+      num_train=2500,
       width=0.125,
       training=dataclasses.replace(_SMALL, augmentation="flip"),
     ),
@@ -228,7 +235,7 @@ BASES: dict[str, dict[str, recipes.Job]] = {
   "svhn": {
     "smoke": _TINY,
     "cpu": _of(
-      _COLOURS, dataset="svhn", num_train=5000, width=0.125, training=_SMALL
+      _COLOURS, dataset="svhn", num_train=2500, width=0.125, training=_SMALL
     ),
     "full": _of(
       _COLOURS,
@@ -387,21 +394,19 @@ def grid(size: str) -> Iterator[Cell]:
   """λ by γ as in the paper, and φ by rate, in the paper's form."""
   job = _asked(BASES["fashion_mnist"][size], forget_classes=(0,), seed=100)
   job = _method(job, "paper", "")
-  is_smoke = size == "smoke"
-  pairs = {x: y[1:3] for x, y in GRID.items()} if is_smoke else GRID
-  yield Cell({"grid": "λ, γ"}, job, measures.grid, {"axes": pairs})
-  rates = (5e-4, 2e-3, 8e-3)
-  yield Cell(
-    {"grid": "φ, rate"},
-    job,
-    measures.grid,
-    {
-      "axes": {
-        "retain_weight": RETAIN_WEIGHTS[2:4] if is_smoke else RETAIN_WEIGHTS,
-        "learning_rate": rates[1:2] if is_smoke else rates,
-      }
+  grids: dict[str, dict[str, tuple[float, ...]]] = {
+    "λ, γ": GRID,
+    "φ, rate": {
+      "retain_weight": RETAIN_WEIGHTS,
+      "learning_rate": (5e-4, 2e-3, 8e-3),
     },
-  )
+  }
+  if size == "smoke":
+    grids = {
+      "λ, φ": {"distance_weight": (0.0, 1e-2), "retain_weight": (0.0, 0.5)}
+    }
+  for name, axes in grids.items():
+    yield Cell({"grid": name}, job, measures.grid, {"axes": axes})
 
 
 LABELLINGS: dict[str, dict[str, Any]] = {
@@ -504,6 +509,11 @@ def _published(
   )
 
 
+_FORGET_SIZES = {
+  "smoke": (8, 32),
+  "cpu": (25, 50, 100, 200),
+  "full": (6, 60, 600, 1500, 3000, 6000),
+}
 # Retain accuracy after so many epochs.
 _COMPOSED = {0.0: 0.234, 1.0: 0.907, 2.0: 0.905, 5.0: 0.913}
 
@@ -763,11 +773,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     cells=_single(
       "fashion_mnist",
       measures.search_time,
-      lambda size: {
-        "smoke": {"sizes": (8, 32)},
-        "cpu": {"sizes": (25, 50, 100, 200, 400)},
-        "full": {"sizes": (6, 60, 600, 1500, 3000, 6000)},
-      }[size],
+      lambda size: {"sizes": _FORGET_SIZES[size]},
       seeds=1,
     ),
     by=("num_forget",),

@@ -31,7 +31,7 @@ EXPECTED = pathlib.Path(__file__).parent.parent / "expected"
 TIMES = {"smoke": 6.0, "cpu": 4.0, "full": 4.0}
 """How many standard errors: the sd of few short trainings is known badly."""
 FLOORS = {"kl": 0.05, "other": 0.02}
-_KEPT = ("mean", "sd", "count")
+_KEPT = ("mean", "sd", "number")
 
 
 class Figure(NamedTuple):
@@ -40,12 +40,12 @@ class Figure(NamedTuple):
   Attributes:
     mean: Over seeds or classes; None where there is none.
     sd: Standard deviation over them; None for one value.
-    count: How many values.
+    number: How many values.
   """
 
   mean: float | None
   sd: float | None
-  count: int
+  number: int
 
 
 class Row(NamedTuple):
@@ -140,10 +140,10 @@ def compare(
         for side in (before, now)
       )
       row = before.get(key) or now[key]
-      if old.count or new.count or key not in before or key not in now:
+      if old.number or new.number or key not in before or key not in now:
         kind = "kl" if name.startswith("kl_") else "other"
         spread = max(old.sd or 0.0, pooled[name])
-        counts = 1 / max(old.count, 1) + 1 / max(new.count, 1)
+        counts = 1 / max(old.number, 1) + 1 / max(new.number, 1)
         tolerance = FLOORS[kind] + TIMES[size] * spread * math.sqrt(counts)
         findings.append(Finding(row.key, name, new.mean, old.mean, tolerance))
   return findings
@@ -151,11 +151,8 @@ def compare(
 
 def _pooled(rows: Sequence[Row], name: str) -> float:
   """The root mean square of the standard deviations of a figure."""
-  known = [
-    row.figures[name].sd
-    for row in rows
-    if name in row.figures and row.figures[name].sd is not None
-  ]
+  spreads = [row.figures[name].sd for row in rows if name in row.figures]
+  known = [sd for sd in spreads if sd is not None]
   return float(np.sqrt(np.mean(np.square(known)))) if known else 0.0
 
 
