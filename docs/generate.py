@@ -160,34 +160,39 @@ def metrics() -> str:
     part = next(
       (x for x in metrics.SPLITS if metric.name.endswith(f"_{x}")), ""
     )
-    ideal = metric.ideal
-    needs = {
-      need.replace("model.", "").partition(".")[0]
-      if not need.startswith(("retrained", "original", "random"))
-      else need.partition(".")[0]
-      for need in metric.needs
-    }
+    name = metric.name.removesuffix(f"_{part}")
+    title = metric.title
+    if part:
+      title = re.sub(r" \((forget|retain), (training|test)\)$", "", title)
     key = (
-      f"`{metric.name.removesuffix(f'_{part}')}`",
-      re.sub(r" \((forget|retain), (training|test)\)$", "", metric.title)
-      if part
-      else metric.title,
-      _ARROWS[metric.direction],
-      ideal if isinstance(ideal, str) else f"{ideal:g}".replace("inf", "∞"),
+      f"`{name}`",
+      f"{title}; {metric.source}" if metric.source else title,
+      f"{_ARROWS[metric.direction]} {_ideal(metric.ideal)}",
       _RANGES.get(metric.unit, "its own"),
-      ", ".join(sorted(needs - {"labels", "logits"})) or "–",
-      metric.source or "–",
+      ", ".join(sorted(_needs(metric))) or "–",
     )
     groups.setdefault(key, []).append(part)
   rows = [(*key[:2], _parts(parts), *key[2:]) for key, parts in groups.items()]
-  heads = ("metric", "what", "of", "", "ideal", "range", "needs", "source")
+  heads = ("metric", "what; from", "of", "best", "range", "needs")
   return _table(heads, rows)
+
+
+def _ideal(ideal: float | str) -> str:
+  return ideal if isinstance(ideal, str) else f"{ideal:g}".replace("inf", "∞")
+
+
+def _needs(metric: Any) -> set[str]:
+  """What there must be beside the model's logits and the labels."""
+  firsts = {
+    need.removeprefix("model.").partition(".")[0] for need in metric.needs
+  }
+  return firsts - {"labels", "logits"}
 
 
 def _parts(parts: list[str]) -> str:
   if len(parts) == 4:
     return "all four parts"
-  return ", ".join(part.replace("_", " ") for part in parts if part)
+  return ", ".join(part.replace("_", " ") for part in parts if part) or "–"
 
 
 def checks() -> str:
