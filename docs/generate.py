@@ -231,7 +231,9 @@ def alarms() -> str:
     f"- The digits, {number} retrained models (`{counted['command']}`), each"
     f" judged by the others: the checks of the table, at a level of"
     f" {100 * counted['level']:g} % each, reject"
-    f" {counted['rejected_by_any']} of {number} by one check or more."
+    f" {counted['rejected_by_any']} of {number} by one check or more. The"
+    f" unlearned model is rejected by {len(counted['against_unlearned'])} of"
+    f" {len(counted['false_alarms'])} checks."
   ]
   for section in _comparisons():
     title = section.partition("\n")[0].strip()

@@ -3,12 +3,11 @@
     python docs/pictures.py
 
 trains the digits as `make demo` does, with eight retrained models, and writes
-docs/images/method_*.png and docs/figures.json: ten minutes on a busy core.
+docs/images/method_*.png and docs/figures.json: four minutes of a core.
 """
 
 import json
 import pathlib
-import platform
 
 import jax
 import numpy as np
@@ -198,7 +197,6 @@ def write_figures(
   }
   record = {
     "command": "python docs/pictures.py",
-    "machine": platform.processor() or platform.machine(),
     "num_retrained": table["total"],
     "level": table["level"],
     "rejected_by_any": table["false_alarms"],
