@@ -238,9 +238,9 @@ def alarms() -> str:
   for section in _comparisons():
     title = section.partition("\n")[0].strip()
     (sentence,) = re.findall(
-      r"^\d+ retrained models: (.*)$", section, flags=re.M
+      r"^(\d+ retrained models: .*)$", section, flags=re.M
     )
-    lines.append(f"- {title}: {sentence}")
+    lines.append(f"- The yardstick, {title}: {sentence}")
   return "\n".join(lines)
 
 

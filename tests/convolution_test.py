@@ -1,6 +1,7 @@
 """Tests of the convolution against XLA's own."""
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -111,6 +112,9 @@ def many_channels(
     ((8, 7), (1, 1), 2, 0, 12),
     ((8, 7), (1, 1), 2, 2, 3),
     ((3, 3), (3, 3), 1, 0, 12),
+    ((2, 2), (3, 3), 1, 1, 12),
+    ((2, 2), (3, 3), 2, 1, 12),
+    ((1, 2), (3, 3), 1, 1, 3),
   ],
 )
 def test_equals_native(
@@ -128,6 +132,24 @@ def test_equals_native(
     return outputs, _gradients(conv_fn, stride, padding)(*args)
 
   _assert_close(run(convolution.conv2d, *args), run(_native, *args))
+
+
+@pytest.mark.parametrize(("size", "is_padded"), [(2, True), (3, False)])
+def test_small_images_are_padded_before(size: int, is_padded: bool) -> None:
+  """XLA is many times slower on a CPU where the kernel is the larger one."""
+  args = _inputs(size=(size, size), channels=12)
+  (images, kernel) = args
+
+  def both(images: jax.Array, kernel: jax.Array) -> tuple:
+    outputs, vjp_fn = jax.vjp(
+      lambda x: convolution.conv2d(x, kernel, padding=1), images
+    )
+    return outputs, vjp_fn(outputs)
+
+  compiled = jax.jit(both).lower(images, kernel).compile().as_text()
+  windows = re.findall(r"convolution\(.*?window={(.*?)}", compiled)
+  assert len(windows) == 2
+  assert [("pad=" not in window) for window in windows] == [is_padded] * 2
 
 
 def test_literal_values() -> None:

@@ -51,7 +51,7 @@ def test_a_table_follows_its_registry(monkeypatch):
   page = (DOCS / "metrics.md").read_text()
   renewed = GENERATE.renewed(page)
   (line,) = set(renewed.splitlines()) - set(page.splitlines())
-  assert line.startswith(r"| `new` | A \| B |")
+  assert line.startswith(r"| `new` | A \| B; Chundawat et al., 2023")
 
 
 def test_links_between_pages_lead_somewhere():
