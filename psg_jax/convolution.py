@@ -111,9 +111,9 @@ def _convolve(
 ) -> jax.Array:
   """XLA's convolution, with the padding of small images done before it.
 
-  Images smaller than the kernel would be off XLA's fast path on a CPU: 2 x 2
-  pixels of 512 channels, as a ResNet has them of 64 pixels, took 60 times as
-  long. The barrier keeps XLA from folding the padding in again.
+  With images smaller than the kernel XLA exchanges the two, which is off its
+  fast path on a CPU: 2 x 2 pixels of 512 channels, as a ResNet has them of 64
+  pixels, took 60 times as long. The barrier keeps the padding out of it.
   """
   if images.shape[1] < kernel.shape[0] or images.shape[2] < kernel.shape[1]:
     margins = [(0, 0, 0), *((*pair, 0) for pair in padding), (0, 0, 0)]
