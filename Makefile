@@ -22,7 +22,7 @@ INTERPRETER := $(shell for name in $(PYTHON); do for python in $$name $$(ls \
   do $$python $(PROBE) >/dev/null 2>&1 && echo $$python && exit; done; done)
 WANTED := $(if $(INTERPRETER),$(shell $(INTERPRETER) --version 2>&1) with $(EXTRAS))
 
-.PHONY: setup demo test test-all wheel-test lint format clean FORCE
+.PHONY: setup demo test test-all wheel-test lint docs format clean FORCE
 
 setup: $(VENV)/.installed
 
@@ -60,11 +60,21 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# In this environment where it has the extra docs, else in one of its own: neither
+# is made anew for the other.
+ifneq (,$(findstring docs,$(EXTRAS)))
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+else
+docs:
+	@$(MAKE) --no-print-directory docs VENV=$(VENV)-docs EXTRAS=docs
+endif
+
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-docs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 FORCE:

@@ -376,15 +376,18 @@ JOBS: dict[str, Job] = {
     training=_PHANTOM,
   ),
   # Images of one's own, chosen where --data is a folder or zip: torchvision's
-  # network and standardisation, as most PyTorch checkpoints have them.
+  # network and standardisation, as most PyTorch checkpoints have them. The last
+  # batch is filled up: of few images a large one is mostly filling.
   "own": Job(
     recipe="own",
     model="resnet50",
     mean=_IMAGENET_MEAN,
     std=_IMAGENET_STD,
     dropout=0.5,
+    eval_batch_size=64,
     forget_classes=(),
     training=_PAPER_MEDICAL,
+    unlearning=Unlearning(search_batch_size=32),
   ),
   # The paper's own sizes, for a GPU: the weights are torchvision's, given with
   # --pretrained resnet50.safetensors.

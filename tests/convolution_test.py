@@ -1,6 +1,7 @@
 """Tests of the convolution against XLA's own."""
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -111,6 +112,9 @@ def many_channels(
     ((8, 7), (1, 1), 2, 0, 12),
     ((8, 7), (1, 1), 2, 2, 3),
     ((3, 3), (3, 3), 1, 0, 12),
+    ((2, 2), (3, 3), 1, 1, 12),
+    ((2, 2), (3, 3), 2, 1, 12),
+    ((1, 2), (3, 3), 1, 1, 3),
   ],
 )
 def test_equals_native(
@@ -128,6 +132,24 @@ def test_equals_native(
     return outputs, _gradients(conv_fn, stride, padding)(*args)
 
   _assert_close(run(convolution.conv2d, *args), run(_native, *args))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_small_images_stay_on_the_fast_path(size: int) -> None:
+  """XLA takes the larger of the two for the images, turned, and is slow."""
+  images, kernel = _inputs(size=(size, size), channels=12)
+
+  def both(images: jax.Array, kernel: jax.Array) -> tuple:
+    outputs, vjp_fn = jax.vjp(
+      lambda x: convolution.conv2d(x, kernel, padding=1), images
+    )
+    return outputs, vjp_fn(outputs)
+
+  compiled = jax.jit(both).lower(images, kernel).compile().as_text()
+  windows = re.findall(r"convolution\(.*?window={(.*?)}", compiled)
+  assert len(windows) == 2
+  assert all("size=3x3" in window for window in windows)
+  assert not any("rhs_reversal" in window for window in windows)
 
 
 def test_literal_values() -> None:

@@ -1,4 +1,7 @@
-"""What the README says to type exists: commands are parsed, Python is run."""
+"""What the README says to type exists: commands are parsed, Python is run.
+
+And the commands of the site's pages are; tests/site_test.py runs their Python.
+"""
 
 import dataclasses
 import importlib
@@ -18,6 +21,7 @@ from experiments import recipes
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 # Words of the README that stand for the reader's own.
 FOLDERS = re.compile(r"runs/[\w-]+")
 
@@ -26,15 +30,39 @@ class ParsedError(Exception):
   """Raised in place of the work of a program, with its options."""
 
 
-def fenced(language):
-  blocks = re.findall(r"^```(\w*)\n(.*?)^```", README, re.M | re.S)
+def fenced(language, text=README):
+  blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
   return [code for name, code in blocks if name == language]
+
+
+def lines_of(text):
+  """The lines of all blocks of commands, without comments."""
+  blocks = "\n".join(fenced("", text) + fenced("bash", text))
+  lines = blocks.replace("\\\n", " ").splitlines()
+  return [line.split("  #")[0].strip() for line in lines]
+
+
+def page_commands():
+  """Those of the site's pages, but for usage lines; `psg` is a program."""
+  lines = [line for page in PAGES for line in lines_of(page.read_text())]
+  starts = ("python -m ", "make ", "psg ")
+  chosen = [x for x in lines if x.startswith(starts) and "…" not in x]
+  return list(dict.fromkeys(map(full, chosen)))
+
+
+def full(command):
+  """Writes `psg NAME` as the module that it runs."""
+  match = re.match(r"psg (\w+)", command)
+  if match is None:
+    return command
+  is_builder = match[1] in ("prepare", "cache")
+  package = "data_prep" if is_builder else "experiments"
+  return f"python -m {package}.{match[1]}{command[match.end() :]}"
 
 
 def commands():
   """All commands, without comments, placeholders for values replaced."""
-  blocks = "\n".join(fenced("") + fenced("bash")).replace("\\\n", " ")
-  lines = [line.split("  #")[0].strip() for line in blocks.splitlines()]
+  lines = lines_of(README)
   prose = re.sub(r"^```.*?^```", "", README, flags=re.M | re.S)
   # Code in a sentence may go over the end of a line.
   inline = [" ".join(x.split()) for x in re.findall(r"`([^`]+)`", prose)]
@@ -79,7 +107,7 @@ def parse(monkeypatch, tmp_path):
         # A run of the recipe that the folder is named after.
         folder = tmp_path / name
         folder.mkdir(parents=True, exist_ok=True)
-        job = recipes.find(folder.name)
+        job = recipes.JOBS.get(folder.name, recipes.JOBS["digits"])
         stored = json.dumps({"job": dataclasses.asdict(job)})
         (folder / "config.json").write_text(stored)
     monkeypatch.setattr(sys, "argv", [module, *arguments])
@@ -101,9 +129,20 @@ def test_there_are_commands_of_every_kind():
   assert any(command.startswith("make test") for command in commands())
 
 
-@pytest.mark.parametrize("command", commands())
+def test_pages_have_commands_of_their_programs():
+  words = {tuple(command.split()[:3]) for command in page_commands()}
+  for name in ("demo", "unlearn", "tune", "compare", "audit"):
+    assert ("python", "-m", f"experiments.{name}") in words
+  assert ("python", "-m", "data_prep.prepare") in words
+
+
+@pytest.mark.parametrize(
+  "command", dict.fromkeys((*commands(), *page_commands()))
+)
 def test_command_is_parsed(command, parse):
   words = expand(command)
+  if words == ["psg", "--help"]:
+    return
   if words[0] == "make":
     names = [x for x in words[1:] if "=" not in x and not x.startswith("-")]
     assert set(names) <= targets()
@@ -118,7 +157,8 @@ def test_command_is_parsed(command, parse):
       field = {"data": "dataset", "method": "method_name"}.get(part, part)
       held = getattr(held, part if hasattr(held, part) else field)
     held = held if isinstance(held, tuple) else (held,)
-    assert value in [str(x) for x in held]
+    texts = [f"{x:g}" if isinstance(x, float) else str(x) for x in held]
+    assert value in (*texts, *map(str, held))
 
 
 def test_an_option_that_does_not_exist_is_found_out(parse):
