@@ -266,6 +266,40 @@ def methods() -> str:
   return _table(("name", "title", "what it does", "from", "also needs"), rows)
 
 
+def experiments() -> str:
+  """The experiments of the paper, what they took and where they were run."""
+  from experiments.pages import tables
+  from experiments.reproduction import catalogue, results
+
+  rows = []
+  for name, experiment in catalogue.EXPERIMENTS.items():
+    expected = results.read(name, "cpu")
+    took = where = "–"
+    if expected is not None:
+      took = tables.seconds(expected["seconds"])
+      where = expected["origin"]["date"]
+    rows.append((f"`{name}`", experiment.title, took, where))
+  return _table(("name", "what", "time at `cpu`", "measured"), rows)
+
+
+def reproduced() -> str:
+  """What experiments over models gave at size cpu, a table each."""
+  from experiments.pages import experiment as page
+  from experiments.reproduction import catalogue, results
+
+  parts = []
+  for name, experiment in catalogue.EXPERIMENTS.items():
+    expected = results.read(name, "cpu")
+    if expected is None or "step" in experiment.by:
+      continue
+    heads, *rows = page.lines(experiment, expected["rows"])
+    parts += [f"### {experiment.title}", "", experiment.note, ""]
+    if sentence := " ".join(page.statements(expected["rows"])):
+      parts += [sentence, ""]
+    parts += [_table(heads, rows), ""]
+  return "\n".join(parts).replace("\n\n\n", "\n\n").strip()
+
+
 def claims() -> str:
   """What can be said with how many retrained models."""
   from psg_jax import verification
@@ -287,7 +321,7 @@ BLOCKS = {
   fn.__name__: fn
   for fn in (
     *(recipes, unlearning, results, metrics, checks, alarms),
-    *(methods, claims),
+    *(methods, claims, experiments, reproduced),
   )
 }
 """What stands between the marks of each name."""

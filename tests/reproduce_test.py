@@ -340,6 +340,7 @@ def test_list_shows_all(capsys):
 # Models
 
 
+@pytest.mark.slow
 def test_originals_are_shared_between_requests(tmp_path):
   job = dataclasses.replace(
     _JOB, training=recipes.Training(num_epochs=1, batch_size=50)

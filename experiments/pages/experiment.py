@@ -105,7 +105,7 @@ def text_table(
   experiment: catalogue.Experiment, rows: Sequence[results.Row]
 ) -> str:
   """Returns the figures as lines for a terminal."""
-  return tables.aligned(_lines(experiment, rows))
+  return tables.aligned(lines(experiment, rows))
 
 
 def statements(rows: Sequence[results.Row]) -> list[str]:
@@ -174,9 +174,10 @@ def _columns(rows: Sequence[results.Row]) -> list[str]:
   return list(dict.fromkeys(name for row in rows for name in row.key))
 
 
-def _lines(
+def lines(
   experiment: catalogue.Experiment, rows: Sequence[results.Row]
 ) -> list[tuple[str, ...]]:
+  """Returns the figures as text, the heads first."""
   columns = _columns(rows)
   heads = (*columns, *(title(x) for x in experiment.figures))
   return [
@@ -200,8 +201,8 @@ def _value(value: Any) -> str:
 def _table(
   experiment: catalogue.Experiment, rows: Sequence[results.Row]
 ) -> tables.Table:
-  heads, *lines = _lines(experiment, rows)
-  return tables.table(heads, lines)
+  heads, *rest = lines(experiment, rows)
+  return tables.table(heads, rest)
 
 
 def _csv(experiment: catalogue.Experiment, records: Records) -> str:
