@@ -345,11 +345,11 @@ def fractions(size: str) -> Iterator[Cell]:
   """Selective forgetting of parts of class 0."""
   base = BASES["fashion_mnist"][size]
   chosen = FRACTIONS if size == "full" else FRACTIONS[2:]
-  for fraction in chosen[1:3] if size == "smoke" else chosen:
+  for fraction in chosen[2:3] if size == "smoke" else chosen:
     for seed in _seeds():
       job = _asked(base, forget_classes=(0,), fraction=fraction, seed=seed)
       row = {"fraction": fraction, "seed": seed}
-      yield from _forgetting(row, job, "fashion_mnist", METHODS[1:])
+      yield from _forgetting(row, job, "fashion_mnist", _methods(size)[1:])
 
 
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -380,7 +380,7 @@ def metadata(size: str) -> Iterator[Cell]:
     for seed in _seeds():
       job = _asked(BASES[dataset][size], **request, seed=seed)
       row = {"request": name, "seed": seed}
-      yield from _forgetting(row, job, dataset, METHODS[1:])
+      yield from _forgetting(row, job, dataset, _methods(size)[1:])
 
 
 GRID = {
