@@ -47,7 +47,10 @@ class PsgPathmnist(builder.ImageBuilder):
   def splits(self) -> builder.Splits:
     """Reads the archive."""
     start = f"source must be MedMNIST's pathmnist.npz, got {str(self.source)!r}"
-    faults = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+    faults = (
+      *(OSError, ValueError, KeyError, EOFError, TypeError, AttributeError),
+      zipfile.BadZipFile,
+    )
     # A single array, or pickles, are refused.
     with (
       files.faults(f"{start}, which cannot be read:", *faults),

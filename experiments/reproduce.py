@@ -20,7 +20,6 @@ a figure is not within the tolerance of what is expected.
 
 import dataclasses
 import pathlib
-import resource
 import shutil
 import sys
 import time
@@ -64,6 +63,8 @@ class Options:
   """Folder of the run folders."""
   data_dir: str | None = None
   """Folder of the prepared data sets."""
+  pretrained: str | None = None
+  """PyTorch state dict of a ResNet-50 that those of size full start from."""
   overwrite: bool = False
   """Throw away what is finished at this size, and begin anew."""
 
@@ -89,16 +90,21 @@ def run(options: Options) -> bool:
   folder = pathlib.Path(options.runs_dir) / "reproduce" / options.size
   with files.lock(folder, argument="runs_dir", hint="the same command goes on"):
     _open_folder(folder, options)
-    findings = {
-      name: run_one(name, options, folder, f"[{number}/{len(names)}] ")
-      for number, name in enumerate(names, 1)
-    }
-  is_right = True
-  if options.check:
-    for name, found in findings.items():
-      wrong = [x for x in found if not x.is_as_expected]
-      is_right = is_right and not wrong
-      print(verdict(name, found, options.size))
+    is_right, verdicts = True, []
+    for number, name in enumerate(names, 1):
+      try:
+        found = run_one(name, options, folder, f"[{number}/{len(names)}] ")
+      except FloatingPointError as error:
+        # The others go on.
+        is_right = False
+        print(f"{name}: {error}\n", flush=True)
+        continue
+      if options.check:
+        is_asked = bool(catalogue.EXPERIMENTS[name].checked)
+        is_right &= all(x.is_as_expected for x in found)
+        is_right &= bool(found) or not is_asked
+        verdicts.append(verdict(name, found, options.size))
+  print("\n".join(verdicts))
   return is_right
 
 
@@ -113,35 +119,52 @@ def chosen(options: Options) -> list[str]:
   if not options.names and not options.all:
     raise ValueError("names must be given, or --all, got none: see --list")
   names = list(dict.fromkeys(options.names))
-  if options.all:
-    names = []
-    for name, experiment in catalogue.EXPERIMENTS.items():
-      reason = catalogue.missing_data(
-        experiment, options.size, data_dir=options.data_dir
-      )
-      if reason is None:
-        names.append(name)
-      else:
-        print(f"{name} is left out: {reason}")
-  else:
-    for name in names:
-      reason = catalogue.missing_data(
-        catalogue.EXPERIMENTS[name], options.size, data_dir=options.data_dir
-      )
-      if reason is not None:
-        raise ValueError(f"{name}: {reason}")
+  for name in catalogue.EXPERIMENTS if options.all else list(names):
+    reason = _lacking(name, options)
+    if reason is None and options.all:
+      names = [*dict.fromkeys([*names, name])]
+    elif reason is not None and name in options.names:
+      raise ValueError(f"{name}: {reason}")
+    elif reason is not None:
+      print(f"{name} is left out: {reason}")
+  if not names:
+    raise ValueError("no experiment has its data: see what is left out")
   if options.budget is None:
     return names
   return _within(names, results.duration("budget", options.budget), options)
 
 
+def _lacking(name: str, options: Options) -> str | None:
+  """Says what an experiment cannot be run without; None where all is there."""
+  experiment = catalogue.EXPERIMENTS[name]
+  jobs = [cell.job for cell in experiment.cells(options.size)]
+  if options.pretrained is None and any(x.model == "resnet50" for x in jobs):
+    return (
+      "pretrained must name torchvision's weights of a ResNet-50, trained on"
+      " ImageNet, which the paper starts from"
+    )
+  before = results.read(name, options.size) if options.check else None
+  digests = [_digest(cell) for cell in experiment.cells(options.size)]
+  if before is not None and before["cells"] != digests:
+    return (
+      f"size {options.size} was measured with other options, of another"
+      " version: --record keeps what they give now"
+    )
+  return catalogue.missing_data(
+    experiment, options.size, data_dir=options.data_dir
+  )
+
+
 def _within(names: Sequence[str], budget: float, options: Options) -> list[str]:
   """Returns those that fit, in their order; says which are left out."""
   taken: list[str] = []
-  left, needed = budget, {}
+  left, needed = budget, dict[str, float]()
   for name in names:
     expected = results.read(name, options.size)
-    needed[name] = 0.0 if expected is None else float(expected["seconds"])
+    if expected is None:
+      print(f"{name} is left out: how long it takes was never measured")
+      continue
+    needed[name] = float(expected["seconds"])
     if needed[name] <= left:
       taken.append(name)
       left -= needed[name]
@@ -150,6 +173,11 @@ def _within(names: Sequence[str], budget: float, options: Options) -> list[str]:
         f"{name} is left out: it takes about {tables.seconds(needed[name])},"
         f" and {tables.seconds(left)} of the budget are left"
       )
+  if not needed:
+    raise ValueError(
+      "budget must not be given where nothing was measured, got"
+      f" {options.budget} at size {options.size}"
+    )
   if not taken:
     shortest = min(needed.values())
     raise ValueError(
@@ -166,13 +194,16 @@ def _open_folder(folder: pathlib.Path, options: Options) -> None:
     "psg_jax": psg_jax.__version__,
     **_machine(),
   }
-  path = folder / "run.json"
+  path, aside = folder / "run.json", folder.with_name(f".{folder.name}.old")
+  # What a program that was killed left.
+  shutil.rmtree(aside, ignore_errors=True)
   if options.overwrite and folder.exists():
     if not path.is_file():
       raise ValueError(
         f"runs_dir must hold a run to overwrite, got {folder}: no run.json"
       )
-    shutil.rmtree(folder)
+    folder.rename(aside)
+    shutil.rmtree(aside)
   before = run_folder.read_json(path)
   for name in ("size", "psg_jax"):
     if before and before.get(name) != record[name]:
@@ -180,7 +211,8 @@ def _open_folder(folder: pathlib.Path, options: Options) -> None:
         f"runs_dir must be of {name} {record[name]}, got {folder} of"
         f" {before.get(name)}: choose another, or --overwrite"
       )
-  if folder.exists() and not before and any(folder.iterdir()):
+  kept = folder.glob("[!.]*") if folder.exists() else ()
+  if not before and any(kept):
     raise ValueError(
       f"runs_dir must hold a run of this program, got {folder}: no run.json"
     )
@@ -208,11 +240,16 @@ def run_one(
   """
   experiment = catalogue.EXPERIMENTS[name]
   todo = list(experiment.cells(options.size))
+  _check_data(todo, folder, options)
   print(f"{progress}{name}: {experiment.title}, {len(todo)} cells", flush=True)
   begin, records, seconds = time.perf_counter(), [], 0.0
+  origins: list[Mapping[str, Any]] = []
+  most_bytes = 0
   for number, cell in enumerate(todo, 1):
-    kept = run_cell(cell, folder, data_dir=options.data_dir)
+    kept = run_cell(cell, folder, options)
     seconds += kept["seconds"]
+    origins.append(kept["origin"])
+    most_bytes = max(most_bytes, kept["bytes"])
     records += [{**record, **cell.row} for record in kept["records"]]
     taken = time.perf_counter() - begin
     if taken > 1:
@@ -224,19 +261,27 @@ def run_one(
   obtained = results.rows(experiment, records)
   expected = results.read(name, options.size)
   found = (
-    results.compare(experiment, options.size, obtained, expected["rows"])
+    results.compare(experiment, obtained, expected["rows"])
     if expected is not None
     else []
   )
   content = {
     "name": name,
     "size": options.size,
-    "origin": origin(),
+    # Of the cell that was computed last; cells may be of several.
+    "origin": max(origins, key=lambda x: x["date"]),
+    "commits": sorted({str(x["git_commit"]) for x in origins}),
     "seconds": round(seconds, 1),
-    "bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "bytes": most_bytes,
+    "cells": [_digest(cell) for cell in todo],
     "rows": results.as_json(obtained),
   }
   if options.record:
+    if content["commits"] == ["None"]:
+      raise ValueError(
+        f"record must be of figures of a commit, got {name} of none: run from"
+        " a checkout"
+      )
     path = results.path(name, options.size)
     path.parent.mkdir(parents=True, exist_ok=True)
     run_folder.write_json(path, content)
@@ -251,8 +296,41 @@ def run_one(
   return found
 
 
+def _check_data(
+  cells: Sequence[catalogue.Cell], folder: pathlib.Path, options: Options
+) -> None:
+  """Raises ValueError where images are not those of the cells that are kept."""
+  path = folder / "data.json"
+  known = run_folder.read_json(path)
+  for job in {x.job.dataset: x.job for x in cells}.values():
+    digest = bench.data_digest(
+      dataclasses.replace(job, data_dir=options.data_dir)
+    )
+    if known.setdefault(job.dataset, digest) != digest:
+      raise ValueError(
+        f"runs_dir must be of the images of {job.dataset} that are there, got"
+        f" {folder} of others: they were prepared anew since; choose another,"
+        " or --overwrite"
+      )
+  run_folder.write_json(path, known)
+
+
+def _digest(cell: catalogue.Cell) -> str:
+  return file_tools.digest(_what(cell), sort_keys=True, default=list)[:20]
+
+
+def _what(cell: catalogue.Cell) -> dict[str, Any]:
+  """Returns all that a cell's figures depend on, but images and versions."""
+  options = run_folder.job_options(cell.job)
+  return {
+    "job": {k: v for k, v in options.items() if k not in _LEFT_OUT},
+    "measure": cell.measure.__name__,
+    "options": dict(cell.options),
+  }
+
+
 def run_cell(
-  cell: catalogue.Cell, folder: pathlib.Path, *, data_dir: str | None = None
+  cell: catalogue.Cell, folder: pathlib.Path, options: Options
 ) -> dict[str, Any]:
   """Computes the figures of a cell, or finds them.
 
@@ -262,27 +340,18 @@ def run_cell(
   Args:
     cell: The cell.
     folder: Of the size.
-    data_dir: Folder of the prepared data sets.
+    options: The program's.
 
   Returns:
-    `records`, of its measure, and `seconds`, with those of the models that it
-    had to train.
+    `records`, of its measure; `seconds`, with those of the models that it had
+    to train; `bytes`, most memory of the process until then; and `origin`.
   """
-  options = {
-    k: v
-    for k, v in run_folder.job_options(cell.job).items()
-    if k not in _LEFT_OUT
-  }
-  what = {
-    "job": options,
-    "measure": cell.measure.__name__,
-    "options": dict(cell.options),
-  }
-  digest = file_tools.digest(what, sort_keys=True, default=list)[:20]
-  path = folder / "cells" / f"{digest}.json"
+  path = folder / "cells" / f"{_digest(cell)}.json"
   if path.is_file():
     return run_folder.read_json(path)
-  job = dataclasses.replace(cell.job, data_dir=data_dir)
+  job = dataclasses.replace(cell.job, data_dir=options.data_dir)
+  if job.model == "resnet50":
+    job = dataclasses.replace(job, pretrained=options.pretrained)
   start = time.perf_counter()
   try:
     made = bench.open_bench(job, folder / "models")
@@ -295,13 +364,25 @@ def run_cell(
       raise
     records = [{"model": "unlearned", **cells.divergence(error)}]
   kept = {
-    **what,
+    **_what(cell),
     "records": records,
     "seconds": round(time.perf_counter() - start, 2),
+    "bytes": _most_bytes(),
+    "origin": origin(),
   }
   path.parent.mkdir(parents=True, exist_ok=True)
   run_folder.write_json(path, kept)
   return kept
+
+
+def _most_bytes() -> int:
+  """Returns the most memory that this process has had; 0 where none says."""
+  try:
+    import resource
+  except ImportError:  # Not on Windows.
+    return 0
+  unit = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _words(row: Mapping[str, Any]) -> str:
@@ -311,7 +392,7 @@ def _words(row: Mapping[str, Any]) -> str:
 def origin() -> dict[str, Any]:
   """Says where and when figures were measured."""
   return {
-    "date": time.strftime("%Y-%m-%d"),
+    "date": time.strftime("%Y-%m-%d %H:%M"),
     "git_commit": run_folder.git_commit(),
     "command": " ".join([_PROGRAM, *sys.argv[1:]]),
     **_machine(),
@@ -324,6 +405,8 @@ def _machine() -> dict[str, Any]:
 
 def verdict(name: str, found: Sequence[results.Finding], size: str) -> str:
   """Says whether an experiment is as expected, with what is not in a table."""
+  if not catalogue.EXPERIMENTS[name].checked:
+    return f"{name}: nothing is checked, times are the machine's"
   if not found:
     return (
       f"{name}: nothing is expected at size {size}: --record keeps what was"
@@ -341,7 +424,7 @@ def verdict(name: str, found: Sequence[results.Finding], size: str) -> str:
         tables.decimals(x.obtained),
         tables.decimals(x.expected),
         tables.decimals(x.tolerance),
-        "",
+        "" if x.numbers[0] == x.numbers[1] else f"{x.numbers[0]} values",
       )
     )
   table = tables.aligned(lines)

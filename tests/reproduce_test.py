@@ -15,6 +15,7 @@ from experiments.reproduction import (
   measures,
   results,
 )
+from psg_jax import data
 
 _CALLS: list[int] = []
 _JOB = dataclasses.replace(
@@ -99,25 +100,49 @@ def test_tolerance_follows_from_seeds():
   expected = [_row("a", 0.5, 0.03, 4), _row("b", 0.9, 0.01, 4)]
   found = results.compare(
     _experiment([]),
-    "cpu",
     [_row("a", 0.58, 0.0, 4), _row("b", 0.9, 0.0, 4)],
     expected,
   )
-  pooled = ((0.03**2 + 0.01**2) / 2) ** 0.5
   first, second = found
   assert first.tolerance == pytest.approx(0.02 + 4 * 0.03 * 0.5**0.5)
-  assert second.tolerance == pytest.approx(0.02 + 4 * pooled * 0.5**0.5)
+  assert second.tolerance == pytest.approx(0.02 + 4 * 0.01 * 0.5**0.5)
   assert first.is_as_expected
   assert second.is_as_expected
   further = results.compare(
-    _experiment([]), "cpu", [_row("a", 0.7, 0.0, 4), expected[1]], expected
+    _experiment([]), [_row("a", 0.7, 0.0, 4), expected[1]], expected
   )
   assert [x.is_as_expected for x in further] == [False, True]
 
 
+def test_tolerance_of_many_values_is_their_own():
+  (finding,) = results.compare(
+    _experiment([]), [_row("a", 0.5, 0.1, 10)], [_row("a", 0.5, 0.0, 10)]
+  )
+  assert finding.tolerance == pytest.approx(0.02)
+
+
+def test_few_values_borrow_from_rows_of_their_model():
+  def row(part, mean, sd, number):
+    figure = results.Figure(mean, sd, number)
+    return results.Row({"model": "a", "part": part}, {"accuracy": figure})
+
+  expected = [row(1, 0.5, None, 1), row(2, 0.5, 0.03, 2), row(3, 0.5, 0.04, 2)]
+  first, second, _ = results.compare(_experiment([]), expected, expected)
+  pooled = ((0.03**2 + 0.04**2) / 2) ** 0.5
+  assert first.tolerance == pytest.approx(0.02 + 4 * pooled * 2**0.5)
+  assert second.tolerance == pytest.approx(0.02 + 4 * pooled)
+
+
+def test_values_that_are_missing_are_found():
+  (finding,) = results.compare(
+    _experiment([]), [_row("a", 0.5, 0.0, 3)], [_row("a", 0.5, 0.0, 4)]
+  )
+  assert not finding.is_as_expected
+
+
 def test_rows_that_one_side_lacks_are_found():
   found = results.compare(
-    _experiment([]), "cpu", [_row("new", 0.5)], [_row("old", 0.5)]
+    _experiment([]), [_row("new", 0.5)], [_row("old", 0.5)]
   )
   assert [(x.key["model"], x.obtained, x.expected) for x in found] == [
     ("old", None, 0.5),
@@ -224,7 +249,7 @@ def test_cells_are_kept_and_shared(program, monkeypatch):
 
 
 def test_what_was_recorded_is_expected(program, monkeypatch, capsys, tmp_path):
-  assert program(check=True)
+  assert not program(check=True)
   assert "nothing is expected at size smoke" in capsys.readouterr().out
   program(record=True)
   content = results.read("two_seeds", "smoke")
@@ -232,14 +257,56 @@ def test_what_was_recorded_is_expected(program, monkeypatch, capsys, tmp_path):
   assert content["origin"]["versions"]["jax"]
   assert program(check=True)
   assert "all 1 figures as expected" in capsys.readouterr().out
-  # 6 standard errors of 0.14 each are not enough for this.
-  others = {"two_seeds": _experiment([1.5, 1.5])}
-  monkeypatch.setattr(catalogue, "EXPERIMENTS", others)
+  path = results.path("two_seeds", "smoke")
+  content = json.loads(path.read_text())
+  content["rows"][0]["figures"]["accuracy"]["mean"] = -0.5
+  path.write_text(json.dumps(content))
+  # 4 standard errors of 0.14 each are not enough for this.
   assert not program(check=True)
   out = capsys.readouterr().out
   assert "1 of 1 figures are not as expected" in out
   assert "model ours" in out
-  assert "1.500" in out
+  assert "-0.500" in out
+  # Expected of another recipe.
+  others = {"two_seeds": _experiment([0.4, 0.7])}
+  monkeypatch.setattr(catalogue, "EXPERIMENTS", others)
+  with pytest.raises(ValueError, match="measured with other options"):
+    program(check=True)
+
+
+def test_images_that_were_prepared_anew(program, tmp_path):
+  program()
+  path = tmp_path / "runs" / "reproduce" / "smoke" / "data.json"
+  path.write_text(json.dumps({"digits": "others"}))
+  with pytest.raises(ValueError, match="runs_dir must be of the images of dig"):
+    program()
+  assert program(overwrite=True)
+
+
+def test_one_that_diverges_does_not_end_the_others(
+  program, monkeypatch, capsys
+):
+  def diverge(made):
+    raise FloatingPointError("the loss is not finite at step 3")
+
+  def cells(size):
+    yield catalogue.Cell({}, _JOB, diverge)
+
+  both = {
+    "lost": _experiment([], cells=cells),
+    "two_seeds": _experiment([0.4, 0.6]),
+  }
+  monkeypatch.setattr(catalogue, "EXPERIMENTS", both)
+  assert not program("lost", "two_seeds")
+  out = capsys.readouterr().out
+  assert "lost: the loss is not finite at step 3" in out
+  assert "50.0 ± 14.1%" in out
+
+
+def test_the_papers_size_needs_its_weights(program, monkeypatch):
+  monkeypatch.undo()
+  with pytest.raises(ValueError, match="mri: pretrained must name"):
+    reproduce.run(reproduce.Options(names=("mri",), size="full"))
 
 
 def test_what_is_left_in_the_folder(program, tmp_path):
@@ -282,6 +349,7 @@ def test_budget(program, monkeypatch, capsys, tmp_path):
   both = {"two_seeds": _experiment([0.4]), "other": _experiment([0.1])}
   monkeypatch.setattr(catalogue, "EXPERIMENTS", both)
   capsys.readouterr()
+  program("other", record=True)
   assert program("two_seeds", "other", budget="60s")
   assert "two_seeds is left out: it takes about" in capsys.readouterr().out
 
@@ -338,6 +406,33 @@ def test_list_shows_all(capsys):
 
 
 # Models
+
+
+def test_embedded_sets_have_the_shapes_of_estimates():
+  for name in ("digits", "phantom_digits", "phantom_fundus"):
+    train = data.load(name, "train")
+    job = dataclasses.replace(recipes.Job(), dataset=name)
+    shape, num_classes = estimates.shapes(job)
+    assert shape[1:] == train.images.shape[1:]
+    assert num_classes == train.num_classes
+
+
+def test_all_methods_are_measured_on_the_same_images(tmp_path):
+  job = dataclasses.replace(_JOB, forget_classes=(0,), fraction=0.5)
+  parts = []
+  for target in ("zero", "unseen", "proxy"):
+    options = dataclasses.replace(job.unlearning, target=target)
+    changed = dataclasses.replace(job, unlearning=options)
+    made = bench.open_bench(changed, tmp_path)
+    parts.append({x: np.asarray(y.ids) for x, y in made.parts.items()})
+    # What says when to stop is in no figure.
+    shown = made.context.parts
+    for name, ids in parts[-1].items():
+      assert np.isin(ids, np.asarray(shown[name].ids)).all()
+  for other in parts[1:]:
+    for name, ids in parts[0].items():
+      np.testing.assert_array_equal(ids, other[name])
+  assert len(parts[0]["test_forget"]) > 5
 
 
 @pytest.mark.slow

@@ -40,6 +40,7 @@ _WORDS = {
   "expected_accuracy": "Proxies: expect",
   "expected_high": "Proxies: high",
   "is_inside": "Retrained is inside",
+  "is_changed": "Changed at all",
 }
 
 Axes = mpl_axes.Axes
@@ -153,6 +154,7 @@ def show(name: str, value: float | None) -> str:
     return "chosen" if value else ""
   if name.startswith(("accuracy", "agreement", "expected_")) or name in (
     "is_inside",
+    "is_changed",
     "crossed",
     "purity",
   ):
@@ -223,13 +225,16 @@ def _facts(
   size: str,
   content: Mapping[str, Any],
 ) -> list[tuple[str, str]]:
-  job = next(iter(experiment.cells(size))).job
-  images = "all" if job.num_train is None else f"the first {job.num_train}"
+  jobs = [cell.job for cell in experiment.cells(size)]
+  job = jobs[0]
+  images = dict.fromkeys(
+    f"{x.dataset} ({x.num_train or 'all'} training images)" for x in jobs
+  )
   facts = [
     ("Experiment", name),
     ("In the paper", f"{experiment.source} ({catalogue.PAPER})"),
     ("Size", size),
-    ("Data set", f"{job.dataset}, {images} training images"),
+    ("Data set", "; ".join(images)),
     ("Network", f"{job.model}, width {job.width:g}"),
     (
       "Training",
@@ -278,7 +283,7 @@ def _expected_note(expected: Mapping[str, Any] | None) -> str:
   return (
     f"Expected: measured on {origin['date']} on {origin['device']}, JAX"
     f" {origin['versions']['jax']}, commit {origin['git_commit'] or 'unknown'}."
-    " The tolerance follows from the standard deviations over seeds."
+    " The tolerance follows from the standard deviations."
   )
 
 

@@ -25,7 +25,8 @@ from experiments import (
   sets,
 )
 from experiments.comparison import recipes as method_recipes
-from psg_jax import data, files, forget, metrics, types
+from psg_jax import data, forget, metrics, types
+from psg_jax import files as psg_files
 
 # What a model depends on, beside its images.
 _MODEL_OPTIONS = (
@@ -45,6 +46,25 @@ class Bench(NamedTuple):
 
   context: contexts.Context
   folder: pathlib.Path
+
+  @property
+  def parts(self) -> dict[str, types.Dataset]:
+    """The four parts, the same for all methods.
+
+    Images that would tell any of them when to stop are left out.
+    """
+    parts = self.context.parts
+    if contexts.is_class_request(self.context):
+      return parts
+    for target in ("unseen", "proxy"):
+      options = dataclasses.replace(self.context.job.unlearning, target=target)
+      job = dataclasses.replace(self.context.job, unlearning=options)
+      others = self.context._replace(job=job).parts
+      for name in ("test_forget", "test_retain"):
+        shown = np.asarray(others[name].ids)
+        is_shown = np.isin(np.asarray(parts[name].ids), shown)
+        parts[name] = parts[name].take(is_shown)
+    return parts
 
   def original(self) -> types.Variables:
     """Returns the original model, trained or restored."""
@@ -89,14 +109,14 @@ class Bench(NamedTuple):
         split: contexts.predict(context.of(name), variables, part.images)
         for split, part in whole.items()
       }
-      files.save_arrays(path, logits)
-    logits = files.read_arrays(path)
+      psg_files.save_arrays(path, logits)
+    logits = psg_files.read_arrays(path)
     rows = {
       split: {id_: row for row, id_ in enumerate(np.asarray(part.ids))}
       for split, part in whole.items()
     }
     outputs = {}
-    for name, part in context.parts.items():
+    for name, part in self.parts.items():
       split = name.partition("_")[0]
       places = [rows[split][id_] for id_ in np.asarray(part.ids)]
       outputs[name] = logits[split][np.array(places, int)]
@@ -104,8 +124,13 @@ class Bench(NamedTuple):
 
   def outputs_of(self, variables: types.Variables) -> metrics.Outputs:
     """Returns the logits of another model on all parts that there are."""
-    splits = [x for x, part in self.context.parts.items() if len(part)]
-    return metrics.Outputs(cells.predict(self.context, variables, splits)[0])
+    return metrics.Outputs(
+      {
+        name: contexts.predict(self.context, variables, part.images)
+        for name, part in self.parts.items()
+        if len(part)
+      }
+    )
 
   def figures(
     self,
@@ -125,7 +150,13 @@ class Bench(NamedTuple):
     if name == "retrained":
       # It is what others are compared with.
       del others["retrained"]
-    figures = cells.figures(self.context, names, model, others)
+    inputs = metrics.Inputs(
+      labels={name: part.labels for name, part in self.parts.items()},
+      model=model,
+      retrained=others.get("retrained"),
+      original=others.get("original"),
+    )
+    figures = metrics.compute(names, inputs)
     return {metric: figure["value"] for metric, figure in figures.items()}
 
   def asking(self, **request: Any) -> "Bench":
@@ -168,7 +199,7 @@ class Bench(NamedTuple):
     if model == "retrained":
       ids = np.asarray(context.split.forget.ids)
       parts["forgotten"] = forget.ids_hash(ids)
-    digest = files.digest(parts, sort_keys=True)[:16]
+    digest = psg_files.digest(parts, sort_keys=True)[:16]
     folder = self.folder / f"{model}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
     # One retrained model serves all requests that forget the same images.
@@ -189,6 +220,20 @@ def open_bench(job: recipes.Job, folder: pathlib.Path) -> Bench:
   jobs.check(job)
   options = tuple(getattr(job, name) for name in _LOADED_OPTIONS)
   return Bench(jobs.assemble(job, folder, _load(*options)), folder)
+
+
+def data_digest(job: recipes.Job) -> str:
+  """Returns a digest of the images of a job and their labels.
+
+  Of images that are read from disk, it is of their ids and labels alone.
+  """
+  loaded = _load(*(getattr(job, name) for name in _LOADED_OPTIONS))
+  parts: list[str] = []
+  for part in loaded[:2]:
+    parts.append(requests.images_hash([part]))
+    if isinstance(part.images, np.ndarray):
+      parts.append(psg_files.digest(part.images.tobytes()))
+  return psg_files.digest(parts)[:16]
 
 
 @functools.lru_cache(maxsize=2)

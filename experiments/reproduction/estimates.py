@@ -16,11 +16,11 @@ _KEPT_PER_LAYER = 3
 _COPIES = 4
 # Of sets that need not be there: pixels a side, channels, classes.
 _SHAPES = {
-  "digits": (8, 1, 10),
-  "phantom_digits": (8, 1, 10),
-  "fashion_mnist": (28, 1, 10),
+  "digits": (32, 1, 10),
+  "phantom_digits": (32, 1, 10),
+  "fashion_mnist": (32, 1, 10),
   "cifar10": (32, 3, 10),
-  "pathmnist": (28, 3, 9),
+  "pathmnist": (32, 3, 9),
   "svhn": (32, 3, 10),
   "brain_tumor_mri": (224, 3, 4),
   "fundus": (224, 3, 3),

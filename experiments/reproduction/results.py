@@ -7,12 +7,14 @@ What is expected are such rows, measured before and kept in
 
 A mean is as expected within
 
-    floor + times max(sd, pooled sd) sqrt(1 / n + 1 / n')
+    floor + times sd sqrt(1 / n + 1 / n')
 
-of the mean that is expected, where the standard deviations are those that are
-expected: a row's own, and that of all rows of its figure, since a row has few
-seeds. Another processor is as another seed: rounding decides where training
-ends. The floor is what one or two images more or less make.
+of the mean that is expected, where `sd` is the expected one, over seeds or
+classes. Of fewer than five values it is known badly: it is then no less than
+that of all rows of the same model, and `times` is larger. Another processor is
+as another seed: rounding decides where training ends. The floor is what an
+image or two more or less make. A mean over another number of values is not as
+expected: some have diverged.
 """
 
 import json
@@ -28,9 +30,12 @@ from experiments import files
 from experiments.reproduction import catalogue
 
 EXPECTED = pathlib.Path(__file__).parent.parent / "expected"
-TIMES = {"smoke": 6.0, "cpu": 4.0, "full": 4.0}
-"""How many standard errors: the sd of few short trainings is known badly."""
-FLOORS = {"kl": 0.05, "other": 0.02}
+FEW = 5
+TIMES = {True: 4.0, False: 2.0}
+"""How many standard errors, of fewer than `FEW` values and of others."""
+FLOORS = {"kl_divergence": 0.05, "distance": 0.003}
+"""By the beginning of a figure's name."""
+_FLOOR = 0.02
 _KEPT = ("mean", "sd", "number")
 
 
@@ -69,6 +74,7 @@ class Finding(NamedTuple):
     obtained: The mean; None where there is none.
     expected: The mean that is expected, likewise.
     tolerance: Largest difference.
+    numbers: How many values there are, and were.
   """
 
   key: Mapping[str, Any]
@@ -76,10 +82,13 @@ class Finding(NamedTuple):
   obtained: float | None
   expected: float | None
   tolerance: float
+  numbers: tuple[int, int] = (1, 1)
 
   @property
   def is_as_expected(self) -> bool:
     """Whether it is within the tolerance; two that are missing are."""
+    if self.numbers[0] != self.numbers[1]:
+      return False
     if self.obtained is None or self.expected is None:
       return self.obtained is self.expected
     return abs(self.obtained - self.expected) <= self.tolerance
@@ -120,7 +129,6 @@ def _figure(values: Sequence[float | None]) -> Figure:
 
 def compare(
   experiment: catalogue.Experiment,
-  size: str,
   obtained: Sequence[Row],
   expected: Sequence[Row],
 ) -> list[Finding]:
@@ -128,30 +136,48 @@ def compare(
 
   A row that one side lacks has a finding without a figure on that side.
   """
-  pooled = {x: _pooled(expected, x) for x in experiment.checked}
   before = {_key(row): row for row in expected}
   now = {_key(row): row for row in obtained}
   nothing = Figure(None, None, 0)
   findings = []
   for key in dict.fromkeys([*before, *now]):
+    row = before.get(key) or now[key]
     for name in experiment.checked:
       old, new = (
         side[key].figures.get(name, nothing) if key in side else nothing
         for side in (before, now)
       )
-      row = before.get(key) or now[key]
-      if old.number or new.number or key not in before or key not in now:
-        kind = "kl" if name.startswith("kl_") else "other"
-        spread = max(old.sd or 0.0, pooled[name])
-        counts = 1 / max(old.number, 1) + 1 / max(new.number, 1)
-        tolerance = FLOORS[kind] + TIMES[size] * spread * math.sqrt(counts)
-        findings.append(Finding(row.key, name, new.mean, old.mean, tolerance))
+      if old.number or new.number:
+        findings.append(
+          Finding(
+            row.key,
+            name,
+            new.mean,
+            old.mean,
+            _tolerance(name, old, new, _pooled(expected, row, name)),
+            (new.number, old.number),
+          )
+        )
   return findings
 
 
-def _pooled(rows: Sequence[Row], name: str) -> float:
-  """The root mean square of the standard deviations of a figure."""
-  spreads = [row.figures[name].sd for row in rows if name in row.figures]
+def _tolerance(name: str, old: Figure, new: Figure, pooled: float) -> float:
+  """Returns the largest difference of two means that is as expected."""
+  floor = next((y for x, y in FLOORS.items() if name.startswith(x)), _FLOOR)
+  is_few = old.number < FEW
+  sd = max(old.sd or 0.0, pooled) if is_few else old.sd or 0.0
+  numbers = 1 / max(old.number, 1) + 1 / max(new.number, 1)
+  return floor + TIMES[is_few] * sd * math.sqrt(numbers)
+
+
+def _pooled(rows: Sequence[Row], like: Row, name: str) -> float:
+  """The root mean square of the sds of a figure, over rows of one model."""
+  model = like.key.get("model")
+  spreads = [
+    row.figures[name].sd
+    for row in rows
+    if row.key.get("model") == model and name in row.figures
+  ]
   known = [sd for sd in spreads if sd is not None]
   return float(np.sqrt(np.mean(np.square(known)))) if known else 0.0
 
