@@ -59,7 +59,7 @@ def forgetting(bench: Bench, *, models: Sequence[str]) -> Records:
     training or unlearning, and of the unlearned one `speedup`, those of
     retraining over them, and `is_changed`. Where proxies said when to stop,
     their `expected_low`, `expected_accuracy` and `expected_high` on the forget
-    set, and `is_inside`, whether the retrained model's accuracy is between them.
+    set, and `is_inside`, whether the retrained model's accuracy is between.
   """
   records: Records = []
   for name in models:
