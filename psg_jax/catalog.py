@@ -42,11 +42,13 @@ class Builder(NamedTuple):
     is_embedded: Whether it needs neither a file nor a network, so that its sets
       prepare themselves.
     needs_source: Whether only the user can name its raw files.
+    source: These files, and whose they are; empty where any will do.
   """
 
   size: int | None = None
   is_embedded: bool = False
   needs_source: bool = False
+  source: str = ""
 
 
 BUILDERS = {
@@ -55,10 +57,25 @@ BUILDERS = {
   "phantom_fundus": Builder(size=64, is_embedded=True),
   "fashion_mnist": Builder(),
   "cifar10": Builder(),
-  "pathmnist": Builder(needs_source=True),
-  "svhn": Builder(needs_source=True),
-  "brain_tumor_mri": Builder(size=224, needs_source=True),
-  "fundus": Builder(size=224, needs_source=True),
+  "pathmnist": Builder(
+    needs_source=True, source="pathmnist.npz of MedMNIST v2 (medmnist.com)"
+  ),
+  "svhn": Builder(
+    needs_source=True,
+    source="the folder of train_32x32.mat and test_32x32.mat, format 2 of"
+    " ufldl.stanford.edu/housenumbers",
+  ),
+  "brain_tumor_mri": Builder(
+    size=224,
+    needs_source=True,
+    source="the zip of Kaggle's Brain Tumor MRI Dataset (M. Nickparvar)",
+  ),
+  "fundus": Builder(
+    size=224,
+    needs_source=True,
+    source="a folder or zip of images in one folder a class, with a"
+    " metadata.csv of file, label, source, patient_id and eye (CFP-OS)",
+  ),
   OWN_BUILDER: Builder(size=224, needs_source=True),
 }
 """Name -> what is known; the module `data_prep.NAME` has its class."""

@@ -391,6 +391,8 @@ def _find_version(
     if folder is not None:
       return folder
   line = catalog.command(name, data_dir)
+  if source := catalog.BUILDERS[parsed.builder].source:
+    line += f", where PATH is {source}"
   if parsed.is_own:
     known = [x for x in catalog.names(root) if x != catalog.OWN_BUILDER]
     try:
