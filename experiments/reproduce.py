@@ -261,7 +261,7 @@ def run_one(
   obtained = results.rows(experiment, records)
   expected = results.read(name, options.size)
   found = (
-    results.compare(experiment, obtained, expected["rows"])
+    results.compare(experiment, options.size, obtained, expected["rows"])
     if expected is not None
     else []
   )

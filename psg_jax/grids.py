@@ -235,6 +235,7 @@ def _teach(
         relabellings[search_of_cell[first]] if is_searched[first] else None,
         logits if cells[first]["image_weight"] else None,
         split.forget.labels,
+        unlearning.gone_classes(split),
       )
       for first in firsts
     ]

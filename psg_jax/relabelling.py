@@ -172,7 +172,8 @@ class Targets:
   Attributes:
     labels: `"hard"`: the class reached; `"soft"`: a prediction of the frozen
       model; `"soft_other"`: the same among the other classes, so that no
-      probability of the old class is taught again; `"raw_logits"`: as the
+      probability of the old class is taught again, nor, as with hard labels, of
+      a class that is forgotten as a whole; `"raw_logits"`: as the
       released code has it, logits where probabilities belong (it can destroy a
       model: for comparison only).
     image_weight: `w` in [0, 1], of soft labels: 0, at the boundary point; 1, at
@@ -219,6 +220,7 @@ class Targets:
     relabelling: Relabelling | None,
     image_logits: np.ndarray | None,
     old_labels: np.ndarray,
+    gone: np.ndarray | None = None,
   ) -> np.ndarray:
     """Returns the targets of the forget set that follow from its predictions.
 
@@ -227,6 +229,8 @@ class Targets:
       image_logits: float `[N, K]` of the frozen model at the images; None where
         `w` is 0.
       old_labels: int `[N]`, the classes to leave.
+      gone: int `[C]`, classes of which no image is retained, which no retrained
+        model would name.
 
     Returns:
       int32 classes `[N]` for hard labels, else float32 `[N, K]`.
@@ -234,14 +238,18 @@ class Targets:
     weight = np.float32(self.image_weight or 0)
     if self.labels == "hard":
       assert relabelling is not None  # The weight is 0.
-      return relabelling.labels
+      return _among_retained(relabelling, old_labels, gone)
     logits: np.ndarray = np.zeros((len(old_labels), 1), np.float32)
     if relabelling is not None:
       logits = logits + (1 - weight) * relabelling.logits
     if image_logits is not None:
       logits = logits + weight * np.asarray(image_logits)
     return soft_targets(
-      logits, labels=self.labels, top_k=self.top_k, old_labels=old_labels
+      logits,
+      labels=self.labels,
+      top_k=self.top_k,
+      old_labels=old_labels,
+      gone=gone,
     )
 
   def of_retain(self, logits: np.ndarray) -> np.ndarray:
@@ -250,12 +258,30 @@ class Targets:
     return soft_targets(logits, labels=self.retain_labels, top_k=self.top_k)
 
 
+def _among_retained(
+  relabelling: Relabelling, old_labels: np.ndarray, gone: np.ndarray | None
+) -> np.ndarray:
+  """Returns the classes reached, and where one is gone the next that is not.
+
+  Where the old class itself stands, as the released code leaves it, it stays.
+  """
+  labels = relabelling.labels
+  if gone is None:
+    return labels
+  logits = np.array(relabelling.logits)
+  logits[:, gone] = -np.inf
+  is_gone = np.isin(labels, gone) & (labels != old_labels)
+  nearest = np.where(is_gone, np.argmax(logits, -1), labels)
+  return nearest.astype(np.int32)
+
+
 def soft_targets(
   logits: np.ndarray,
   *,
   labels: str = "soft",
   top_k: int | None = None,
   old_labels: np.ndarray | None = None,
+  gone: np.ndarray | None = None,
 ) -> np.ndarray:
   """Turns predictions into targets (Algorithm 3).
 
@@ -267,6 +293,8 @@ def soft_targets(
     top_k: Number of largest entries kept, the others becoming 0; probabilities
       are then normalised again. None keeps all.
     old_labels: int `[N]`, needed for `"soft_other"`.
+    gone: int `[C]`, classes that `"soft_other"` leaves out of all rows; None
+      for none.
 
   Returns:
     float32 `[N, K]`; probabilities sum to 1 in each row.
@@ -281,6 +309,8 @@ def soft_targets(
     if old_labels is None:
       raise ValueError("old_labels must be given with soft_other, got None")
     is_old = jnp.asarray(old_labels)[:, None] == jnp.arange(num_classes)
+    if gone is not None:
+      is_old |= jnp.isin(jnp.arange(num_classes), jnp.asarray(gone))
     targets = jnp.where(is_old, -jnp.inf, targets)
   if labels != "raw_logits":
     targets = jax.nn.softmax(targets)

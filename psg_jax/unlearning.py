@@ -214,7 +214,9 @@ def unlearn(
     image_logits = None
     if taught.image_weight:
       image_logits = predict(variables, split.forget.images)
-    return outcome, taught.of_forget(outcome, image_logits, split.forget.labels)
+    labels = split.forget.labels
+    gone = gone_classes(split)
+    return outcome, taught.of_forget(outcome, image_logits, labels, gone)
 
   def is_reached(current: types.Variables) -> bool:
     if target_accuracy is None:
@@ -234,6 +236,16 @@ def unlearn(
   return _search_and_move(
     variables, split, passes, search, move, is_reached, refresh_labels
   )
+
+
+def gone_classes(split: types.Split) -> np.ndarray | None:
+  """Returns the classes of which no image is retained, int `[C]`.
+
+  None where nothing is retained, and any class may be taught.
+  """
+  if not len(split.retain):
+    return None
+  return np.setdiff1d(split.forget.labels, split.retain.labels)
 
 
 def search_of(options: Mapping[str, Any]) -> boundary.Search:

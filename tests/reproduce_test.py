@@ -100,6 +100,7 @@ def test_tolerance_follows_from_seeds():
   expected = [_row("a", 0.5, 0.03, 4), _row("b", 0.9, 0.01, 4)]
   found = results.compare(
     _experiment([]),
+    "cpu",
     [_row("a", 0.58, 0.0, 4), _row("b", 0.9, 0.0, 4)],
     expected,
   )
@@ -109,14 +110,14 @@ def test_tolerance_follows_from_seeds():
   assert first.is_as_expected
   assert second.is_as_expected
   further = results.compare(
-    _experiment([]), [_row("a", 0.7, 0.0, 4), expected[1]], expected
+    _experiment([]), "cpu", [_row("a", 0.7, 0.0, 4), expected[1]], expected
   )
   assert [x.is_as_expected for x in further] == [False, True]
 
 
 def test_tolerance_of_many_values_is_their_own():
   (finding,) = results.compare(
-    _experiment([]), [_row("a", 0.5, 0.1, 10)], [_row("a", 0.5, 0.0, 10)]
+    _experiment([]), "cpu", [_row("a", 0.5, 0.1, 10)], [_row("a", 0.5, 0.0, 10)]
   )
   assert finding.tolerance == pytest.approx(0.02)
 
@@ -127,7 +128,7 @@ def test_few_values_borrow_from_rows_of_their_model():
     return results.Row({"model": "a", "part": part}, {"accuracy": figure})
 
   expected = [row(1, 0.5, None, 1), row(2, 0.5, 0.03, 2), row(3, 0.5, 0.04, 2)]
-  first, second, _ = results.compare(_experiment([]), expected, expected)
+  first, second, _ = results.compare(_experiment([]), "cpu", expected, expected)
   pooled = ((0.03**2 + 0.04**2) / 2) ** 0.5
   assert first.tolerance == pytest.approx(0.02 + 4 * pooled * 2**0.5)
   assert second.tolerance == pytest.approx(0.02 + 4 * pooled)
@@ -135,14 +136,14 @@ def test_few_values_borrow_from_rows_of_their_model():
 
 def test_values_that_are_missing_are_found():
   (finding,) = results.compare(
-    _experiment([]), [_row("a", 0.5, 0.0, 3)], [_row("a", 0.5, 0.0, 4)]
+    _experiment([]), "cpu", [_row("a", 0.5, 0.0, 3)], [_row("a", 0.5, 0.0, 4)]
   )
   assert not finding.is_as_expected
 
 
 def test_rows_that_one_side_lacks_are_found():
   found = results.compare(
-    _experiment([]), [_row("new", 0.5)], [_row("old", 0.5)]
+    _experiment([]), "cpu", [_row("new", 0.5)], [_row("old", 0.5)]
   )
   assert [(x.key["model"], x.obtained, x.expected) for x in found] == [
     ("old", None, 0.5),
@@ -259,14 +260,14 @@ def test_what_was_recorded_is_expected(program, monkeypatch, capsys, tmp_path):
   assert "all 1 figures as expected" in capsys.readouterr().out
   path = results.path("two_seeds", "smoke")
   content = json.loads(path.read_text())
-  content["rows"][0]["figures"]["accuracy"]["mean"] = -0.5
+  content["rows"][0]["figures"]["accuracy"]["mean"] = -1.5
   path.write_text(json.dumps(content))
   # 4 standard errors of 0.14 each are not enough for this.
   assert not program(check=True)
   out = capsys.readouterr().out
   assert "1 of 1 figures are not as expected" in out
   assert "model ours" in out
-  assert "-0.500" in out
+  assert "-1.500" in out
   # Expected of another recipe.
   others = {"two_seeds": _experiment([0.4, 0.7])}
   monkeypatch.setattr(catalogue, "EXPERIMENTS", others)

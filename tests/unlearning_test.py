@@ -14,6 +14,7 @@ from psg_jax import (
   inference,
   steps,
   training,
+  types,
   unlearning,
 )
 from tests import fakes, tolerances
@@ -177,6 +178,36 @@ def test_soft_other_drops_the_old_class():
   np.testing.assert_allclose(targets, [[0, 2 / 3, 1 / 6, 1 / 6]], atol=1e-6)
   with pytest.raises(ValueError, match="old_labels must be given"):
     unlearning.soft_targets(logits, labels="soft_other")
+
+
+def test_soft_other_drops_all_classes_that_are_gone():
+  logits = np.log(np.array([[0.4, 0.4, 0.1, 0.1], [0.1, 0.2, 0.4, 0.3]]))
+  targets = unlearning.soft_targets(
+    logits,
+    labels="soft_other",
+    old_labels=np.array([0, 1]),
+    gone=np.array([0, 1]),
+  )
+  np.testing.assert_allclose(
+    targets, [[0, 0, 1 / 2, 1 / 2], [0, 0, 4 / 7, 3 / 7]], atol=1e-6
+  )
+
+
+def test_hard_labels_are_of_classes_that_are_retained():
+  found = unlearning.Relabelling(
+    labels=np.array([1, 0, 2], np.int32),
+    logits=np.array([[0, 9, 5, 7], [9, 0, 8, 1], [9, 1, 5, 0]], np.float32),
+    is_crossed=np.array([True, True, False]),
+    distance=np.zeros(3, np.float32),
+    num_steps=np.ones(3, np.int32),
+  )
+  taught = unlearning.Targets(labels="hard")
+  old = np.array([0, 1, 2])
+  gone = np.array([0, 1, 2])
+  # The next of those that are left; what the released search left stays.
+  assert taught.of_forget(found, None, old, gone).tolist() == [3, 3, 2]
+  assert taught.of_forget(found, None, old, np.array([0])).tolist() == [1, 2, 2]
+  assert taught.of_forget(found, None, old).tolist() == [1, 0, 2]
 
 
 @pytest.mark.parametrize(
@@ -627,3 +658,17 @@ def test_variables_without_params_are_refused_before_the_search(
     for fn in (unlearning.unlearn, baselines.find("finetune").fn):
       with pytest.raises(ValueError, match=r'variables must .* with "params"'):
         fn(model, bad, split, KEY)
+
+
+@pytest.mark.parametrize("options", [{}, {"labels": "hard"}])
+def test_no_class_that_is_forgotten_is_taught(trained, options):
+  model, variables, _ = trained
+  dataset = fakes.blobs(120)
+  is_forget = dataset.labels != 2
+  split = types.Split(dataset.take(is_forget), dataset.take(~is_forget))
+  targets = unlearn((model, variables, split), **options).targets
+  # Of three classes one is left, for both.
+  classes = targets if targets.ndim == 1 else targets.argmax(1)
+  assert (classes == 2).all()
+  if targets.ndim == 2:
+    assert (targets[:, :2] == 0).all()
