@@ -297,7 +297,7 @@ def reproduced() -> str:
     if sentence := " ".join(page.statements(expected["rows"])):
       parts += [sentence, ""]
     parts += [_table(heads, rows), ""]
-  return "\n".join(parts).replace("\n\n\n", "\n\n").strip()
+  return re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).strip()
 
 
 def claims() -> str:

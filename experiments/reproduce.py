@@ -440,7 +440,8 @@ def listing(size: str) -> str:
     expected = results.read(name, size)
     memory, when, took = "–", "not measured", "–"
     if expected is not None:
-      memory = f"{expected['bytes'] / 2**30:.1f} GiB"
+      if expected["bytes"]:
+        memory = f"{expected['bytes'] / 2**30:.1f} GiB"
       took = tables.seconds(expected["seconds"])
       when = f"measured {expected['origin']['date']}"
     elif size == "full":
