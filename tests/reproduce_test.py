@@ -15,7 +15,7 @@ from experiments.reproduction import (
   measures,
   results,
 )
-from psg_jax import data
+from psg_jax import data, unlearning
 
 _CALLS: list[int] = []
 _JOB = dataclasses.replace(
@@ -197,6 +197,16 @@ def test_the_released_choices_are_in_the_cells():
   assert (released.learning_rate, released.num_epochs) == (1e-5, 10)
   assert released.retain_weight == 0
   assert by_model["recommended"] == recipes.Unlearning(target="zero")
+
+
+def test_labellings_teach_different_things():
+  taught = set()
+  for changes in catalogue.LABELLINGS.values():
+    names = ("labels", "image_weight", "retain_labels", "top_k")
+    options = {"labels": "hard"} | changes
+    targets = unlearning.Targets(**{x: options.get(x) for x in names})
+    taught.add(targets)
+  assert len(taught) == len(catalogue.LABELLINGS)
 
 
 def test_shapes_of_all_full_jobs():

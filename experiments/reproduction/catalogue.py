@@ -423,10 +423,10 @@ def grid(size: str) -> Iterator[Cell]:
 LABELLINGS: dict[str, dict[str, Any]] = {
   "hard": {},
   "logits on R": {"retain_labels": "soft"},
-  "logits on F": {"labels": "soft"},
+  "logits on F": {"labels": "soft", "retain_labels": "hard"},
   "both": {"labels": "soft", "retain_labels": "soft"},
   "both, top 3": {"labels": "soft", "retain_labels": "soft", "top_k": 3},
-  "raw logits on F": {"labels": "raw_logits"},
+  "raw logits on F": {"labels": "raw_logits", "retain_labels": "hard"},
   "without the class, half way": {"labels": "soft_other", "image_weight": 0.5},
 }
 """Options of `recipes.Unlearning` by the ablation's names."""
