@@ -93,7 +93,7 @@ def run(options: Options) -> bool:
     is_right, verdicts = True, []
     for number, name in enumerate(names, 1):
       try:
-        found = run_one(name, options, folder, f"[{number}/{len(names)}] ")
+        findings = run_one(name, options, folder, f"[{number}/{len(names)}] ")
       except FloatingPointError as error:
         # The others go on.
         is_right = False
@@ -101,9 +101,9 @@ def run(options: Options) -> bool:
         continue
       if options.check:
         is_asked = bool(catalogue.EXPERIMENTS[name].checked)
-        is_right &= all(x.is_as_expected for x in found)
-        is_right &= bool(found) or not is_asked
-        verdicts.append(verdict(name, found, options.size))
+        is_right &= all(x.is_as_expected for x in findings)
+        is_right &= bool(findings) or not is_asked
+        verdicts.append(verdict(name, findings, options.size))
   print("\n".join(verdicts))
   return is_right
 
@@ -260,7 +260,7 @@ def run_one(
       )
   obtained = results.rows(experiment, records)
   expected = results.read(name, options.size)
-  found = (
+  findings = (
     results.compare(experiment, options.size, obtained, expected["rows"])
     if expected is not None
     else []
@@ -289,11 +289,11 @@ def run_one(
   place.mkdir(exist_ok=True)
   run_folder.write_json(place / "results.json", {**content, "records": records})
   page = experiment_page.build(
-    place, name, options.size, content, records, obtained, expected, found
+    place, name, options.size, content, records, obtained, expected, findings
   )
   print(experiment_page.text_table(experiment, obtained))
   print(f"{page}\n", flush=True)
-  return found
+  return findings
 
 
 def _check_data(
@@ -403,18 +403,18 @@ def _machine() -> dict[str, Any]:
   return {"device": run_folder.device(), "versions": run_folder.versions()}
 
 
-def verdict(name: str, found: Sequence[results.Finding], size: str) -> str:
+def verdict(name: str, findings: Sequence[results.Finding], size: str) -> str:
   """Says whether an experiment is as expected, with what is not in a table."""
   if not catalogue.EXPERIMENTS[name].checked:
     return f"{name}: nothing is checked, times are the machine's"
-  if not found:
+  if not findings:
     return (
       f"{name}: nothing is expected at size {size}: --record keeps what was"
       " obtained"
     )
-  wrong = [x for x in found if not x.is_as_expected]
+  wrong = [x for x in findings if not x.is_as_expected]
   if not wrong:
-    return f"{name}: all {len(found)} figures as expected"
+    return f"{name}: all {len(findings)} figures as expected"
   lines = [("row", "figure", "obtained", "expected", "tolerance", "")]
   for x in wrong:
     lines.append(
@@ -428,9 +428,8 @@ def verdict(name: str, found: Sequence[results.Finding], size: str) -> str:
       )
     )
   table = tables.aligned(lines)
-  return (
-    f"{name}: {len(wrong)} of {len(found)} figures are not as expected\n{table}"
-  )
+  count = f"{len(wrong)} of {len(findings)}"
+  return f"{name}: {count} figures are not as expected\n{table}"
 
 
 def listing(size: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 from experiments import recipes, reproduce
 from experiments.pages import experiment as experiment_page
 from experiments.reproduction import (
+  bases,
   bench,
   catalogue,
   estimates,
@@ -19,7 +20,7 @@ from psg_jax import data, unlearning
 
 _CALLS: list[int] = []
 _JOB = dataclasses.replace(
-  catalogue.BASES["fashion_mnist"]["smoke"], num_train=100, seed=1
+  bases.BASES["fashion_mnist"]["smoke"], num_train=100, seed=1
 )
 
 
@@ -231,7 +232,7 @@ def test_parameters_known():
 
 
 def test_memory_grows_with_the_minibatch():
-  job = catalogue.BASES["cifar10"]["full"]
+  job = bases.BASES["cifar10"]["full"]
   half = dataclasses.replace(
     job, training=dataclasses.replace(job.training, batch_size=32)
   )

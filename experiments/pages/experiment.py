@@ -55,7 +55,7 @@ def build(
   records: Records,
   obtained: Sequence[results.Row],
   expected: Mapping[str, Any] | None,
-  found: Sequence[results.Finding],
+  findings: Sequence[results.Finding],
 ) -> pathlib.Path:
   """Writes `experiment.html`, `results.csv`, pictures and tables.
 
@@ -67,7 +67,7 @@ def build(
     records: Of all cells.
     obtained: The rows of the table.
     expected: As `results.read`.
-    found: What was compared.
+    findings: What was compared.
 
   Returns:
     The path of the page.
@@ -85,7 +85,7 @@ def build(
     "pages/experiment.html.jinja",
     kind="Reproduced experiment",
     title=experiment.title,
-    outcome=[*statements(obtained), *_verdict(found)],
+    outcome=[*statements(obtained), *_verdict(findings)],
     facts=_facts(experiment, name, size, content),
     pictures=drawn,
     columns={1: 1, 3: 3},
@@ -94,7 +94,7 @@ def build(
       for number, drawing in enumerate(experiment.drawings)
     },
     figures=table,
-    expected=_expected(found),
+    expected=_expected(findings),
     expected_note=_expected_note(expected),
     published=_published(experiment, obtained),
     options=_origin(content["origin"]),
@@ -248,20 +248,20 @@ def _facts(
   return facts
 
 
-def _verdict(found: Sequence[results.Finding]) -> list[str]:
-  if not found:
+def _verdict(findings: Sequence[results.Finding]) -> list[str]:
+  if not findings:
     return []
-  wrong = sum(not x.is_as_expected for x in found)
+  wrong = sum(not x.is_as_expected for x in findings)
   if wrong:
-    return [f"{wrong} of {len(found)} figures are not as expected."]
-  return [f"All {len(found)} figures are as expected."]
+    return [f"{wrong} of {len(findings)} figures are not as expected."]
+  return [f"All {len(findings)} figures are as expected."]
 
 
-def _expected(found: Sequence[results.Finding]) -> tables.Table | None:
-  if not found:
+def _expected(findings: Sequence[results.Finding]) -> tables.Table | None:
+  if not findings:
     return None
   rows = []
-  for x in found:
+  for x in findings:
     key = ", ".join(f"{name} {_value(value)}" for name, value in x.key.items())
     cells = [
       tables.Cell(title(x.figure)),

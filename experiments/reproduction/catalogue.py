@@ -7,290 +7,27 @@ size has another data set than the paper, the experiment's page says which.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from experiments import recipes
-from experiments.reproduction import measures
+from experiments.reproduction import bases, kinds, measures
 from psg_jax import catalog, data
 
 SIZES = ("smoke", "cpu", "full")
 PAPER = "Nahass et al., 2025"
-# The released choices of λ and γ by data set.
-RELEASED_CHOICES = {
-  "cifar10": (1e-3, 1e-2),
-  "cfp_os": (1e-3, 1e-2),
-  "mri": (0.1, 0.1),
-}
-_OTHER_CHOICE = (0.0, 1e-4)
 
 
-class Cell(NamedTuple):
-  """What is computed at once, and kept when it is.
-
-  Attributes:
-    row: What tells it from the others of the experiment.
-    job: The options of its models and of its unlearning.
-    measure: What is measured, of `measures`.
-    options: Arguments of the measure.
-  """
-
-  row: Mapping[str, Any]
-  job: recipes.Job
-  measure: measures.Measure
-  options: Mapping[str, Any] = {}
-
-
-class Drawing(NamedTuple):
-  """A picture of the figures; see `pages.experiment`.
-
-  Attributes:
-    kind: `lines`, `bars`, `heat`, `scatter`, `front` or `maps`.
-    x: Column of the x axis, or of the groups of bars.
-    y: Figure of the y axis, or of the colour of a heat map.
-    by: Column of what has one colour; of a heat map, its rows.
-    title: What it shows.
-    is_log: Whether the x axis is logarithmic.
-  """
-
-  kind: str
-  x: str
-  y: str
-  by: str
-  title: str
-  is_log: bool = False
-
-
-class Published(NamedTuple):
-  """A figure from elsewhere.
-
-  Attributes:
-    row: Columns that name the row it belongs to.
-    figure: Its name.
-    value: As published.
-    source: Where.
-  """
-
-  row: Mapping[str, Any]
-  figure: str
-  value: float
-  source: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiment:
-  """One experiment.
-
-  Attributes:
-    title: What is asked, in a line.
-    source: Which part of the paper it is.
-    cells: Its cells by size.
-    by: Columns whose rows are told apart in the table; the others (seeds,
-      classes) are averaged over.
-    figures: Figures of the table.
-    checked: Those of them that are compared with what is expected; times are
-      not, which are the machine's.
-    drawings: Its pictures.
-    published: Figures from elsewhere.
-    note: What to know of it.
-  """
-
-  title: str
-  source: str
-  cells: Callable[[str], Iterator[Cell]]
-  by: tuple[str, ...]
-  figures: tuple[str, ...]
-  checked: tuple[str, ...]
-  drawings: tuple[Drawing, ...] = ()
-  published: tuple[Published, ...] = ()
-  note: str = ""
-
-
-def _of(job: recipes.Job, **changes: Any) -> recipes.Job:
-  return dataclasses.replace(job, **changes)
-
-
-_TINY = recipes.Job(
-  recipe="digits",
-  dataset="digits",
-  width=0.125,
-  mean=(0.3,),
-  std=(0.3,),
-  num_train=400,
-  twins="ignore",
-  training=recipes.Training(learning_rate=0.1, num_epochs=4, batch_size=32),
-)
-_SMALL = recipes.Training(learning_rate=0.1, num_epochs=6, batch_size=32)
-_PAPER_TRAINING = recipes.Training(
-  learning_rate=0.01,
-  schedule="constant",
-  num_epochs=25,
-  augmentation="crop_flip",
-)
-_SMALL_MEDICAL = dataclasses.replace(
-  recipes.JOBS["mri"].training, num_epochs=10
-)
-
-_FASHION = recipes.Job(
-  recipe="fashion_mnist",
-  dataset="fashion_mnist",
-  mean=(0.5,),
-  std=(0.5,),
-  twins="ignore",
-)
-# Constants, and not the images' own: one program serves all models.
-_CIFAR = recipes.Job(
-  recipe="cifar10",
-  dataset="cifar10",
-  mean=(0.4914, 0.4822, 0.4465),
-  std=(0.2470, 0.2435, 0.2616),
-  twins="ignore",
-)
-_COLOURS = _of(_CIFAR, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-
-
-# By data set of the paper and size.
-BASES: dict[str, dict[str, recipes.Job]] = {
-  "fashion_mnist": {
-    "smoke": _TINY,
-    "cpu": _of(_FASHION, num_train=2500, width=0.125, training=_SMALL),
-    "full": _of(
-      _FASHION,
-      training=dataclasses.replace(
-        _PAPER_TRAINING, num_epochs=15, augmentation="flip"
-      ),
-    ),
-  },
-  "cifar10": {
-    "smoke": _TINY,
-    "cpu": _of(
-      _CIFAR,
-      num_train=2500,
-      width=0.125,
-      training=dataclasses.replace(_SMALL, augmentation="flip"),
-    ),
-    "full": _of(_CIFAR, training=_PAPER_TRAINING),
-  },
-  "mri": {
-    "smoke": _TINY,
-    "cpu": _of(
-      recipes.JOBS["mri"],
-      dataset="brain_tumor_mri@32",
-      twins="ignore",
-      num_train=1500,
-      training=_SMALL_MEDICAL,
-    ),
-    "full": recipes.JOBS["mri_resnet50"],
-  },
-  "cfp_os": {
-    "smoke": _TINY,
-    "cpu": _of(
-      recipes.JOBS["fundus_class"],
-      dataset="fundus@32",
-      twins="ignore",
-      num_train=1500,
-      training=dataclasses.replace(_SMALL_MEDICAL, learning_rate=0.2),
-    ),
-    "full": _of(
-      recipes.JOBS["fundus_camera_resnet50"],
-      where=None,
-      forget_classes=("diabetic_retinopathy",),
-    ),
-  },
-  "retinas": {
-    "smoke": _TINY,
-    "cpu": _of(
-      recipes.JOBS["phantom_patient"],
-      dataset="phantom_fundus@32",
-      twins="ignore",
-      num_train=800,
-      training=dataclasses.replace(
-        recipes.JOBS["phantom_patient"].training, num_epochs=10
-      ),
-    ),
-    "full": _of(recipes.JOBS["phantom_patient"], width=1.0),
-  },
-  "devices": {
-    "smoke": _of(_TINY, dataset="phantom_digits"),
-    "cpu": _of(
-      recipes.JOBS["digits"], dataset="phantom_digits", twins="ignore"
-    ),
-    "full": _of(recipes.JOBS["digits"], dataset="phantom_digits", width=1.0),
-  },
-  "pathmnist": {
-    "smoke": _TINY,
-    "cpu": _of(
-      _COLOURS,
-      dataset="pathmnist",
-      num_train=2500,
-      width=0.125,
-      training=dataclasses.replace(_SMALL, augmentation="flip"),
-    ),
-    "full": _of(
-      _COLOURS,
-      dataset="pathmnist",
-      training=dataclasses.replace(
-        _PAPER_TRAINING, num_epochs=15, augmentation="flip"
-      ),
-    ),
-  },
-  "svhn": {
-    "smoke": _TINY,
-    "cpu": _of(
-      _COLOURS, dataset="svhn", num_train=2500, width=0.125, training=_SMALL
-    ),
-    "full": _of(
-      _COLOURS,
-      dataset="svhn",
-      training=dataclasses.replace(_PAPER_TRAINING, num_epochs=15),
-    ),
-  },
-}
-
-
-def _asked(job: recipes.Job, **request: Any) -> recipes.Job:
-  """Returns a job with a request of its own in the place of the recipe's."""
-  nothing = {
-    "forget_classes": (),
-    "where": None,
-    "ids": None,
-    "group": None,
-    "fraction": 1.0,
-  }
-  return _of(job, **nothing | request)
-
-
-def _method(job: recipes.Job, name: str, dataset: str) -> recipes.Job:
-  """Returns a job with the unlearning options of this name.
-
-  Those of the paper and of the released code have their λ and γ of the data
-  set.
-  """
-  options = {
-    "recommended": recipes.Unlearning(),
-    "all_layers": dataclasses.replace(recipes.NO_RETAIN_DATA, layers=()),
-  }.get(name) or recipes.method(name)
-  if name in ("paper", "released"):
-    weight, noise = RELEASED_CHOICES.get(dataset, _OTHER_CHOICE)
-    options = dataclasses.replace(
-      options, distance_weight=weight, noise_scale=noise
-    )
-  is_class = bool(job.forget_classes) and job.fraction == 1 and not job.where
-  if is_class:
-    options = dataclasses.replace(options, target="zero")
-  elif name == "recommended":
-    # On sets as small as these it is not the default: what it costs is shown.
-    options = dataclasses.replace(options, target="proxy")
-  return _of(job, unlearning=options)
-
-
-METHODS = ("released", "paper", "recommended")
+Cell = kinds.Cell
+Drawing = kinds.Drawing
+Published = kinds.Published
+Experiment = kinds.Experiment
 
 
 def _forgetting(
   row: Mapping[str, Any],
   job: recipes.Job,
   dataset: str,
-  methods: Sequence[str] = METHODS,
+  methods: Sequence[str] = bases.METHODS,
 ) -> Iterator[Cell]:
   """The two models, and the original unlearned by each method."""
   yield Cell(
@@ -299,14 +36,14 @@ def _forgetting(
   for method in methods:
     yield Cell(
       {**row, "model": method},
-      _method(job, method, dataset),
+      bases.with_method(job, method, dataset),
       measures.forgetting,
       {"models": ("unlearned",)},
     )
 
 
 def _methods(size: str) -> tuple[str, ...]:
-  return METHODS[::2] if size == "smoke" else METHODS
+  return bases.METHODS[::2] if size == "smoke" else bases.METHODS
 
 
 def _seeds(count: int = 2) -> range:
@@ -317,15 +54,15 @@ def classes(dataset: str) -> Callable[[str], Iterator[Cell]]:
   """Class forgetting, one class after the other."""
 
   def cells(size: str) -> Iterator[Cell]:
-    base = BASES[dataset][size]
+    base = bases.BASES[dataset][size]
     if size == "smoke":
       # Seeds in the place of classes: what differs between them is chance.
       for seed in _seeds():
-        job = _asked(base, forget_classes=(0,), seed=seed)
+        job = bases.asking(base, forget_classes=(0,), seed=seed)
         yield from _forgetting({"class": 0}, job, dataset, _methods(size))
       return
     for number in range(9 if dataset == "pathmnist" else 10):
-      job = _asked(base, forget_classes=(number,), seed=1)
+      job = bases.asking(base, forget_classes=(number,), seed=1)
       yield from _forgetting({"class": number}, job, dataset, _methods(size))
 
   return cells
@@ -335,9 +72,9 @@ def one_class(dataset: str) -> Callable[[str], Iterator[Cell]]:
   """The class that the recipe of a medical set forgets, over seeds."""
 
   def cells(size: str) -> Iterator[Cell]:
-    base = BASES[dataset][size]
+    base = bases.BASES[dataset][size]
     for seed in _seeds():
-      job = _asked(
+      job = bases.asking(
         base,
         forget_classes=(0,) if size == "smoke" else base.forget_classes,
         seed=seed,
@@ -352,11 +89,13 @@ FRACTIONS = (0.001, 0.01, 0.1, 0.25, 0.5, 0.75)
 
 def fractions(size: str) -> Iterator[Cell]:
   """Selective forgetting of parts of class 0."""
-  base = BASES["fashion_mnist"][size]
-  chosen = FRACTIONS if size == "full" else FRACTIONS[2:]
-  for fraction in chosen[2:3] if size == "smoke" else chosen:
+  base = bases.BASES["fashion_mnist"][size]
+  values = FRACTIONS if size == "full" else FRACTIONS[2:]
+  for fraction in values[2:3] if size == "smoke" else values:
     for seed in _seeds():
-      job = _asked(base, forget_classes=(0,), fraction=fraction, seed=seed)
+      job = bases.asking(
+        base, forget_classes=(0,), fraction=fraction, seed=seed
+      )
       row = {"fraction": fraction, "seed": seed}
       yield from _forgetting(row, job, "fashion_mnist", _methods(size)[1:])
 
@@ -387,7 +126,7 @@ def metadata(size: str) -> Iterator[Cell]:
     if size == "smoke" and name != "learnt device":
       continue
     for seed in _seeds():
-      job = _asked(BASES[dataset][size], **request, seed=seed)
+      job = bases.asking(bases.BASES[dataset][size], **request, seed=seed)
       row = {"request": name, "seed": seed}
       yield from _forgetting(row, job, dataset, _methods(size)[1:])
 
@@ -401,7 +140,7 @@ RETAIN_WEIGHTS = (0.0, 1e-4, 1e-3, 0.1, 0.5)
 
 def grid(size: str) -> Iterator[Cell]:
   """λ by γ as in the paper, and φ by rate, in the paper's form."""
-  base = _asked(BASES["fashion_mnist"][size], forget_classes=(0,))
+  base = bases.asking(bases.BASES["fashion_mnist"][size], forget_classes=(0,))
   grids: dict[str, dict[str, tuple[float, ...]]] = {
     "λ, γ": GRID,
     "φ, rate": {
@@ -415,7 +154,7 @@ def grid(size: str) -> Iterator[Cell]:
     }
   for name, axes in grids.items():
     for seed in (100, 101):
-      job = _method(_of(base, seed=seed), "paper", "")
+      job = bases.with_method(bases.changed(base, seed=seed), "paper", "")
       row = {"grid": name, "seed": seed}
       yield Cell(row, job, measures.grid, {"axes": axes})
 
@@ -434,10 +173,10 @@ LABELLINGS: dict[str, dict[str, Any]] = {
 
 def labelling(size: str) -> Iterator[Cell]:
   """What forget and retained images are taught."""
-  base = BASES["cifar10"][size]
+  base = bases.BASES["cifar10"][size]
   for seed in _seeds(1 if size == "smoke" else 2):
-    job = _method(
-      _asked(base, forget_classes=(0,), seed=seed), "paper", "cifar10"
+    job = bases.with_method(
+      bases.asking(base, forget_classes=(0,), seed=seed), "paper", "cifar10"
     )
     row = {"seed": seed}
     yield Cell(
@@ -449,7 +188,7 @@ def labelling(size: str) -> Iterator[Cell]:
       options = dataclasses.replace(job.unlearning, **changes)
       yield Cell(
         {**row, "model": name},
-        _of(job, unlearning=options),
+        bases.changed(job, unlearning=options),
         measures.forgetting,
         {"models": ("unlearned",)},
       )
@@ -465,10 +204,10 @@ def _single(
   """Class 0 of a set, one measure, over seeds."""
 
   def cells(size: str) -> Iterator[Cell]:
-    base = BASES[dataset][size]
+    base = bases.BASES[dataset][size]
     for seed in _seeds(seeds):
-      job = _asked(base, forget_classes=(0,), seed=seed)
-      job = _method(job, method, dataset)
+      job = bases.asking(base, forget_classes=(0,), seed=seed)
+      job = bases.with_method(job, method, dataset)
       yield Cell({"seed": seed}, job, measure, options(size))
 
   return cells
@@ -476,9 +215,9 @@ def _single(
 
 def membership(size: str) -> Iterator[Cell]:
   """Attacks on the forget set after each method, over seeds."""
-  base = BASES["fashion_mnist"][size]
+  base = bases.BASES["fashion_mnist"][size]
   for seed in _seeds(2 if size == "smoke" else 3):
-    job = _asked(base, forget_classes=(0,), seed=seed)
+    job = bases.asking(base, forget_classes=(0,), seed=seed)
     yield from _forgetting({"seed": seed}, job, "fashion_mnist", _methods(size))
 
 

@@ -254,21 +254,21 @@ def sequential(bench: Bench, *, classes: Sequence[int]) -> Records:
   records: Records = []
   variables = None
   for number in range(1, len(classes) + 1):
-    asked = bench.asking(forget_classes=tuple(classes[:number]))
-    retrained = asked.outputs("retrained").logits
+    whole = bench.asking(forget_classes=tuple(classes[:number]))
+    retrained = whole.outputs("retrained").logits
     last = bench.asking(forget_classes=(classes[number - 1],))
     # What went before is retained by no request that comes later.
-    earlier = asked.context.split.forget
+    earlier = whole.context.split.forget
     if number > 1:
       gone = np.isin(earlier.labels, classes[: number - 1])
       last = last.without(earlier.take(gone))
     variables = last.unlearn(variables or bench.original()).output.variables
-    at_once = asked.unlearn().output.variables
+    at_once = whole.unlearn().output.variables
     for way, model in (("one by one", variables), ("at once", at_once)):
-      logits = asked.outputs_of(model).logits
+      logits = whole.outputs_of(model).logits
       record: dict[str, Any] = {"way": way, "num_classes": number}
       for part in ("forget", "retain"):
-        labels = asked.parts[f"test_{part}"].labels
+        labels = whole.parts[f"test_{part}"].labels
         record[f"accuracy_{part}"] = metrics.accuracy(
           logits[f"test_{part}"], labels
         )

@@ -1,0 +1,198 @@
+"""The jobs that experiments stand on: data, network, training, by size."""
+
+import dataclasses
+from typing import Any
+
+from experiments import recipes
+
+# The released choices of λ and γ by data set.
+RELEASED_CHOICES = {
+  "cifar10": (1e-3, 1e-2),
+  "cfp_os": (1e-3, 1e-2),
+  "mri": (0.1, 0.1),
+}
+_OTHER_CHOICE = (0.0, 1e-4)
+
+
+def changed(job: recipes.Job, **changes: Any) -> recipes.Job:
+  """Returns a job with other options."""
+  return dataclasses.replace(job, **changes)
+
+
+_TINY = recipes.Job(
+  recipe="digits",
+  dataset="digits",
+  width=0.125,
+  mean=(0.3,),
+  std=(0.3,),
+  num_train=400,
+  twins="ignore",
+  training=recipes.Training(learning_rate=0.1, num_epochs=4, batch_size=32),
+)
+_SMALL = recipes.Training(learning_rate=0.1, num_epochs=6, batch_size=32)
+_PAPER_TRAINING = recipes.Training(
+  learning_rate=0.01,
+  schedule="constant",
+  num_epochs=25,
+  augmentation="crop_flip",
+)
+_SMALL_MEDICAL = dataclasses.replace(
+  recipes.JOBS["mri"].training, num_epochs=10
+)
+
+_FASHION = recipes.Job(
+  recipe="fashion_mnist",
+  dataset="fashion_mnist",
+  mean=(0.5,),
+  std=(0.5,),
+  twins="ignore",
+)
+# Constants, and not the images' own: one program serves all models.
+_CIFAR = recipes.Job(
+  recipe="cifar10",
+  dataset="cifar10",
+  mean=(0.4914, 0.4822, 0.4465),
+  std=(0.2470, 0.2435, 0.2616),
+  twins="ignore",
+)
+_COLOURS = changed(_CIFAR, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+
+
+# By data set of the paper and size.
+BASES: dict[str, dict[str, recipes.Job]] = {
+  "fashion_mnist": {
+    "smoke": _TINY,
+    "cpu": changed(_FASHION, num_train=2500, width=0.125, training=_SMALL),
+    "full": changed(
+      _FASHION,
+      training=dataclasses.replace(
+        _PAPER_TRAINING, num_epochs=15, augmentation="flip"
+      ),
+    ),
+  },
+  "cifar10": {
+    "smoke": _TINY,
+    "cpu": changed(
+      _CIFAR,
+      num_train=2500,
+      width=0.125,
+      training=dataclasses.replace(_SMALL, augmentation="flip"),
+    ),
+    "full": changed(_CIFAR, training=_PAPER_TRAINING),
+  },
+  "mri": {
+    "smoke": _TINY,
+    "cpu": changed(
+      recipes.JOBS["mri"],
+      dataset="brain_tumor_mri@32",
+      twins="ignore",
+      num_train=1500,
+      training=_SMALL_MEDICAL,
+    ),
+    "full": recipes.JOBS["mri_resnet50"],
+  },
+  "cfp_os": {
+    "smoke": _TINY,
+    "cpu": changed(
+      recipes.JOBS["fundus_class"],
+      dataset="fundus@32",
+      twins="ignore",
+      num_train=1500,
+      training=dataclasses.replace(_SMALL_MEDICAL, learning_rate=0.2),
+    ),
+    "full": changed(
+      recipes.JOBS["fundus_camera_resnet50"],
+      where=None,
+      forget_classes=("diabetic_retinopathy",),
+    ),
+  },
+  "retinas": {
+    "smoke": _TINY,
+    "cpu": changed(
+      recipes.JOBS["phantom_patient"],
+      dataset="phantom_fundus@32",
+      twins="ignore",
+      num_train=800,
+      training=dataclasses.replace(
+        recipes.JOBS["phantom_patient"].training, num_epochs=10
+      ),
+    ),
+    "full": changed(recipes.JOBS["phantom_patient"], width=1.0),
+  },
+  "devices": {
+    "smoke": changed(_TINY, dataset="phantom_digits"),
+    "cpu": changed(
+      recipes.JOBS["digits"], dataset="phantom_digits", twins="ignore"
+    ),
+    "full": changed(
+      recipes.JOBS["digits"], dataset="phantom_digits", width=1.0
+    ),
+  },
+  "pathmnist": {
+    "smoke": _TINY,
+    "cpu": changed(
+      _COLOURS,
+      dataset="pathmnist",
+      num_train=2500,
+      width=0.125,
+      training=dataclasses.replace(_SMALL, augmentation="flip"),
+    ),
+    "full": changed(
+      _COLOURS,
+      dataset="pathmnist",
+      training=dataclasses.replace(
+        _PAPER_TRAINING, num_epochs=15, augmentation="flip"
+      ),
+    ),
+  },
+  "svhn": {
+    "smoke": _TINY,
+    "cpu": changed(
+      _COLOURS, dataset="svhn", num_train=2500, width=0.125, training=_SMALL
+    ),
+    "full": changed(
+      _COLOURS,
+      dataset="svhn",
+      training=dataclasses.replace(_PAPER_TRAINING, num_epochs=15),
+    ),
+  },
+}
+
+
+def asking(job: recipes.Job, **request: Any) -> recipes.Job:
+  """Returns a job with a request of its own in the place of the recipe's."""
+  nothing = {
+    "forget_classes": (),
+    "where": None,
+    "ids": None,
+    "group": None,
+    "fraction": 1.0,
+  }
+  return changed(job, **nothing | request)
+
+
+def with_method(job: recipes.Job, name: str, dataset: str) -> recipes.Job:
+  """Returns a job with the unlearning options of this name.
+
+  Those of the paper and of the released code have their λ and γ of the data
+  set.
+  """
+  options = {
+    "recommended": recipes.Unlearning(),
+    "all_layers": dataclasses.replace(recipes.NO_RETAIN_DATA, layers=()),
+  }.get(name) or recipes.method(name)
+  if name in ("paper", "released"):
+    weight, noise = RELEASED_CHOICES.get(dataset, _OTHER_CHOICE)
+    options = dataclasses.replace(
+      options, distance_weight=weight, noise_scale=noise
+    )
+  is_class = bool(job.forget_classes) and job.fraction == 1 and not job.where
+  if is_class:
+    options = dataclasses.replace(options, target="zero")
+  elif name == "recommended":
+    # On sets as small as these it is not the default: what it costs is shown.
+    options = dataclasses.replace(options, target="proxy")
+  return changed(job, unlearning=options)
+
+
+METHODS = ("released", "paper", "recommended")
