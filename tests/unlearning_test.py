@@ -660,15 +660,16 @@ def test_variables_without_params_are_refused_before_the_search(
         fn(model, bad, split, KEY)
 
 
-@pytest.mark.parametrize("options", [{}, {"labels": "hard"}])
-def test_no_class_that_is_forgotten_is_taught(trained, options):
+@pytest.mark.parametrize("labels", ["soft_other", "hard"])
+def test_no_class_that_is_forgotten_is_taught(trained, labels):
   model, variables, _ = trained
   dataset = fakes.blobs(120)
   is_forget = dataset.labels != 2
   split = types.Split(dataset.take(is_forget), dataset.take(~is_forget))
-  targets = unlearn((model, variables, split), **options).targets
+  targets = unlearn((model, variables, split), labels=labels).targets
   # Of three classes one is left, for both.
   classes = targets if targets.ndim == 1 else targets.argmax(1)
   assert (classes == 2).all()
+  assert targets.ndim == (2 if labels == "soft_other" else 1)
   if targets.ndim == 2:
     assert (targets[:, :2] == 0).all()
