@@ -384,8 +384,6 @@ def _lines_panel(
       mark = _MARKS[number % len(_MARKS)] if len(xs) < 13 else ""
       axes.plot(xs, means, marker=mark, ms=4, **style)
       axes.fill_between(xs, low, high, color=colors[name], alpha=0.15, lw=0)
-    if drawing.is_log:
-      panels.logarithmic(axes, "x")
     axes.set(xlabel=drawing.x.replace("_", " "))
     axes.legend(fontsize=8)
 
@@ -415,25 +413,31 @@ def _bars_panel(
   return [figures.Panel(draw, _alt(drawing, records), width, 3.4)]
 
 
+def _points(
+  axes: Axes, drawing: catalogue.Drawing, records: Records, alpha: float = 1.0
+) -> None:
+  """Draws a point a record, one colour and mark a group."""
+  groups = _groups(drawing, records)
+  colors = _palette(list(groups))
+  for number, (name, group) in enumerate(groups.items()):
+    axes.plot(
+      [x[drawing.x] for x in group],
+      [x[drawing.y] for x in group],
+      _MARKS[number % len(_MARKS)],
+      ms=5,
+      mew=0,
+      alpha=alpha,
+      color=colors[name],
+      label=str(name),
+    )
+  axes.set(xlabel=title(drawing.x), ylabel=title(drawing.y))
+
+
 def _scatter_panel(
   drawing: catalogue.Drawing, records: Records
 ) -> list[figures.Panel]:
-  groups = _groups(drawing, records)
-  colors = _palette(list(groups))
-
   def draw(axes: Axes) -> None:
-    for number, (name, group) in enumerate(groups.items()):
-      axes.plot(
-        [x[drawing.x] for x in group],
-        [x[drawing.y] for x in group],
-        _MARKS[number % len(_MARKS)],
-        ms=5,
-        mew=0,
-        alpha=0.8,
-        color=colors[name],
-        label=str(name),
-      )
-    axes.set(xlabel=title(drawing.x), ylabel=title(drawing.y))
+    _points(axes, drawing, records, alpha=0.8)
     axes.margins(0.08)
     axes.legend(fontsize=8)
 
@@ -455,25 +459,13 @@ def front(points: np.ndarray) -> np.ndarray:
 def _front_panel(
   drawing: catalogue.Drawing, records: Records
 ) -> list[figures.Panel]:
-  groups = _groups(drawing, records)
-  colors = _palette(list(groups))
   all_points = np.array([[x[drawing.x], x[drawing.y]] for x in records])
   best = all_points[front(all_points)]
   best = best[np.argsort(best[:, 0])]
 
   def draw(axes: Axes) -> None:
-    for number, (name, group) in enumerate(groups.items()):
-      axes.plot(
-        [x[drawing.x] for x in group],
-        [x[drawing.y] for x in group],
-        _MARKS[number % len(_MARKS)],
-        ms=5,
-        mew=0,
-        color=colors[name],
-        label=str(name),
-      )
+    _points(axes, drawing, records)
     axes.plot(*best.T, "-", color=_COLORS["ink"], lw=1, label="front")
-    axes.set(xlabel=title(drawing.x), ylabel=title(drawing.y))
     axes.legend(fontsize=8)
 
   alt = f"{drawing.title}; {len(best)} of {len(all_points)} are on the front"

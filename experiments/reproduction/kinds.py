@@ -33,7 +33,6 @@ class Drawing(NamedTuple):
     y: Figure of the y axis, or of the colour of a heat map.
     by: Column of what has one colour; of a heat map, its rows.
     title: What it shows.
-    is_log: Whether the x axis is logarithmic.
   """
 
   kind: str
@@ -41,7 +40,6 @@ class Drawing(NamedTuple):
   y: str
   by: str
   title: str
-  is_log: bool = False
 
 
 class Published(NamedTuple):
