@@ -14,11 +14,6 @@ RELEASED_CHOICES = {
 _OTHER_CHOICE = (0.0, 1e-4)
 
 
-def changed(job: recipes.Job, **changes: Any) -> recipes.Job:
-  """Returns a job with other options."""
-  return dataclasses.replace(job, **changes)
-
-
 _TINY = recipes.Job(
   recipe="digits",
   dataset="digits",
@@ -35,6 +30,10 @@ _PAPER_TRAINING = recipes.Training(
   schedule="constant",
   num_epochs=25,
   augmentation="crop_flip",
+)
+_SMALL_FLIPPED = dataclasses.replace(_SMALL, augmentation="flip")
+_PAPER_FLIPPED = dataclasses.replace(
+  _PAPER_TRAINING, num_epochs=15, augmentation="flip"
 )
 _SMALL_MEDICAL = dataclasses.replace(
   recipes.JOBS["mri"].training, num_epochs=10
@@ -55,34 +54,31 @@ _CIFAR = recipes.Job(
   std=(0.2470, 0.2435, 0.2616),
   twins="ignore",
 )
-_COLOURS = changed(_CIFAR, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+_COLOURS = dataclasses.replace(
+  _CIFAR, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)
+)
+
+
+def _of_all_cnn(
+  job: recipes.Job, small: recipes.Training, paper: recipes.Training
+) -> dict[str, recipes.Job]:
+  """The sizes of a set that the paper trains its All-CNN on."""
+  return {
+    "smoke": _TINY,
+    "cpu": dataclasses.replace(
+      job, num_train=2500, width=0.125, training=small
+    ),
+    "full": dataclasses.replace(job, training=paper),
+  }
 
 
 # By data set of the paper and size.
 BASES: dict[str, dict[str, recipes.Job]] = {
-  "fashion_mnist": {
-    "smoke": _TINY,
-    "cpu": changed(_FASHION, num_train=2500, width=0.125, training=_SMALL),
-    "full": changed(
-      _FASHION,
-      training=dataclasses.replace(
-        _PAPER_TRAINING, num_epochs=15, augmentation="flip"
-      ),
-    ),
-  },
-  "cifar10": {
-    "smoke": _TINY,
-    "cpu": changed(
-      _CIFAR,
-      num_train=2500,
-      width=0.125,
-      training=dataclasses.replace(_SMALL, augmentation="flip"),
-    ),
-    "full": changed(_CIFAR, training=_PAPER_TRAINING),
-  },
+  "fashion_mnist": _of_all_cnn(_FASHION, _SMALL, _PAPER_FLIPPED),
+  "cifar10": _of_all_cnn(_CIFAR, _SMALL_FLIPPED, _PAPER_TRAINING),
   "mri": {
     "smoke": _TINY,
-    "cpu": changed(
+    "cpu": dataclasses.replace(
       recipes.JOBS["mri"],
       dataset="brain_tumor_mri@32",
       twins="ignore",
@@ -93,14 +89,14 @@ BASES: dict[str, dict[str, recipes.Job]] = {
   },
   "cfp_os": {
     "smoke": _TINY,
-    "cpu": changed(
+    "cpu": dataclasses.replace(
       recipes.JOBS["fundus_class"],
       dataset="fundus@32",
       twins="ignore",
       num_train=1500,
       training=dataclasses.replace(_SMALL_MEDICAL, learning_rate=0.2),
     ),
-    "full": changed(
+    "full": dataclasses.replace(
       recipes.JOBS["fundus_camera_resnet50"],
       where=None,
       forget_classes=("diabetic_retinopathy",),
@@ -108,7 +104,7 @@ BASES: dict[str, dict[str, recipes.Job]] = {
   },
   "retinas": {
     "smoke": _TINY,
-    "cpu": changed(
+    "cpu": dataclasses.replace(
       recipes.JOBS["phantom_patient"],
       dataset="phantom_fundus@32",
       twins="ignore",
@@ -117,45 +113,27 @@ BASES: dict[str, dict[str, recipes.Job]] = {
         recipes.JOBS["phantom_patient"].training, num_epochs=10
       ),
     ),
-    "full": changed(recipes.JOBS["phantom_patient"], width=1.0),
+    "full": dataclasses.replace(recipes.JOBS["phantom_patient"], width=1.0),
   },
   "devices": {
-    "smoke": changed(_TINY, dataset="phantom_digits"),
-    "cpu": changed(
+    "smoke": dataclasses.replace(_TINY, dataset="phantom_digits"),
+    "cpu": dataclasses.replace(
       recipes.JOBS["digits"], dataset="phantom_digits", twins="ignore"
     ),
-    "full": changed(
+    "full": dataclasses.replace(
       recipes.JOBS["digits"], dataset="phantom_digits", width=1.0
     ),
   },
-  "pathmnist": {
-    "smoke": _TINY,
-    "cpu": changed(
-      _COLOURS,
-      dataset="pathmnist",
-      num_train=2500,
-      width=0.125,
-      training=dataclasses.replace(_SMALL, augmentation="flip"),
-    ),
-    "full": changed(
-      _COLOURS,
-      dataset="pathmnist",
-      training=dataclasses.replace(
-        _PAPER_TRAINING, num_epochs=15, augmentation="flip"
-      ),
-    ),
-  },
-  "svhn": {
-    "smoke": _TINY,
-    "cpu": changed(
-      _COLOURS, dataset="svhn", num_train=2500, width=0.125, training=_SMALL
-    ),
-    "full": changed(
-      _COLOURS,
-      dataset="svhn",
-      training=dataclasses.replace(_PAPER_TRAINING, num_epochs=15),
-    ),
-  },
+  "pathmnist": _of_all_cnn(
+    dataclasses.replace(_COLOURS, dataset="pathmnist"),
+    _SMALL_FLIPPED,
+    _PAPER_FLIPPED,
+  ),
+  "svhn": _of_all_cnn(
+    dataclasses.replace(_COLOURS, dataset="svhn"),
+    _SMALL,
+    dataclasses.replace(_PAPER_TRAINING, num_epochs=15),
+  ),
 }
 
 
@@ -168,7 +146,7 @@ def asking(job: recipes.Job, **request: Any) -> recipes.Job:
     "group": None,
     "fraction": 1.0,
   }
-  return changed(job, **nothing | request)
+  return dataclasses.replace(job, **nothing | request)
 
 
 def with_method(job: recipes.Job, name: str, dataset: str) -> recipes.Job:
@@ -192,7 +170,7 @@ def with_method(job: recipes.Job, name: str, dataset: str) -> recipes.Job:
   elif name == "recommended":
     # On sets as small as these it is not the default: what it costs is shown.
     options = dataclasses.replace(options, target="proxy")
-  return changed(job, unlearning=options)
+  return dataclasses.replace(job, unlearning=options)
 
 
 METHODS = ("released", "paper", "recommended")

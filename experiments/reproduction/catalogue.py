@@ -23,23 +23,28 @@ Published = kinds.Published
 Experiment = kinds.Experiment
 
 
+def _beside(
+  row: Mapping[str, Any], job: recipes.Job, unlearned: Mapping[str, recipes.Job]
+) -> Iterator[Cell]:
+  """The original and the retrained model, and unlearned ones by name."""
+  yield Cell(
+    row, job, measures.forgetting, {"models": ("original", "retrained")}
+  )
+  for name, changed in unlearned.items():
+    options = {"models": ("unlearned",)}
+    yield Cell({**row, "model": name}, changed, measures.forgetting, options)
+
+
 def _forgetting(
   row: Mapping[str, Any],
   job: recipes.Job,
   dataset: str,
-  methods: Sequence[str] = bases.METHODS,
+  methods: Sequence[str],
 ) -> Iterator[Cell]:
   """The two models, and the original unlearned by each method."""
-  yield Cell(
-    row, job, measures.forgetting, {"models": ("original", "retrained")}
+  return _beside(
+    row, job, {x: bases.with_method(job, x, dataset) for x in methods}
   )
-  for method in methods:
-    yield Cell(
-      {**row, "model": method},
-      bases.with_method(job, method, dataset),
-      measures.forgetting,
-      {"models": ("unlearned",)},
-    )
 
 
 def _methods(size: str) -> tuple[str, ...]:
@@ -154,7 +159,7 @@ def grid(size: str) -> Iterator[Cell]:
     }
   for name, axes in grids.items():
     for seed in (100, 101):
-      job = bases.with_method(bases.changed(base, seed=seed), "paper", "")
+      job = bases.with_method(dataclasses.replace(base, seed=seed), "paper", "")
       row = {"grid": name, "seed": seed}
       yield Cell(row, job, measures.grid, {"axes": axes})
 
@@ -178,20 +183,15 @@ def labelling(size: str) -> Iterator[Cell]:
     job = bases.with_method(
       bases.asking(base, forget_classes=(0,), seed=seed), "paper", "cifar10"
     )
-    row = {"seed": seed}
-    yield Cell(
-      row, job, measures.forgetting, {"models": ("original", "retrained")}
-    )
-    for name, changes in LABELLINGS.items():
-      if size == "smoke" and name not in ("hard", "both, top 3"):
-        continue
-      options = dataclasses.replace(job.unlearning, **changes)
-      yield Cell(
-        {**row, "model": name},
-        bases.changed(job, unlearning=options),
-        measures.forgetting,
-        {"models": ("unlearned",)},
+    names = ("hard", "both, top 3") if size == "smoke" else LABELLINGS
+    taught = {
+      name: dataclasses.replace(
+        job,
+        unlearning=dataclasses.replace(job.unlearning, **LABELLINGS[name]),
       )
+      for name in names
+    }
+    yield from _beside({"seed": seed}, job, taught)
 
 
 def _single(
@@ -239,6 +239,13 @@ _SCATTER = Drawing(
   "model",
   "Forget against retain accuracy, test images",
 )
+_DIVERGENCES = Drawing(
+  "bars",
+  "class",
+  "kl_divergence_test_forget",
+  "model",
+  "Divergence from the retrained model on forgotten images",
+)
 _STATE = "the authors' plots of October 2024, test images"
 
 
@@ -267,66 +274,48 @@ _FORGET_SIZES = {
 # Retain accuracy after so many epochs.
 _COMPOSED = {0.0: 0.234, 1.0: 0.907, 2.0: 0.905, 5.0: 0.913}
 
+
+def _over_models(
+  drawings: tuple[Drawing, ...] = (_SCATTER,), **fields: Any
+) -> Experiment:
+  """An experiment whose rows are models, measured on test images."""
+  return Experiment(
+    by=("model",),
+    figures=(*_TEST, *_TIMES),
+    checked=_TEST,
+    drawings=drawings,
+    **fields,
+  )
+
+
 EXPERIMENTS: dict[str, Experiment] = {
-  "fashion_mnist_classes": Experiment(
+  "fashion_mnist_classes": _over_models(
     title="Each of the ten classes of Fashion-MNIST forgotten",
     source="class forgetting",
     cells=classes("fashion_mnist"),
-    by=("model",),
-    figures=(*_TEST, *_TIMES),
-    checked=_TEST,
-    drawings=(
-      _SCATTER,
-      Drawing(
-        "bars",
-        "class",
-        "kl_divergence_test_forget",
-        "model",
-        "Divergence from the retrained model on forgotten images",
-      ),
-    ),
+    drawings=(_SCATTER, _DIVERGENCES),
     published=_published({"released": (0.084, 0.890)}, 0.942),
   ),
-  "cifar10_classes": Experiment(
+  "cifar10_classes": _over_models(
     title="Each of the ten classes of CIFAR-10 forgotten",
     source="class forgetting",
     cells=classes("cifar10"),
-    by=("model",),
-    figures=(*_TEST, *_TIMES),
-    checked=_TEST,
-    drawings=(
-      _SCATTER,
-      Drawing(
-        "bars",
-        "class",
-        "kl_divergence_test_forget",
-        "model",
-        "Divergence from the retrained model on forgotten images",
-      ),
-    ),
+    drawings=(_SCATTER, _DIVERGENCES),
     published=_published({"released": (0.091, 0.809)}, 0.899),
     note="The published pair (λ, γ) is (1e-3, 0.1), the released code's choice"
     " (1e-3, 1e-2).",
   ),
-  "mri": Experiment(
+  "mri": _over_models(
     title="Glioma forgotten by a classifier of brain MRI",
     source="class forgetting, MRI",
     cells=one_class("mri"),
-    by=("model",),
-    figures=(*_TEST, *_TIMES),
-    checked=_TEST,
-    drawings=(_SCATTER,),
     published=_published({"released": (0.025, 0.721)}, 0.975),
     note="At size smoke the images are digits, and the class is 0.",
   ),
-  "cfp_os": Experiment(
+  "cfp_os": _over_models(
     title="A disease forgotten by a classifier of fundus photographs",
     source="class forgetting, CFP-OS",
     cells=one_class("cfp_os"),
-    by=("model",),
-    figures=(*_TEST, *_TIMES),
-    checked=_TEST,
-    drawings=(_SCATTER,),
     published=_published({"released": (0.042, 0.990)}, 1.0),
     note="The photographs are another public collection than the paper's; at"
     " size smoke they are digits.",
@@ -409,14 +398,10 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     note="All on a validation part of the training images.",
   ),
-  "labelling": Experiment(
+  "labelling": _over_models(
     title="What forget and retained images are taught",
     source="ablation of the labelling, CIFAR-10",
     cells=labelling,
-    by=("model",),
-    figures=(*_TEST, *_TIMES),
-    checked=_TEST,
-    drawings=(_SCATTER,),
     published=(
       *_published({"logits on R": (0.490, 0.872)}, 0.899),
       *_published({"raw logits on F": (0.001, 0.183)}, 0.899)[:2],
@@ -559,25 +544,17 @@ EXPERIMENTS: dict[str, Experiment] = {
       )
     ),
   ),
-  "pathmnist_classes": Experiment(
+  "pathmnist_classes": _over_models(
     title="Each of the nine classes of PathMNIST forgotten",
     source="class forgetting, MedMNIST",
     cells=classes("pathmnist"),
-    by=("model",),
-    figures=(*_TEST, *_TIMES),
-    checked=_TEST,
-    drawings=(_SCATTER,),
     note="MedMNIST's archives carry no patient ids: no request by patient can"
     " be made of them.",
   ),
-  "svhn_classes": Experiment(
+  "svhn_classes": _over_models(
     title="Each of the ten classes of SVHN forgotten",
     source="class forgetting, SVHN",
     cells=classes("svhn"),
-    by=("model",),
-    figures=(*_TEST, *_TIMES),
-    checked=_TEST,
-    drawings=(_SCATTER,),
   ),
 }
 
