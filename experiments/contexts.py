@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from experiments import (
   files,
@@ -260,11 +261,7 @@ def aim(
     num_models=options.num_proxies,
     fraction=options.proxy_fraction,
     eval_batch_size=context.job.eval_batch_size,
-    optimizer=optimizers.sgd(
-      training.learning_rate,
-      momentum=training.momentum,
-      weight_decay=training.weight_decay,
-    ),
+    optimizer=optimizer(training),
     schedule=training.schedule,
     num_epochs=training.num_epochs,
     batch_size=training.batch_size,
@@ -287,6 +284,17 @@ def augment_fn(name: str) -> augment.AugmentFn | None:
     "crop_flip": augment.chain(augment.crop(4), augment.flip()),
     "medical": augment.medical(),
   }[name]
+
+
+def optimizer(
+  options: recipes.Training | recipes.Unlearning,
+) -> optax.GradientTransformation:
+  """Returns the optimiser of a job's training or unlearning."""
+  return optimizers.sgd(
+    options.learning_rate,
+    momentum=options.momentum,
+    weight_decay=options.weight_decay,
+  )
 
 
 def model_key(context: Context, name: str) -> jax.Array:

@@ -276,7 +276,7 @@ def original(context: contexts.Context) -> types.Variables:
   if job.weights is None:
     return _trained(context, "original", context.train)
   variables = _imported(context)
-  optimizer = _training_optimizer(job)
+  optimizer = contexts.optimizer(job.training)
   state = training.init_state(
     variables, optimizer, contexts.model_key(context, "original")
   )
@@ -307,11 +307,7 @@ def unlearned(
 ) -> types.Variables:
   """Takes the forget set out of the original model."""
   options = context.job.unlearning
-  optimizer = training.sgd(
-    options.learning_rate,
-    momentum=options.momentum,
-    weight_decay=options.weight_decay,
-  )
+  optimizer = contexts.optimizer(options)
   if _is_finished(context, "unlearned"):
     target = training.init_state(
       original_variables, optimizer, contexts.model_key(context, "unlearned")
@@ -404,14 +400,6 @@ def copy_state(state: training.TrainState) -> training.TrainState:
   return jax.tree.map(jnp.copy, state)
 
 
-def _training_optimizer(job: recipes.Job) -> Any:
-  return training.sgd(
-    job.training.learning_rate,
-    momentum=job.training.momentum,
-    weight_decay=job.training.weight_decay,
-  )
-
-
 def fresh_state(context: contexts.Context, name: str) -> training.TrainState:
   """Initialises a model and its optimiser."""
   init_key, train_key = jax.random.split(contexts.model_key(context, name))
@@ -425,7 +413,7 @@ def fresh_state(context: contexts.Context, name: str) -> training.TrainState:
     except ValueError as error:
       raise ValueError(f"pretrained: {error}") from None
   return training.init_state(
-    variables, _training_optimizer(context.job), train_key
+    variables, contexts.optimizer(context.job.training), train_key
   )
 
 
@@ -503,7 +491,7 @@ def _trained(
       state.variables,
       dataset,
       state.key,
-      optimizer=_training_optimizer(context.job),
+      optimizer=contexts.optimizer(context.job.training),
       num_epochs=options.num_epochs,
       batch_size=options.batch_size,
       schedule=options.schedule,

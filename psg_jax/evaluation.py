@@ -59,7 +59,7 @@ def parts(train: types.Dataset, test: types.Dataset, **request: Any) -> Parts:
 
 def whole_classes(split: types.Split) -> np.ndarray:
   """Returns the numbers of the classes of which no image is retained."""
-  return np.setdiff1d(split.forget.labels, split.retain.labels)
+  return split.whole_classes()
 
 
 def are_whole_classes(forget: np.ndarray, retain: np.ndarray) -> bool:

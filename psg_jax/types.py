@@ -187,3 +187,7 @@ class Split(NamedTuple):
 
   forget: Dataset
   retain: Dataset
+
+  def whole_classes(self) -> np.ndarray:
+    """Returns the classes to forget of which no image is retained, `[C]`."""
+    return np.setdiff1d(self.forget.labels, self.retain.labels)

@@ -245,7 +245,7 @@ def gone_classes(split: types.Split) -> np.ndarray | None:
   """
   if not len(split.retain):
     return None
-  return np.setdiff1d(split.forget.labels, split.retain.labels)
+  return split.whole_classes()
 
 
 def search_of(options: Mapping[str, Any]) -> boundary.Search:

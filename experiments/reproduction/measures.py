@@ -179,19 +179,10 @@ def _shared_options(
   rate = context.job.unlearning.learning_rate
   return {
     **shared,
-    "optimizer": _optimizer(context),
+    "optimizer": contexts.optimizer(context.job.unlearning),
     "learning_rate": rate,
     "show_progress": False,
   }
-
-
-def _optimizer(context: contexts.Context) -> Any:
-  options = context.job.unlearning
-  return training.sgd(
-    options.learning_rate,
-    momentum=options.momentum,
-    weight_decay=options.weight_decay,
-  )
 
 
 def composition(
@@ -483,7 +474,7 @@ def search_time(bench: Bench, *, sizes: Sequence[int]) -> Records:
       split,
       contexts.model_key(context, "unlearned"),
       **options,
-      optimizer=_optimizer(context),
+      optimizer=contexts.optimizer(context.job.unlearning),
       show_progress=False,
     )
     jax.block_until_ready(output.variables)
