@@ -285,20 +285,24 @@ def original(context: contexts.Context) -> types.Variables:
   return state.variables
 
 
-def retrained(context: contexts.Context) -> types.Variables:
-  """Trains the reference: a fresh model on the retained images alone."""
-  return _trained(context, "retrained", context.split.retain)
+def retrained(context: contexts.Context, number: int = 0) -> types.Variables:
+  """Trains a reference: a fresh model on the retained images alone.
+
+  Args:
+    context: The job.
+    number: From 1 on it is what the retrained model is with the seed that many
+      after the job's.
+  """
+  name = f"retrained-{number}" if number else "retrained"
+  return _trained(context, name, context.split.retain)
 
 
 def references(context: contexts.Context) -> dict[str, types.Variables]:
-  """Trains all references: `retrained`, and `retrained-1` and so on.
-
-  The last ones are what the retrained model is with the seeds after the job's.
-  """
-  names = [f"retrained-{number}" for number in range(context.job.references)]
+  """Trains all references: `retrained`, and `retrained-1` and so on."""
+  numbers = range(context.job.references)
   return {
-    name: _trained(context, name, context.split.retain)
-    for name in ("retrained", *names[1:])
+    f"retrained-{number}" if number else "retrained": retrained(context, number)
+    for number in numbers
   }
 
 

@@ -12,6 +12,7 @@ from experiments.reproduction import (
   bases,
   bench,
   catalogue,
+  designs,
   estimates,
   measures,
   results,
@@ -175,6 +176,79 @@ def test_what_is_no_duration(text):
     results.duration("budget", text)
 
 
+def _distances(*models):
+  """Records of models `(name, KL, agreement)` over seeds."""
+  return [
+    {
+      **{"model": name, "seed": seed},
+      "kl_divergence_test_forget": divergence,
+      "agreement_test_forget": agreement,
+    }
+    for name, *pairs in models
+    for seed, (divergence, agreement) in enumerate(pairs)
+  ]
+
+
+def _normalised_rows(*models):
+  experiment = _experiment(
+    [],
+    figures=(
+      "normalised_kl_divergence_test_forget",
+      "normalised_disagreement_test_forget",
+    ),
+  )
+  rows = results.rows(experiment, _distances(*models))
+  return {row.key["model"]: list(row.figures.values()) for row in rows}
+
+
+def test_distances_over_those_of_a_second_retrained_model():
+  rows = _normalised_rows(
+    (designs.AGAIN, (1.0, 0.9), (3.0, 0.7)), ("ours", (2.0, 0.8), (4.0, 0.8))
+  )
+  assert rows[designs.AGAIN] == [(1.0, 0.0, 2), (pytest.approx(1), 0.0, 2)]
+  divergence, disagreement = rows["ours"]
+  # (2 + 4) / (1 + 3), and what is left of each pair: ±(2 - 1.5) / 2.
+  assert divergence == (1.5, pytest.approx(0.25 * 2**0.5), 2)
+  assert disagreement.mean == pytest.approx((0.2 + 0.2) / (0.1 + 0.3))
+
+
+def test_no_second_retrained_model_no_normalised_distance():
+  nothing = (None, None, 0)
+  assert _normalised_rows(("ours", (2.0, 0.8)))["ours"] == [nothing] * 2
+  # One of them diverged, and nothing tells which pair is left.
+  few = _normalised_rows(
+    (designs.AGAIN, (1.0, 0.9), (3.0, 0.7)), ("ours", (2.0, 0.8))
+  )
+  assert few["ours"] == [nothing] * 2
+  same = _normalised_rows((designs.AGAIN, (0.0, 1.0)), ("ours", (2.0, 0.8)))
+  assert same["ours"] == [nothing] * 2
+
+
+def test_interval_known():
+  # Student's 95 % point of one degree of freedom is 6.314.
+  low, high = results.interval(1.0, 0.2, 2)
+  half = 6.3138 * 0.2 / 2**0.5
+  assert (low, high) == (
+    pytest.approx(1 - half, abs=1e-4),
+    pytest.approx(1 + half, abs=1e-4),
+  )
+
+
+def test_page_says_how_near_and_how_often_inside():
+  def row(**figures):
+    return results.Row(
+      {"model": "recommended"},
+      {name: results.Figure(*x) for name, x in figures.items()},
+    )
+
+  near = row(normalised_kl_divergence_test_forget=(1.2, 0.1, 4))
+  (sentence,) = experiment_page.statements([near])
+  assert "1.20 [1.08, 1.32] on forget images." in sentence
+  inside = [row(is_inside=(0.5, 0.7, 2)), row(is_inside=(1.0, None, 1))]
+  (sentence,) = experiment_page.statements(inside)
+  assert sentence.startswith("In 2 of 3 readings")
+
+
 # The catalogue
 
 
@@ -200,14 +274,22 @@ def test_the_released_choices_are_in_the_cells():
   assert by_model["recommended"] == recipes.Unlearning(target="zero")
 
 
+def test_all_sources_are_asked_for():
+  for size, number in (("smoke", 1), ("cpu", 11), ("full", 11)):
+    cells = list(catalogue.EXPERIMENTS["sources"].cells(size))
+    wheres = {x.job.where for x in cells if x.row.get("model") == "recommended"}
+    assert len(wheres) == number
+    assert {x.job.unlearning.target for x in cells} >= {"proxy"}
+
+
 def test_labellings_teach_different_things():
   taught = set()
-  for changes in catalogue.LABELLINGS.values():
+  for changes in designs.LABELLINGS.values():
     names = ("labels", "image_weight", "retain_labels", "top_k")
     options = {"labels": "hard"} | changes
     targets = unlearning.Targets(**{x: options.get(x) for x in names})
     taught.add(targets)
-  assert len(taught) == len(catalogue.LABELLINGS)
+  assert len(taught) == len(designs.LABELLINGS)
 
 
 def test_shapes_of_all_full_jobs():
@@ -453,17 +535,24 @@ def test_originals_are_shared_between_requests(tmp_path):
     _JOB, training=recipes.Training(num_epochs=1, batch_size=50)
   )
   made = bench.open_bench(job, tmp_path)
-  made.original()
-  made.retrained()
+  made.trained("original")
+  made.trained("retrained")
   other = made.asking(forget_classes=(3,))
-  other.original()
+  other.trained("original")
   folders = sorted(x.name.split("-")[0] for x in tmp_path.iterdir())
   assert folders == ["original", "retrained"]
-  other.retrained()
+  other.trained("retrained")
   assert len(list(tmp_path.iterdir())) == 3
-  # Another seed has models of its own.
-  made.asking(seed=2).original()
+  # Another retraining is not the same one.
+  first, again = (
+    other.outputs(name).logits["test_retain"]
+    for name in ("retrained", "retrained-1")
+  )
+  assert np.abs(again - first).max() > 1e-3
   assert len(list(tmp_path.iterdir())) == 4
+  # Another seed has models of its own.
+  made.asking(seed=2).trained("original")
+  assert len(list(tmp_path.iterdir())) == 5
 
 
 def test_validation_images_are_no_test_images(tmp_path):

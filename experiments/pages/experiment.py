@@ -24,6 +24,7 @@ _MARKS = "os^Dv<>P"
 _TITLES = {
   "accuracy": "Accuracy",
   "agreement": "Agreement",
+  "disagreement": "disagreement",
   "kl_divergence": "KL",
   "test_forget": "forget, test",
   "test_retain": "retain, test",
@@ -128,13 +129,44 @@ def statements(rows: Sequence[results.Row]) -> list[str]:
       f" images ({title(name)})."
     )
     break
+  for row in rows:
+    if row.key.get("model") == "recommended" and set(row.key) == {"model"}:
+      sentences += _nearness(row)
+  readings = [
+    row.figures["is_inside"] for row in rows if "is_inside" in row.figures
+  ]
+  total = sum(x.number for x in readings)
+  if total:
+    inside = sum((x.mean or 0.0) * x.number for x in readings)
+    sentences.append(
+      f"In {inside:.0f} of {total} readings the retrained model's accuracy is"
+      " inside the interval that proxies expect."
+    )
   return sentences
+
+
+def _nearness(row: results.Row) -> list[str]:
+  """Says how far a model is, in distances of retrained models."""
+  parts = []
+  for part in ("forget", "retain"):
+    name = f"{results.NORMALISED}kl_divergence_test_{part}"
+    figure = row.figures.get(name)
+    if figure is not None and figure.mean is not None:
+      parts.append(f"{_mean_sd(name, figure)} on {part} images")
+  if not parts:
+    return []
+  return [
+    "The recommended settings' divergence from the retrained model, over that"
+    f" of a second retrained model: {' and '.join(parts)}."
+  ]
 
 
 def title(name: str) -> str:
   """Returns a figure's name in words."""
   if name in _WORDS:
     return _WORDS[name]
+  if name.startswith(results.NORMALISED):
+    return f"Normalised {title(name.removeprefix(results.NORMALISED))}"
   for part in ("test_forget", "test_retain", "train_forget", "train_retain"):
     if name.endswith(part):
       kind = name.removesuffix(f"_{part}")
@@ -159,6 +191,8 @@ def show(name: str, value: float | None) -> str:
     "purity",
   ):
     return tables.percent(value)
+  if name.startswith(results.NORMALISED):
+    return f"{value:.2f}"
   return tables.decimals(value)
 
 
@@ -166,6 +200,9 @@ def _mean_sd(name: str, figure: results.Figure) -> str:
   text = show(name, figure.mean)
   if figure.sd is None or figure.mean is None or name == "is_chosen":
     return text
+  if name.startswith(results.NORMALISED):
+    low, high = results.interval(figure.mean, figure.sd, figure.number)
+    return f"{figure.mean:.2f} [{max(low, 0):.2f}, {high:.2f}]"
   if text.endswith("%"):
     return f"{100 * figure.mean:.1f} ± {100 * figure.sd:.1f}%"
   return f"{text} ± {show(name, figure.sd)}"

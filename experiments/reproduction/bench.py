@@ -66,13 +66,17 @@ class Bench(NamedTuple):
         parts[name] = parts[name].take(is_shown)
     return parts
 
-  def original(self) -> types.Variables:
-    """Returns the original model, trained or restored."""
-    return jobs.original(self._at("original"))
+  def trained(self, name: str) -> types.Variables:
+    """Returns a model, trained or restored.
 
-  def retrained(self) -> types.Variables:
-    """Returns the model that never saw the forget set, likewise."""
-    return jobs.retrained(self._at("retrained"))
+    Args:
+      name: `original`, `retrained`, which never saw the forget set, or
+        `retrained-1`, which is so with the next seed.
+    """
+    kind, _, number = name.partition("-")
+    if kind == "original":
+      return jobs.original(self._at(name))
+    return jobs.retrained(self._at(name), int(number or 0))
 
   def seconds(self, model: str) -> float:
     """Returns how long a model was trained, compiling included."""
@@ -90,13 +94,13 @@ class Bench(NamedTuple):
     return cells.unlearn(
       self.context,
       method_recipes.resolve("psg", self.context),
-      self.original() if variables is None else variables,
+      self.trained("original") if variables is None else variables,
       contexts.model_key(self.context, "unlearned"),
       show_progress=False,
     )
 
   def outputs(self, name: str) -> metrics.Outputs:
-    """Returns the logits of `original` or `retrained` on all parts.
+    """Returns the logits of a model of `trained` on all parts.
 
     They are predicted once, for all requests that share the model.
     """
@@ -104,7 +108,7 @@ class Bench(NamedTuple):
     path = self._at(name).run_dir / "logits.npz"
     whole = {"train": context.train, "test": context.test}
     if not path.is_file():
-      variables = getattr(self, name)()
+      variables = self.trained(name)
       logits = {
         split: contexts.predict(context.of(name), variables, part.images)
         for split, part in whole.items()
@@ -141,12 +145,13 @@ class Bench(NamedTuple):
     """Computes metrics of a model beside the original and the retrained one.
 
     Args:
-      name: `original`, `retrained` or `unlearned`, whose network it is.
+      name: `unlearned`, or one of `trained`.
       variables: The model's.
       names: Metrics, of `psg_jax.metrics`.
     """
     others = {x: self.outputs(x) for x in ("original", "retrained")}
-    model = others.get(name) or self.outputs_of(variables)
+    is_kept = name.partition("-")[0] in others
+    model = self.outputs(name) if is_kept else self.outputs_of(variables)
     if name == "retrained":
       # It is what others are compared with.
       del others["retrained"]
@@ -196,7 +201,7 @@ class Bench(NamedTuple):
       if name in _MODEL_OPTIONS
     }
     parts["images"] = requests.images_hash([images, context.test])
-    if model == "retrained":
+    if model != "original":
       ids = np.asarray(context.split.forget.ids)
       parts["forgotten"] = forget.ids_hash(ids)
     digest = psg_files.digest(parts, sort_keys=True)[:16]

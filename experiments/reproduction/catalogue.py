@@ -5,12 +5,10 @@ two cores, on parts of the real sets; `full`, as in the paper, for GPUs. Where a
 size has another data set than the paper, the experiment's page says which.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from experiments import recipes
-from experiments.reproduction import bases, kinds, measures
+from experiments.reproduction import designs, kinds, measures
 from psg_jax import catalog, data
 
 SIZES = ("smoke", "cpu", "full")
@@ -23,204 +21,6 @@ Published = kinds.Published
 Experiment = kinds.Experiment
 
 
-def _beside(
-  row: Mapping[str, Any], job: recipes.Job, unlearned: Mapping[str, recipes.Job]
-) -> Iterator[Cell]:
-  """The original and the retrained model, and unlearned ones by name."""
-  yield Cell(
-    row, job, measures.forgetting, {"models": ("original", "retrained")}
-  )
-  for name, changed in unlearned.items():
-    options = {"models": ("unlearned",)}
-    yield Cell({**row, "model": name}, changed, measures.forgetting, options)
-
-
-def _forgetting(
-  row: Mapping[str, Any],
-  job: recipes.Job,
-  dataset: str,
-  methods: Sequence[str],
-) -> Iterator[Cell]:
-  """The two models, and the original unlearned by each method."""
-  return _beside(
-    row, job, {x: bases.with_method(job, x, dataset) for x in methods}
-  )
-
-
-def _methods(size: str) -> tuple[str, ...]:
-  return bases.METHODS[::2] if size == "smoke" else bases.METHODS
-
-
-def _seeds(count: int = 2) -> range:
-  return range(1, 1 + count)
-
-
-def classes(dataset: str) -> Callable[[str], Iterator[Cell]]:
-  """Class forgetting, one class after the other."""
-
-  def cells(size: str) -> Iterator[Cell]:
-    base = bases.BASES[dataset][size]
-    if size == "smoke":
-      # Seeds in the place of classes: what differs between them is chance.
-      for seed in _seeds():
-        job = bases.asking(base, forget_classes=(0,), seed=seed)
-        yield from _forgetting({"class": 0}, job, dataset, _methods(size))
-      return
-    for number in range(9 if dataset == "pathmnist" else 10):
-      job = bases.asking(base, forget_classes=(number,), seed=1)
-      yield from _forgetting({"class": number}, job, dataset, _methods(size))
-
-  return cells
-
-
-def one_class(dataset: str) -> Callable[[str], Iterator[Cell]]:
-  """The class that the recipe of a medical set forgets, over seeds."""
-
-  def cells(size: str) -> Iterator[Cell]:
-    base = bases.BASES[dataset][size]
-    for seed in _seeds():
-      job = bases.asking(
-        base,
-        forget_classes=(0,) if size == "smoke" else base.forget_classes,
-        seed=seed,
-      )
-      yield from _forgetting({"seed": seed}, job, dataset, _methods(size))
-
-  return cells
-
-
-FRACTIONS = (0.001, 0.01, 0.1, 0.25, 0.5, 0.75)
-
-
-def fractions(size: str) -> Iterator[Cell]:
-  """Selective forgetting of parts of class 0."""
-  base = bases.BASES["fashion_mnist"][size]
-  values = FRACTIONS if size == "full" else FRACTIONS[2:]
-  for fraction in values[2:3] if size == "smoke" else values:
-    for seed in _seeds():
-      job = bases.asking(
-        base, forget_classes=(0,), fraction=fraction, seed=seed
-      )
-      row = {"fraction": fraction, "seed": seed}
-      yield from _forgetting(row, job, "fashion_mnist", _methods(size)[1:])
-
-
-REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
-  "device": ("retinas", {"where": "device = 'Cirrus 800 FA'"}),
-  "learnt device": ("devices", {"where": "device = 'turned'"}),
-  "random tenth": ("fashion_mnist", {"fraction": 0.1}),
-  "eye": ("retinas", {"where": "eye = 'OS'"}),
-  "patient": (
-    "retinas",
-    {"where": "patient_id IN ('P0014', 'P0015', 'P0016')"},
-  ),
-  "date": (
-    "retinas",
-    {
-      "where": "device = 'Cirrus 800 FA' AND exam_date < DATE '2016-01-01'",
-    },
-  ),
-  "anatomy": ("retinas", {"where": "(left_vert_pf + right_vert_pf) / 2 > 11"}),
-}
-"""Requests by metadata: the set of `BASES`, and the condition."""
-
-
-def metadata(size: str) -> Iterator[Cell]:
-  """Requests by device, eye, patient, date and measurement."""
-  for name, (dataset, request) in REQUESTS.items():
-    if size == "smoke" and name != "learnt device":
-      continue
-    for seed in _seeds():
-      job = bases.asking(bases.BASES[dataset][size], **request, seed=seed)
-      row = {"request": name, "seed": seed}
-      yield from _forgetting(row, job, dataset, _methods(size)[1:])
-
-
-GRID = {
-  "distance_weight": (0.0, 1e-4, 1e-3, 1e-2, 1e-1),
-  "noise_scale": (0.0, 1e-4, 1e-1, 1.0),
-}
-RETAIN_WEIGHTS = (0.0, 1e-4, 1e-3, 0.1, 0.5)
-
-
-def grid(size: str) -> Iterator[Cell]:
-  """λ by γ as in the paper, and φ by rate, in the paper's form."""
-  base = bases.asking(bases.BASES["fashion_mnist"][size], forget_classes=(0,))
-  grids: dict[str, dict[str, tuple[float, ...]]] = {
-    "λ, γ": GRID,
-    "φ, rate": {
-      "retain_weight": RETAIN_WEIGHTS,
-      "learning_rate": (5e-4, 2e-3, 8e-3),
-    },
-  }
-  if size == "smoke":
-    grids = {
-      "λ, φ": {"distance_weight": (0.0, 1e-2), "retain_weight": (0.0, 0.5)}
-    }
-  for name, axes in grids.items():
-    for seed in (100, 101):
-      job = bases.with_method(dataclasses.replace(base, seed=seed), "paper", "")
-      row = {"grid": name, "seed": seed}
-      yield Cell(row, job, measures.grid, {"axes": axes})
-
-
-LABELLINGS: dict[str, dict[str, Any]] = {
-  "hard": {},
-  "logits on R": {"retain_labels": "soft"},
-  "logits on F": {"labels": "soft", "retain_labels": "hard"},
-  "both": {"labels": "soft", "retain_labels": "soft"},
-  "both, top 3": {"labels": "soft", "retain_labels": "soft", "top_k": 3},
-  "raw logits on F": {"labels": "raw_logits", "retain_labels": "hard"},
-  "without the class, half way": {"labels": "soft_other", "image_weight": 0.5},
-}
-"""Options of `recipes.Unlearning` by the ablation's names."""
-
-
-def labelling(size: str) -> Iterator[Cell]:
-  """What forget and retained images are taught."""
-  base = bases.BASES["cifar10"][size]
-  for seed in _seeds(1 if size == "smoke" else 2):
-    job = bases.with_method(
-      bases.asking(base, forget_classes=(0,), seed=seed), "paper", "cifar10"
-    )
-    names = ("hard", "both, top 3") if size == "smoke" else LABELLINGS
-    taught = {
-      name: dataclasses.replace(
-        job,
-        unlearning=dataclasses.replace(job.unlearning, **LABELLINGS[name]),
-      )
-      for name in names
-    }
-    yield from _beside({"seed": seed}, job, taught)
-
-
-def _single(
-  dataset: str,
-  measure: measures.Measure,
-  options: Callable[[str], Mapping[str, Any]],
-  method: str = "recommended",
-  seeds: int = 2,
-) -> Callable[[str], Iterator[Cell]]:
-  """Class 0 of a set, one measure, over seeds."""
-
-  def cells(size: str) -> Iterator[Cell]:
-    base = bases.BASES[dataset][size]
-    for seed in _seeds(seeds):
-      job = bases.asking(base, forget_classes=(0,), seed=seed)
-      job = bases.with_method(job, method, dataset)
-      yield Cell({"seed": seed}, job, measure, options(size))
-
-  return cells
-
-
-def membership(size: str) -> Iterator[Cell]:
-  """Attacks on the forget set after each method, over seeds."""
-  base = bases.BASES["fashion_mnist"][size]
-  for seed in _seeds(2 if size == "smoke" else 3):
-    job = bases.asking(base, forget_classes=(0,), seed=seed)
-    yield from _forgetting({"seed": seed}, job, "fashion_mnist", _methods(size))
-
-
 _TEST = (
   *("accuracy_test_forget", "accuracy_test_retain"),
   *("agreement_test_forget", "kl_divergence_test_forget"),
@@ -231,7 +31,18 @@ _TRAIN = (
   *("agreement_train_forget", "kl_divergence_train_forget"),
   "kl_divergence_test_retain",
 )
+_EXPECTED = ("expected_low", "expected_accuracy", "expected_high", "is_inside")
 _TIMES = ("seconds", "speedup")
+_NEARNESS = tuple(
+  f"normalised_{x}"
+  for x in (
+    *("kl_divergence_test_forget", "kl_divergence_test_retain"),
+    "disagreement_test_forget",
+  )
+)
+_NEARNESS_TRAIN = tuple(
+  x.replace("test_forget", "train_forget") for x in _NEARNESS
+)
 _SCATTER = Drawing(
   "scatter",
   "accuracy_test_forget",
@@ -281,7 +92,7 @@ def _over_models(
   """An experiment whose rows are models, measured on test images."""
   return Experiment(
     by=("model",),
-    figures=(*_TEST, *_TIMES),
+    figures=(*_TEST, *_NEARNESS, *_TIMES),
     checked=_TEST,
     drawings=drawings,
     **fields,
@@ -292,14 +103,14 @@ EXPERIMENTS: dict[str, Experiment] = {
   "fashion_mnist_classes": _over_models(
     title="Each of the ten classes of Fashion-MNIST forgotten",
     source="class forgetting",
-    cells=classes("fashion_mnist"),
+    cells=designs.classes("fashion_mnist"),
     drawings=(_SCATTER, _DIVERGENCES),
     published=_published({"released": (0.084, 0.890)}, 0.942),
   ),
   "cifar10_classes": _over_models(
     title="Each of the ten classes of CIFAR-10 forgotten",
     source="class forgetting",
-    cells=classes("cifar10"),
+    cells=designs.classes("cifar10"),
     drawings=(_SCATTER, _DIVERGENCES),
     published=_published({"released": (0.091, 0.809)}, 0.899),
     note="The published pair (λ, γ) is (1e-3, 0.1), the released code's choice"
@@ -308,14 +119,14 @@ EXPERIMENTS: dict[str, Experiment] = {
   "mri": _over_models(
     title="Glioma forgotten by a classifier of brain MRI",
     source="class forgetting, MRI",
-    cells=one_class("mri"),
+    cells=designs.one_class("mri"),
     published=_published({"released": (0.025, 0.721)}, 0.975),
     note="At size smoke the images are digits, and the class is 0.",
   ),
   "cfp_os": _over_models(
     title="A disease forgotten by a classifier of fundus photographs",
     source="class forgetting, CFP-OS",
-    cells=one_class("cfp_os"),
+    cells=designs.one_class("cfp_os"),
     published=_published({"released": (0.042, 0.990)}, 1.0),
     note="The photographs are another public collection than the paper's; at"
     " size smoke they are digits.",
@@ -323,9 +134,9 @@ EXPERIMENTS: dict[str, Experiment] = {
   "fractions": Experiment(
     title="Parts of a class forgotten",
     source="selective forgetting, training images",
-    cells=fractions,
+    cells=designs.fractions,
     by=("fraction", "model"),
-    figures=(*_TRAIN, "is_changed", *_TIMES),
+    figures=(*_TRAIN, *_NEARNESS_TRAIN, "is_changed", *_TIMES),
     checked=_TRAIN,
     drawings=(
       Drawing(
@@ -340,12 +151,9 @@ EXPERIMENTS: dict[str, Experiment] = {
   "metadata": Experiment(
     title="Devices, eyes, patients, dates and anatomy forgotten",
     source="device and anatomical forgetting",
-    cells=metadata,
+    cells=designs.metadata,
     by=("request", "model"),
-    figures=(
-      *(*_TRAIN, "expected_low", "expected_accuracy", "expected_high"),
-      *("is_inside", "is_changed", *_TIMES),
-    ),
+    figures=(*_TRAIN, *_NEARNESS_TRAIN, *_EXPECTED, "is_changed", *_TIMES),
     checked=_TRAIN,
     drawings=(
       Drawing(
@@ -360,10 +168,29 @@ EXPERIMENTS: dict[str, Experiment] = {
     " (`phantom_fundus`), and the digits were taken by four devices, of which"
     " one turns its pictures (`phantom_digits`).",
   ),
+  "sources": Experiment(
+    title="Each source or device of three sets forgotten",
+    source="device forgetting",
+    cells=designs.sources,
+    by=("request", "model"),
+    figures=(*_TRAIN, *_NEARNESS_TRAIN, *_EXPECTED, "is_changed", *_TIMES),
+    checked=_TRAIN,
+    drawings=(
+      Drawing(
+        "bars",
+        "request",
+        "accuracy_train_forget",
+        "model",
+        "Accuracy on the forgotten images",
+      ),
+    ),
+    note="What proxies expect is the retrained model's accuracy on the"
+    " forgotten images; that model is the check, and is not looked at.",
+  ),
   "grid": Experiment(
     title="λ by γ, and φ by learning rate, in one program each",
     source="grid of hyper-parameters",
-    cells=grid,
+    cells=designs.grid,
     by=(
       *("grid", "distance_weight", "noise_scale"),
       *("retain_weight", "learning_rate"),
@@ -401,7 +228,7 @@ EXPERIMENTS: dict[str, Experiment] = {
   "labelling": _over_models(
     title="What forget and retained images are taught",
     source="ablation of the labelling, CIFAR-10",
-    cells=labelling,
+    cells=designs.labelling,
     published=(
       *_published({"logits on R": (0.490, 0.872)}, 0.899),
       *_published({"raw logits on F": (0.001, 0.183)}, 0.899)[:2],
@@ -413,7 +240,7 @@ EXPERIMENTS: dict[str, Experiment] = {
   "composition": Experiment(
     title="A model that forgets well composed with one that retains well",
     source="composition",
-    cells=_single(
+    cells=designs.single(
       "cifar10",
       measures.composition,
       lambda size: {
@@ -443,7 +270,7 @@ EXPERIMENTS: dict[str, Experiment] = {
   "sequential": Experiment(
     title="Three requests one after the other, and as one",
     source="beyond the paper",
-    cells=_single(
+    cells=designs.single(
       "fashion_mnist",
       measures.sequential,
       lambda size: {"classes": (0, 1) if size == "smoke" else (0, 3, 6)},
@@ -464,7 +291,7 @@ EXPERIMENTS: dict[str, Experiment] = {
   "relearning": Experiment(
     title="How soon the class comes back",
     source="relearning",
-    cells=_single(
+    cells=designs.single(
       "fashion_mnist",
       measures.relearned,
       lambda size: {
@@ -484,7 +311,9 @@ EXPERIMENTS: dict[str, Experiment] = {
   "tsne": Experiment(
     title="Where features of forgotten images lie",
     source="t-SNE of penultimate features",
-    cells=_single("fashion_mnist", measures.feature_maps, lambda size: {}),
+    cells=designs.single(
+      "fashion_mnist", measures.feature_maps, lambda size: {}
+    ),
     by=("model",),
     figures=("purity",),
     checked=("purity",),
@@ -495,7 +324,7 @@ EXPERIMENTS: dict[str, Experiment] = {
   "membership": Experiment(
     title="Whether an attack tells that images were trained on",
     source="membership inference",
-    cells=membership,
+    cells=designs.membership,
     by=("model",),
     figures=("mia_loss_auc", "accuracy_train_forget", "accuracy_test_forget"),
     checked=("mia_loss_auc",),
@@ -506,7 +335,7 @@ EXPERIMENTS: dict[str, Experiment] = {
   "forget_size": Experiment(
     title="Time against the size of the forget set",
     source="unlearning time",
-    cells=_single(
+    cells=designs.single(
       "fashion_mnist",
       measures.search_time,
       lambda size: {"sizes": _FORGET_SIZES[size]},
@@ -522,12 +351,14 @@ EXPERIMENTS: dict[str, Experiment] = {
   "convergence": Experiment(
     title="How the inner search converges",
     source="the guarantee of the inner search, looked at",
-    cells=_single(
+    cells=designs.single(
       "fashion_mnist",
       measures.convergence,
       lambda size: {
         "step_decays": ("constant", "sqrt"),
-        "noise_scales": GRID["noise_scale"][:: 2 if size == "smoke" else 1],
+        "noise_scales": designs.GRID["noise_scale"][
+          :: 2 if size == "smoke" else 1
+        ],
         "num_steps": 4 if size == "smoke" else 24,
       },
     ),
@@ -547,14 +378,14 @@ EXPERIMENTS: dict[str, Experiment] = {
   "pathmnist_classes": _over_models(
     title="Each of the nine classes of PathMNIST forgotten",
     source="class forgetting, MedMNIST",
-    cells=classes("pathmnist"),
+    cells=designs.classes("pathmnist"),
     note="MedMNIST's archives carry no patient ids: no request by patient can"
     " be made of them.",
   ),
   "svhn_classes": _over_models(
     title="Each of the ten classes of SVHN forgotten",
     source="class forgetting, SVHN",
-    cells=classes("svhn"),
+    cells=designs.classes("svhn"),
   ),
 }
 

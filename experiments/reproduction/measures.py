@@ -52,7 +52,7 @@ def forgetting(bench: Bench, *, models: Sequence[str]) -> Records:
 
   Args:
     bench: The job.
-    models: Of `original`, `retrained` and `unlearned`.
+    models: Of `original`, `retrained`, `retrained-1` and `unlearned`.
 
   Returns:
     A record a model: `model`, the metrics of `FORGETTING`, `seconds`, of
@@ -70,7 +70,7 @@ def forgetting(bench: Bench, *, models: Sequence[str]) -> Records:
       if unlearned.proxies is not None:
         expected = _expected(bench, unlearned.proxies)
     else:
-      variables = getattr(bench, name)()
+      variables = bench.trained(name)
       seconds = bench.seconds(name)
     record = bench.figures(name, variables, FORGETTING)
     if name == "unlearned":
@@ -78,7 +78,7 @@ def forgetting(bench: Bench, *, models: Sequence[str]) -> Records:
       is_same = jax.tree.map(
         lambda x, y: bool(jnp.array_equal(x, y)),
         steps.plain_variables(variables),
-        steps.plain_variables(bench.original()),
+        steps.plain_variables(bench.trained("original")),
       )
       record["is_changed"] = float(not all(jax.tree.leaves(is_same)))
     records.append({"model": name, **record, **expected, "seconds": seconds})
@@ -113,8 +113,8 @@ def _accuracies(
 
 def _three_models(bench: Bench) -> dict[str, types.Variables]:
   return {
-    "original": bench.original(),
-    "retrained": bench.retrained(),
+    "original": bench.trained("original"),
+    "retrained": bench.trained("retrained"),
     "unlearned": bench.unlearn().output.variables,
   }
 
@@ -138,7 +138,7 @@ def grid(bench: Bench, *, axes: Mapping[str, Sequence[Any]]) -> Records:
   context = bench.context
   grid = grids.unlearn_grid(
     context.model,
-    bench.original(),
+    bench.trained("original"),
     context.split,
     contexts.model_key(context, "unlearned"),
     cells=grids.grid_of(**axes),
@@ -204,7 +204,7 @@ def composition(
     A record a model: `kind`, `amount`, `accuracy_forget`, `accuracy_retain`.
   """
   context = bench.context
-  original = steps.plain_variables(bench.original())
+  original = steps.plain_variables(bench.trained("original"))
   forgetful = bench.unlearn().output.variables
   head = last_layers.trainable(original, 1, ("head",))
   composed = jax.tree.map(
@@ -265,7 +265,8 @@ def sequential(bench: Bench, *, classes: Sequence[int]) -> Records:
     if number > 1:
       gone = np.isin(earlier.labels, classes[: number - 1])
       last = last.without(earlier.take(gone))
-    variables = last.unlearn(variables or bench.original()).output.variables
+    before = variables or bench.trained("original")
+    variables = last.unlearn(before).output.variables
     at_once = whole.unlearn().output.variables
     for way, model in (("one by one", variables), ("at once", at_once)):
       logits = whole.outputs_of(model).logits
@@ -388,7 +389,7 @@ def convergence(
     `gradient_norm` (L1, nats per pixel), `loss` (nats), `crossed` (share) and
     `distance` (L∞, pixels).
   """
-  context, variables = bench.context, bench.original()
+  context, variables = bench.context, bench.trained("original")
   images = steps.to_float(
     jnp.asarray(context.split.forget.images[:_NUM_FOLLOWED])
   )
@@ -459,8 +460,11 @@ def search_time(bench: Bench, *, sizes: Sequence[int]) -> Records:
     A record a size: `num_forget`, `seconds` of unlearning, `retrain_seconds`.
   """
   context = bench.context
-  original, options = bench.original(), contexts.unlearn_options(context)
-  bench.retrained()
+  original, options = (
+    bench.trained("original"),
+    contexts.unlearn_options(context),
+  )
+  bench.trained("retrained")
   records: Records = []
   # Each size is a program of its own: the first run of it compiles.
   for number, size in enumerate(np.repeat(sizes, 2).tolist()):

@@ -25,10 +25,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy import stats
 
 from experiments import files
-from experiments.reproduction import catalogue
+from experiments.reproduction import catalogue, designs
 
+NORMALISED = "normalised_"
+"""Before the name of a distance over that of two retrained models."""
 EXPECTED = pathlib.Path(__file__).parent.parent / "expected"
 FEW = 5
 TIMES = {True: 4.0, False: 2.0}
@@ -115,12 +118,64 @@ def rows(
     Row(
       dict(key),
       {
-        name: _figure([x.get(name) for x in group])
+        name: _normalised(name, group, groups.get(_again(key), []))
+        if name.startswith(NORMALISED)
+        else _figure([x.get(name) for x in group])
         for name in experiment.figures
       },
     )
     for key, group in groups.items()
   ]
+
+
+def _again(key: tuple[tuple[str, Any], ...]) -> tuple[tuple[str, Any], ...]:
+  """The key of the second retrained models beside a row's."""
+  return tuple((x, designs.AGAIN if x == "model" else y) for x, y in key)
+
+
+def _normalised(
+  name: str,
+  group: Sequence[Mapping[str, Any]],
+  again: Sequence[Mapping[str, Any]],
+) -> Figure:
+  """The mean over that of second retrained models, paired.
+
+  1 is as near to the retrained model as another retraining. The deviation is
+  that of the ratio of two means to first order, so that over the root of the
+  number it is the mean's error.
+  """
+  name = name.removeprefix(NORMALISED)
+  ours, theirs = (
+    [_distance(name, record) for record in side] for side in (group, again)
+  )
+  pairs = [
+    pair
+    for pair in zip(ours, theirs, strict=False)
+    if None not in pair and len(ours) == len(theirs)
+  ]
+  x, y = np.array(pairs, float).reshape(-1, 2).T
+  if not len(y) or y.mean() <= 0:
+    return Figure(None, None, 0)
+  ratio = x.mean() / y.mean()
+  terms = (x - ratio * y) / y.mean()
+  sd = float(np.std(terms, ddof=1)) if len(terms) > 1 else None
+  return Figure(float(ratio), sd, len(terms))
+
+
+def _distance(name: str, record: Mapping[str, Any]) -> float | None:
+  """A distance of a record; disagreement is what is left of agreement."""
+  if not name.startswith("disagreement"):
+    return record.get(name)
+  agreement = record.get(name.removeprefix("dis"))
+  return None if agreement is None else 1 - agreement
+
+
+def interval(
+  mean: float, sd: float, number: int, confidence: float = 0.9
+) -> tuple[float, float]:
+  """Returns Student's interval of the mean of two values or more."""
+  half = stats.t.ppf((1 + confidence) / 2, number - 1) * sd / math.sqrt(number)
+  return mean - half, mean + half
 
 
 def _figure(values: Sequence[float | None]) -> Figure:
