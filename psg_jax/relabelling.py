@@ -28,6 +28,7 @@ _RELABELLING_FIELDS = (
 LABELS = ("hard", "soft", "soft_other", "raw_logits")
 SOFT_LABELS = ("soft", "soft_other")
 RETAIN_LABELS = ("hard", "soft", "raw_logits")
+_HALVINGS = 30
 
 
 class SearchFn(Protocol):
@@ -320,6 +321,49 @@ def soft_targets(
     if labels != "raw_logits":
       targets = targets / targets.sum(-1, keepdims=True)
   return np.asarray(targets)
+
+
+def at_accuracy(
+  targets: np.ndarray,
+  logits: np.ndarray,
+  old_labels: np.ndarray,
+  accuracy: float,
+  gone: np.ndarray | None = None,
+) -> np.ndarray:
+  """Moves targets back to the original's predictions, as far as they may.
+
+      (1 - a) p_original + a target
+
+  with the smallest `a` in [0, 1] for which no more than `accuracy` of them name
+  the old class: what a retrained model still knows of the forget set is taught
+  as well, and the images of which the original is least sure change first.
+
+  Args:
+    targets: float `[N, K]`, probabilities, without the old class.
+    logits: float `[N, K]`, the original's at the images.
+    old_labels: int `[N]`.
+    accuracy: In [0, 1].
+    gone: int `[C]`, classes that no target may name; None for none.
+
+  Returns:
+    float32 `[N, K]`; rows whose old class is gone are as they were.
+  """
+  is_gone = np.zeros(logits.shape[-1], bool)
+  if gone is not None:
+    is_gone[gone] = True
+  is_kept = is_gone[old_labels][:, None]
+  known = jnp.where(is_gone & ~is_kept, -jnp.inf, logits)
+  near = np.where(is_kept, targets, jax.nn.softmax(known))
+
+  def mixed(part: float) -> np.ndarray:
+    return ((1 - part) * near + part * targets).astype(np.float32)
+
+  low, high = 0.0, 1.0
+  for _ in range(_HALVINGS):
+    middle = (low + high) / 2
+    is_old = np.argmax(mixed(middle), -1) == old_labels
+    low, high = (middle, high) if is_old.mean() > accuracy else (low, middle)
+  return mixed(high)
 
 
 def check_labels(

@@ -138,6 +138,9 @@ def unlearn(
       often as on unseen images of the kind: that is the target then. Where the
       original model is there already, it is returned as it is, and the history
       is empty; the targets are then those that a first pass would have used.
+      Above 0, the targets of `soft_other` are moved back to the original's
+      predictions until as many of them name the old class
+      (`relabelling.at_accuracy`).
     max_cycles: Where a target accuracy is not reached in all passes, they are
       made again, so often in all, each with a schedule of its own.
     **options: Those of `relabelling.Targets`, such as `labels`; of
@@ -194,6 +197,7 @@ def unlearn(
   retain_targets = split.retain.labels
   if taught.retain_labels != "hard" and retain_weight > 0:
     retain_targets = taught.of_retain(predict(variables, split.retain.images))
+  is_part = taught.labels == "soft_other" and bool(target_accuracy)
   search_key, update_key = jax.random.split(key)
 
   def search(index: int) -> tuple[Relabelling | None, np.ndarray]:
@@ -211,12 +215,17 @@ def unlearn(
         mesh=passes.mesh,
         show_progress=passes.show_progress,
       )
+    labels, gone = split.forget.labels, gone_classes(split)
     image_logits = None
-    if taught.image_weight:
+    if taught.image_weight or is_part:
       image_logits = predict(variables, split.forget.images)
-    labels = split.forget.labels
-    gone = gone_classes(split)
-    return outcome, taught.of_forget(outcome, image_logits, labels, gone)
+    at_image = image_logits if taught.image_weight else None
+    others = taught.of_forget(outcome, at_image, labels, gone)
+    if target_accuracy is None or image_logits is None or not is_part:
+      return outcome, others
+    return outcome, relabelling.at_accuracy(
+      others, image_logits, labels, target_accuracy, gone
+    )
 
   def is_reached(current: types.Variables) -> bool:
     if target_accuracy is None:

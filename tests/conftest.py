@@ -12,6 +12,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 if "optimization_level" not in os.environ["XLA_FLAGS"]:
   os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
+import jax
 import pytest
 
 from experiments import compilation
@@ -32,6 +33,17 @@ def pytest_configure(config: pytest.Config) -> None:
     return
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("xla")))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_programs():
+  """Drops compiled programs after each file.
+
+  Each holds a few memory maps, of which Linux gives a process 65,530: the
+  thousands of a whole run come near to it, and XLA crashes on the next.
+  """
+  yield
+  jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

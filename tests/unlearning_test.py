@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import chex
@@ -11,7 +12,9 @@ from psg_jax import (
   baselines,
   batches,
   boundary,
+  forget,
   inference,
+  relabelling,
   steps,
   training,
   types,
@@ -574,6 +577,57 @@ def test_nothing_changes_where_the_target_is_reached(trained):
     trained, target_accuracy=1.0, refresh_labels=True, noise_scale=0.1
   )
   assert refreshed.history == []
+
+
+def test_targets_at_an_accuracy_known():
+  # Of two classes, the old one is right with .9, .8, .7 and .6.
+  sure = np.array([0.9, 0.8, 0.7, 0.6])
+  logits = np.log(np.stack([sure, 1 - sure], -1))
+  labels = np.zeros(4, int)
+  others = np.tile([0.0, 1.0], (4, 1))
+
+  def moved(level, **options):
+    return relabelling.at_accuracy(others, logits, labels, level, **options)
+
+  assert np.argmax(moved(0.5), -1).tolist() == [0, 0, 1, 1]
+  # (1 - a) .7 is then half: the first of the two that had to change.
+  np.testing.assert_allclose(moved(0.5)[:, 0], sure / 1.4, atol=1e-6)
+  np.testing.assert_allclose(moved(1.0)[:, 0], sure, atol=1e-6)
+  np.testing.assert_allclose(moved(0.0)[:, 0], sure / 1.8, atol=1e-6)
+  # A class that is gone is named by none, whatever is right elsewhere.
+  np.testing.assert_array_equal(moved(1.0, gone=np.array([0])), others)
+
+
+def test_targets_at_an_accuracy_name_no_class_that_is_gone():
+  rng = np.random.default_rng(0)
+  logits, labels = rng.normal(size=(50, 4)), rng.integers(0, 4, 50)
+  gone = np.array([2])
+  others = relabelling.soft_targets(
+    logits, labels="soft_other", old_labels=labels, gone=gone
+  )
+  taught = relabelling.at_accuracy(others, logits, labels, 0.2, gone)
+  np.testing.assert_allclose(taught.sum(-1), 1, rtol=1e-5)
+  assert taught[:, 2].max() == 0
+  assert np.mean(taught.argmax(-1) == labels) == pytest.approx(0.2, abs=0.021)
+
+
+def test_a_part_of_a_class_is_not_taught_to_be_wrong(trained):
+  model, variables, _ = trained
+  dataset = fakes.blobs(120)
+  noise = np.random.default_rng(0).normal(0, 90, dataset.images.shape)
+  images = np.clip(dataset.images + noise, 0, 255).astype(np.uint8)
+  noisy = dataclasses.replace(dataset, images=images)
+  half = forget.split(noisy, classes=(0,), fraction=0.5)
+  level = 0.75
+  assert accuracy(model, variables, half.forget) > level
+  options = {"labels": "soft_other", "optimizer": training.sgd(0.1)}
+  output = unlearn((model, variables, half), target_accuracy=level, **options)
+  named = output.targets.argmax(-1) == half.forget.labels
+  assert named.mean() <= level
+  assert named.mean() > level - 2 / len(named)
+  # All were driven out before, by targets without their class.
+  got = accuracy(model, output.variables, half.forget)
+  assert 0.3 < got <= level
 
 
 def test_bad_target_accuracy(trained):

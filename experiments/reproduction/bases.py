@@ -153,10 +153,12 @@ def with_method(job: recipes.Job, name: str, dataset: str) -> recipes.Job:
   """Returns a job with the unlearning options of this name.
 
   Those of the paper and of the released code have their λ and γ of the data
-  set.
+  set. `proxies` has them train, which on sets as small as those of size cpu is
+  not the default.
   """
   options = {
     "recommended": recipes.Unlearning(),
+    "proxies": recipes.Unlearning(target="proxy"),
     "all_layers": dataclasses.replace(recipes.NO_RETAIN_DATA, layers=()),
   }.get(name) or recipes.method(name)
   if name in ("paper", "released"):
@@ -167,9 +169,6 @@ def with_method(job: recipes.Job, name: str, dataset: str) -> recipes.Job:
   is_class = bool(job.forget_classes) and job.fraction == 1 and not job.where
   if is_class:
     options = dataclasses.replace(options, target="zero")
-  elif name == "recommended":
-    # On sets as small as these it is not the default: what it costs is shown.
-    options = dataclasses.replace(options, target="proxy")
   return dataclasses.replace(job, unlearning=options)
 
 

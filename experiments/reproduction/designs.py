@@ -80,6 +80,8 @@ def one_class(dataset: str) -> Callable[[str], Iterator[Cell]]:
   return cells
 
 
+PART_METHODS = ("paper", "recommended", "proxies")
+"""Methods of requests that are not for whole classes."""
 FRACTIONS = (0.001, 0.01, 0.1, 0.25, 0.5, 0.75)
 
 
@@ -93,7 +95,7 @@ def fractions(size: str) -> Iterator[Cell]:
         base, forget_classes=(0,), fraction=fraction, seed=seed
       )
       row = {"fraction": fraction, "seed": seed}
-      yield from _forgetting(row, job, "fashion_mnist", _methods(size)[1:])
+      yield from _forgetting(row, job, "fashion_mnist", PART_METHODS)
 
 
 REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -139,7 +141,7 @@ def sources(size: str) -> Iterator[Cell]:
     if size == "smoke" and name != "digits, turned":
       continue
     job = bases.asking(bases.BASES[dataset][size], where=where, seed=1)
-    yield from _forgetting({"request": name}, job, dataset, ("recommended",))
+    yield from _forgetting({"request": name}, job, dataset, PART_METHODS[1:])
 
 
 def metadata(size: str) -> Iterator[Cell]:
@@ -150,7 +152,7 @@ def metadata(size: str) -> Iterator[Cell]:
     for seed in _seeds():
       job = bases.asking(bases.BASES[dataset][size], **request, seed=seed)
       row = {"request": name, "seed": seed}
-      yield from _forgetting(row, job, dataset, _methods(size)[1:])
+      yield from _forgetting(row, job, dataset, PART_METHODS)
 
 
 GRID = {
