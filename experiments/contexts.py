@@ -141,8 +141,7 @@ def stop_target(context: Context) -> Literal["zero", "unseen", "proxy"]:
 def proxy_cost(context: Context) -> float:
   """What proxies cost, as a part of a retraining; no images cost infinity."""
   job, num_retain = context.job, len(context.split.retain)
-  num_rows = round(job.unlearning.proxy_fraction * num_retain)
-  if num_rows < context.split.retain.num_classes:
+  if num_retain < job.unlearning.num_proxies * context.train.num_classes:
     return math.inf
   return proxies_lib.cost(
     len(context.split.retain),
@@ -160,8 +159,9 @@ def validation(
 
   The original has seen its training images, so that they must be test images:
   a half, of each class or of whole groups where the request has groups, of
-  those that match the request, or, where there are not enough or it is proxies
-  that say it, of the others. No figure is computed of them.
+  those that match the request, or, where there are not enough, of the others;
+  of the others first where it is proxies that say it. No figure is computed of
+  them.
 
   Args:
     context: What the steps share.
@@ -174,7 +174,8 @@ def validation(
   if target == "zero":
     return shown, None
   group = context.selection.request.group
-  for name in ("forget", "retain")[target == "proxy" :]:
+  names = ("retain", "forget") if target == "proxy" else ("forget", "retain")
+  for name in names:
     part = getattr(shown, name)
     if group is None:
       units, can_part = None, np.bincount(part.labels, minlength=1).max() > 1

@@ -16,7 +16,6 @@ from psg_jax import checks, engine, ensembles, inference, types, unlearning
 
 # Of a normal distribution, 95 in 100 lie within so many deviations.
 _QUANTILE = 1.96
-_HALVINGS = 30
 # In fewer a small network has learnt nothing that could be corrected.
 _MIN_STEPS = 200
 
@@ -104,13 +103,15 @@ def fit(
   """Trains proxies, and says what a retrained model would of the forget set.
 
   Each is trained on a part of the retained images of its own. Being worse than
-  a model of all images, it is corrected by its gap to the original on images
-  that neither has seen, in log-odds:
+  a model of all images, it is corrected by half of its gap to the original on
+  images that neither has seen, in log-odds:
 
-      logit a(F) = logit a_m(F) + logit a_original(V) - logit a_m(V)
+      logit a(F) = logit a_m(F) + (logit a_original(V) - logit a_m(V)) / 2
 
-  The interval has the differences between proxies, the numbers of images, and
-  half of the correction, which may be of another size on the forget images.
+  All of the gap it is where the forget images are like the others, and next to
+  nothing of it where they are of a kind that no retained image is of: that is
+  what the interval goes over, beside the differences between proxies and the
+  numbers of images.
 
   Args:
     model: The network, of the original and of the proxies.
@@ -120,10 +121,12 @@ def fit(
     unseen: `V`, images like the retained ones that the original has not seen,
       and on which no result is reported; without any, nothing is corrected.
     num_models: `M`, at least 2, whose differences are needed.
-    fraction: Part of the retained images that each is trained on, in (0, 1).
+    fraction: Part of the retained images that each is trained on, in (0, 1);
+      more where these would make fewer than 200 steps in the epochs of a
+      retraining, but no image is seen by two of them.
     eval_batch_size: Images predicted at a time.
     **options: Those of `training.fit`; `num_epochs`, of a retraining, are more
-      here where they make fewer than 200 steps of so few images.
+      here where they still make fewer than 200 steps.
 
   Returns:
     Levels, targets and cost.
@@ -137,13 +140,13 @@ def fit(
   checks.number("fraction", fraction, above=0, below=1)
   unlearning.check_parts(model, variables, split, 1.0)
   checks.key(key)
-  num_rows = round(fraction * len(split.retain))
+  passes = engine.Passes.of(options)
+  num_rows = _num_rows(len(split.retain), num_models, fraction, passes)
   if num_rows < split.retain.num_classes:
     raise ValueError(
-      f"fraction must leave an image a class, got {fraction:g} of"
+      f"num_models must leave each an image a class, got {num_models} of"
       f" {len(split.retain)} retained images"
     )
-  passes = engine.Passes.of(options)
   num_epochs = _num_epochs(num_rows, passes)
   choice_key, fit_key = jax.random.split(key)
   rows = _parts(choice_key, len(split.retain), num_models, num_rows)
@@ -217,10 +220,19 @@ def cost(
     num_epochs: Of a retraining.
     batch_size: Images a step.
   """
-  num_rows = max(1, round(fraction * num_retain))
   passes = engine.Passes(num_epochs=num_epochs, batch_size=batch_size)
+  num_rows = max(1, _num_rows(num_retain, num_models, fraction, passes))
   num_images = num_models * num_rows * _num_epochs(num_rows, passes)
   return num_images / (num_retain * num_epochs)
+
+
+def _num_rows(
+  num_retain: int, num_models: int, fraction: float, passes: engine.Passes
+) -> int:
+  """Images of each model: rather more of them than more epochs of few."""
+  enough = -(-_MIN_STEPS // passes.num_epochs) * passes.batch_size
+  most = max(num_retain // num_models, round(fraction * num_retain))
+  return min(max(round(fraction * num_retain), enough), most)
 
 
 def _num_epochs(num_rows: int, passes: engine.Passes) -> int:
@@ -280,13 +292,14 @@ def level(
       np.asarray(original_unseen), num_unseen
     )
     proxies, proxies_variance = _log_odds(shares_unseen, num_unseen)
-    correction = original - proxies
+    correction = (original - proxies) / 2
     variance = variance + original_variance + proxies_variance
   values = odds + correction
   # A retrained model differs from the proxies' mean as these from each other.
   between = values.var(ddof=1) * (1 + 1 / len(values))
+  # From no correction to all of the gap is where 95 in 100 are.
   deviation = np.sqrt(
-    between + variance.mean() + np.square(correction.mean() / 2)
+    between + variance.mean() + np.square(correction.mean() / _QUANTILE)
   )
   ends = values.mean() + _QUANTILE * deviation * np.array([0.0, -1.0, 1.0])
   # Without the half images, so that all of them can be right, or none.
@@ -307,7 +320,7 @@ def blend(
 ) -> np.ndarray:
   """Predictions between the original's and the proxies', of a given level.
 
-      softmax((1 - a) log p_original + a mean_m log p_m)
+      (1 - a) p_original + a mean_m p_m
 
   with `a` in [0, 1] for which the mean probability of the true class is
   `share`, or the nearest to it.
@@ -321,19 +334,10 @@ def blend(
   Returns:
     float32 `[N, K]`.
   """
-  near = scipy.special.log_softmax(np.asarray(original, np.float64), -1)
-  far = scipy.special.log_softmax(np.asarray(proxies, np.float64), -1).mean(0)
-
-  def mixed(part: float) -> np.ndarray:
-    return (1 - part) * near + part * far
-
-  low, high = 0.0, 1.0
-  is_falling = _confidence(near, labels) > _confidence(far, labels)
-  for _ in range(_HALVINGS):
-    middle = (low + high) / 2
-    is_above = _confidence(mixed(middle), labels) > share
-    if is_above == is_falling:
-      low = middle
-    else:
-      high = middle
-  return scipy.special.softmax(mixed(high), -1).astype(np.float32)
+  near = scipy.special.softmax(np.asarray(original, np.float64), -1)
+  far = scipy.special.softmax(np.asarray(proxies, np.float64), -1).mean(0)
+  rows = np.arange(len(labels))
+  above, below = near[rows, labels].mean(), far[rows, labels].mean()
+  part = 0.0 if above == below else (above - share) / (above - below)
+  part = min(max(part, 0.0), 1.0)
+  return ((1 - part) * near + part * far).astype(np.float32)

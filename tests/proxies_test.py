@@ -95,6 +95,24 @@ def test_cost_and_parts_of_the_retained_images(monkeypatch):
   np.testing.assert_array_equal(seen[0].sum(1), 50)
 
 
+def test_few_images_are_more_images_and_not_more_epochs():
+  def cost(num_retain, fraction):
+    return proxies.cost(
+      num_retain,
+      num_models=2,
+      fraction=fraction,
+      num_epochs=10,
+      batch_size=8,
+    )
+
+  # 20 minibatches of 8 an epoch are 200 steps: 160 images each, of 1,000.
+  assert cost(1000, 0.05) == pytest.approx(2 * 160 * 10 / (1000 * 10))
+  # A half of 200 is all there is for each: 13 minibatches, 16 epochs.
+  assert cost(200, 0.05) == pytest.approx(2 * 100 * 16 / (200 * 10))
+  # What is asked for, where it is enough.
+  assert cost(1000, 0.3) == pytest.approx(2 * 300 * 10 / (1000 * 10))
+
+
 def test_a_level_is_corrected_in_log_odds():
   number = 10**6
   shares = np.array([0.5, 0.5])
@@ -102,12 +120,10 @@ def test_a_level_is_corrected_in_log_odds():
   assert plain.value == pytest.approx(0.5, abs=1e-6)
   # The original is right on 0.9 of unseen images, the proxies on 0.8.
   corrected = proxies.level(shares, number, 0.9, np.array([0.8, 0.8]), number)
-  odds = 9 / 4
-  assert corrected.value == pytest.approx(odds / (1 + odds), abs=1e-5)
-  # Half of the correction is in doubt, here all that is.
-  ends = scipy.special.expit(
-    np.log(odds) + 1.96 * np.log(odds) / 2 * np.array([-1, 1])
-  )
+  gap = np.log(9 / 4)
+  assert corrected.value == pytest.approx(scipy.special.expit(gap / 2))
+  # From none of the gap to all of it, there being nothing else in doubt.
+  ends = scipy.special.expit([0, gap])
   np.testing.assert_allclose([corrected.low, corrected.high], ends, atol=1e-3)
 
 
@@ -147,7 +163,7 @@ def test_targets_are_the_nearest_to_a_level_that_is_not_between():
     rng.normal((2.0, 0.0, 0.0), 1, (50, 3)),
     rng.normal(size=(2, 50, 3)),
   )
-  far = scipy.special.softmax(scipy.special.log_softmax(others, -1).mean(0), -1)
+  far = scipy.special.softmax(others, -1).mean(0)
   np.testing.assert_allclose(
     proxies.blend(original, others, labels, 0.0), far, atol=1e-5
   )
@@ -162,7 +178,10 @@ def test_targets_are_the_nearest_to_a_level_that_is_not_between():
   [
     ({"num_models": 1}, "num_models must be .* 2, got 1"),
     ({"fraction": 1.0}, "fraction .* got 1"),
-    ({"fraction": 0.01}, "fraction must leave an image a class, got 0.01"),
+    (
+      {"num_models": 99, "fraction": 0.01},
+      "num_models must leave each an image a class, got 99",
+    ),
     ({"num_epoch": 1}, "num_epoch"),
   ],
 )
