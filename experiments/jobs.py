@@ -148,9 +148,9 @@ def _prepare(
     contexts.proxy_cost(context)
   ):
     raise ValueError(
-      "unlearning.proxy_fraction must leave an image a class, got"
-      f" {job.unlearning.proxy_fraction:g} of {len(context.split.retain)}"
-      " retained images"
+      "unlearning.num_proxies must leave each an image a class, got"
+      f" {job.unlearning.num_proxies} of {len(context.split.retain)} retained"
+      " images"
     )
   if job.weights is not None:
     _imported(context)

@@ -119,7 +119,8 @@ class Unlearning:
   num_proxies: int = 2
   """Such models, at least 2."""
   proxy_fraction: float = 0.1
-  """Part of the retained images that each of them is trained on."""
+  """Part of the retained images that each of them is trained on, and of small
+  sets as many as make 200 steps."""
   max_cycles: int = 4
   """How often all passes are made at most to come to the target."""
   num_parts: int = 1

@@ -378,8 +378,8 @@ def test_help_and_typos_from_the_command_line(program):
       "unlearning.image_weight must be .* got 2",
     ),
     (
-      ["--unlearning.target=proxy", "--unlearning.proxy_fraction=0.001"],
-      "unlearning.proxy_fraction must leave an image a class, got 0.001",
+      ["--unlearning.target=proxy", "--unlearning.num_proxies=999"],
+      "unlearning.num_proxies must leave each an image a class, got 999",
     ),
     (["--unlearning.noise=gaussian"], "gaussian.*noise"),
     (["--unlearning.norm=l1"], "l1.*norm"),
