@@ -27,11 +27,19 @@ class Level(NamedTuple):
     value: In [0, 1].
     low: Lower end of the interval, 95 in 100 retrained models are to be in.
     high: Upper end.
+    gap: How much better the original is than the proxies on unseen images, in
+      log-odds, of which half is in the value.
   """
 
   value: float
   low: float
   high: float
+  gap: float = 0.0
+
+  def corrected(self, part: float) -> float:
+    """Returns the share with another part of the gap than half of it."""
+    odds = scipy.special.logit(self.value) + (part - 0.5) * self.gap
+    return float(scipy.special.expit(odds))
 
   def holds(self, value: float) -> bool:
     """Whether a share is within the interval."""
@@ -286,25 +294,26 @@ def level(
     The share in [0, 1].
   """
   odds, variance = _log_odds(shares, num_images)
-  correction = np.zeros_like(odds)
+  gap = np.zeros_like(odds)
   if original_unseen is not None and shares_unseen is not None:
     original, original_variance = _log_odds(
       np.asarray(original_unseen), num_unseen
     )
     proxies, proxies_variance = _log_odds(shares_unseen, num_unseen)
-    correction = (original - proxies) / 2
+    gap = original - proxies
     variance = variance + original_variance + proxies_variance
-  values = odds + correction
+  values = odds + gap / 2
   # A retrained model differs from the proxies' mean as these from each other.
   between = values.var(ddof=1) * (1 + 1 / len(values))
   # From no correction to all of the gap is where 95 in 100 are.
   deviation = np.sqrt(
-    between + variance.mean() + np.square(correction.mean() / _QUANTILE)
+    between + variance.mean() + np.square(gap.mean() / 2 / _QUANTILE)
   )
   ends = values.mean() + _QUANTILE * deviation * np.array([0.0, -1.0, 1.0])
   # Without the half images, so that all of them can be right, or none.
   hits = scipy.special.expit(ends) * (num_images + 1) - 0.5
-  return Level(*(float(x) for x in np.clip(hits / num_images, 0, 1)))
+  value, low, high = np.clip(hits / num_images, 0, 1).tolist()
+  return Level(value, low, high, float(gap.mean()))
 
 
 def _log_odds(shares: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:

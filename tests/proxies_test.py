@@ -122,6 +122,9 @@ def test_a_level_is_corrected_in_log_odds():
   corrected = proxies.level(shares, number, 0.9, np.array([0.8, 0.8]), number)
   gap = np.log(9 / 4)
   assert corrected.value == pytest.approx(scipy.special.expit(gap / 2))
+  assert corrected.gap == pytest.approx(gap, abs=1e-5)
+  assert corrected.corrected(0.0) == pytest.approx(0.5, abs=1e-6)
+  assert corrected.corrected(1.0) == pytest.approx(9 / 13, abs=1e-5)
   # From none of the gap to all of it, there being nothing else in doubt.
   ends = scipy.special.expit([0, gap])
   np.testing.assert_allclose([corrected.low, corrected.high], ends, atol=1e-3)

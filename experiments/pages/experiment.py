@@ -37,6 +37,9 @@ _WORDS = {
   "retrain_seconds": "Retraining",
   "speedup": "Times faster than retraining",
   "is_chosen": "Chosen",
+  "kl_divergence": "KL, forget, training",
+  "level_error": "Accuracy, off by",
+  "cost": "Cost, of a retraining",
   "expected_low": "Proxies: low",
   "expected_accuracy": "Proxies: expect",
   "expected_high": "Proxies: high",
@@ -185,6 +188,7 @@ def show(name: str, value: float | None) -> str:
   if name == "is_chosen":
     return "chosen" if value else ""
   if name.startswith(("accuracy", "agreement", "expected_")) or name in (
+    *("cost", "level_error"),
     "is_inside",
     "is_changed",
     "crossed",
@@ -433,6 +437,7 @@ def _bars_panel(
   groups = _groups(drawing, records)
   colors = _palette(list(groups))
   names = list(dict.fromkeys(x[drawing.x] for x in records))
+  inches = min(12.0, 4.0 + 0.2 * len(names) * len(groups))
 
   def draw(axes: Axes) -> None:
     width = 0.8 / len(groups)
@@ -444,10 +449,9 @@ def _bars_panel(
     axes.set_xticks(range(len(names)), [str(x) for x in names])
     axes.set(xlabel=drawing.x.replace("_", " "))
     axes.grid(visible=False, axis="x")
-    axes.legend(fontsize=8, ncols=min(len(groups), 4))
+    axes.legend(fontsize=8, ncols=min(len(groups), int(inches // 2)))
 
-  width = min(12.0, 3.0 + 0.2 * len(names) * len(groups))
-  return [figures.Panel(draw, _alt(drawing, records), width, 3.4)]
+  return [figures.Panel(draw, _alt(drawing, records), inches, 3.4)]
 
 
 def _points(

@@ -80,6 +80,7 @@ def one_class(dataset: str) -> Callable[[str], Iterator[Cell]]:
   return cells
 
 
+_BY_PROXIES = recipes.Unlearning(target="proxy")
 PART_METHODS = ("paper", "recommended", "proxies")
 """Methods of requests that are not for whole classes."""
 FRACTIONS = (0.001, 0.01, 0.1, 0.25, 0.5, 0.75)
@@ -142,6 +143,37 @@ def sources(size: str) -> Iterator[Cell]:
       continue
     job = bases.asking(bases.BASES[dataset][size], where=where, seed=1)
     yield from _forgetting({"request": name}, job, dataset, PART_METHODS[1:])
+
+
+def targets(size: str) -> Iterator[Cell]:
+  """What may be taught, for sources, parts of classes and whole ones.
+
+  Classes and seed are in no other experiment: what is recommended was chosen by
+  these.
+  """
+  requests: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (dataset, {"where": where})
+    for name, (dataset, where) in SOURCES.items()
+  }
+  requests |= {
+    "half of a class": (
+      "fashion_mnist",
+      {"forget_classes": (4,), "fraction": 0.5},
+    ),
+    "three quarters": (
+      "fashion_mnist",
+      {"forget_classes": (4,), "fraction": 0.75},
+    ),
+    "random tenth": ("fashion_mnist", {"fraction": 0.1}),
+    "class": ("fashion_mnist", {"forget_classes": (4,)}),
+    "class, photographs": ("cifar10", {"forget_classes": (3,)}),
+  }
+  for name, (dataset, request) in requests.items():
+    if size == "smoke" and name != "digits, turned":
+      continue
+    job = bases.asking(bases.BASES[dataset][size], **request, seed=200)
+    job = dataclasses.replace(job, unlearning=_BY_PROXIES)
+    yield Cell({"request": name}, job, measures.targets)
 
 
 def metadata(size: str) -> Iterator[Cell]:
