@@ -300,6 +300,43 @@ def reproduced() -> str:
   return re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).strip()
 
 
+def sources() -> str:
+  """Of each source or device: what proxies expect, and what came of it."""
+  from experiments.pages import experiment as page
+  from experiments.reproduction import designs, results
+
+  expected = results.read("sources", "cpu")
+  if expected is None:
+    return "(not measured)"
+  models = ("retrained", designs.AGAIN, "original", "recommended", "proxies")
+  by_request: dict[str, dict[str, Any]] = {}
+  for row in expected["rows"]:
+    model = by_request.setdefault(row.key["request"], {})
+    model[row.key["model"]] = row.figures
+  rows = []
+  for request, figures in by_request.items():
+    low, value, high = (
+      page.show(name, figures["proxies"][name].mean)
+      for name in ("expected_low", "expected_accuracy", "expected_high")
+    )
+    distances = (
+      page.show("normalised_", figures[name][_DISTANCE].mean)
+      for name in ("recommended", "proxies")
+    )
+    accuracies = (
+      page.show("accuracy", figures[name]["accuracy_train_forget"].mean)
+      for name in models
+    )
+    rows.append(
+      (request, f"{value} ({low} to {high})", *accuracies, *distances)
+    )
+  heads = ("forgotten", "proxies expect", *models[:3], "default", "by proxies")
+  return _table((*heads, "KL, default", "KL, by proxies"), rows)
+
+
+_DISTANCE = "normalised_kl_divergence_train_forget"
+
+
 def claims() -> str:
   """What can be said with how many retrained models."""
   from psg_jax import verification
@@ -321,7 +358,7 @@ BLOCKS = {
   fn.__name__: fn
   for fn in (
     *(recipes, unlearning, results, metrics, checks, alarms),
-    *(methods, claims, experiments, reproduced),
+    *(methods, claims, experiments, reproduced, sources),
   )
 }
 """What stands between the marks of each name."""

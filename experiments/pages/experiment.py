@@ -228,7 +228,10 @@ def lines(
     *(
       (
         *(_value(row.key.get(x)) for x in columns),
-        *(_mean_sd(x, row.figures[x]) for x in experiment.figures),
+        *(
+          _mean_sd(x, row.figures.get(x, results.NOTHING))
+          for x in experiment.figures
+        ),
       )
       for row in rows
     ),

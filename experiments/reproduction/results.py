@@ -60,6 +60,9 @@ class Figure(NamedTuple):
   number: int
 
 
+NOTHING = Figure(None, None, 0)
+
+
 class Row(NamedTuple):
   """A row of an experiment's table.
 
@@ -155,7 +158,7 @@ def _normalised(
   ]
   x, y = np.array(pairs, float).reshape(-1, 2).T
   if not len(y) or y.mean() <= 0:
-    return Figure(None, None, 0)
+    return NOTHING
   ratio = x.mean() / y.mean()
   terms = (x - ratio * y) / y.mean()
   sd = float(np.std(terms, ddof=1)) if len(terms) > 1 else None
@@ -181,7 +184,7 @@ def interval(
 def _figure(values: Sequence[float | None]) -> Figure:
   known = [x for x in values if x is not None]
   if not known:
-    return Figure(None, None, 0)
+    return NOTHING
   sd = float(np.std(known, ddof=1)) if len(known) > 1 else None
   return Figure(float(np.mean(known)), sd, len(known))
 
@@ -198,13 +201,12 @@ def compare(
   """
   before = {_key(row): row for row in expected}
   now = {_key(row): row for row in obtained}
-  nothing = Figure(None, None, 0)
   findings = []
   for key in dict.fromkeys([*before, *now]):
     row = before.get(key) or now[key]
     for name in experiment.checked:
       old, new = (
-        side[key].figures.get(name, nothing) if key in side else nothing
+        side[key].figures.get(name, NOTHING) if key in side else NOTHING
         for side in (before, now)
       )
       if old.number or new.number:
