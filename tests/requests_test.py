@@ -705,6 +705,17 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
   expected = accuracy(held.take(held.labels == label))
   assert contexts.target_accuracy(patient, variables) == pytest.approx(expected)
   assert len(held) + len(shown.retain) == len(patient.test)
+  # All test images are like a random part: none other is left for proxies.
+  by_proxies = recipes.Unlearning(target="proxy")
+  random = context(where=None, group=None, fraction=0.2, unlearning=by_proxies)
+  assert not len(random.selection.test_split.retain)
+  shown, held = contexts.validation(random)
+  assert len(held) + len(shown.forget) == len(random.test)
+  assert len(held) > len(random.test) / 3
+  # Of a device, the images of others say how proxies are corrected.
+  other = context(where=device.job.where, group=None, unlearning=by_proxies)
+  held = set(contexts.validation(other)[1].ids)
+  assert held < set(other.selection.test_split.retain.ids)
   classes = context(where=None, group=None, forget_classes=(1,))
   assert contexts.target_accuracy(classes, variables) is None
   assert (
