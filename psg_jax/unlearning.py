@@ -140,7 +140,8 @@ def unlearn(
       is empty; the targets are then those that a first pass would have used.
       Above 0, the targets of `soft_other` are moved back to the original's
       predictions until as many of them name the old class
-      (`relabelling.at_accuracy`).
+      (`relabelling.at_accuracy`). Where it is in soft targets, it is looked at
+      after all passes of a cycle, else after each.
     max_cycles: Where a target accuracy is not reached in all passes, they are
       made again, so often in all, each with a schedule of its own.
     **options: Those of `relabelling.Targets`, such as `labels`; of
@@ -163,6 +164,7 @@ def unlearn(
   target_options = _taken(options, TARGET_NAMES)
   _taken(options, SEARCH_NAMES)
   passes = read_passes(model, variables, split, retain_weight, options)
+  cycle = passes.num_epochs
   taught = relabelling.Targets(**target_options)
   check_labels(taught.labels, taught.top_k, split.forget.num_classes)
   checks.integer("search_batch_size", search_batch_size, at_least=1)
@@ -242,8 +244,13 @@ def unlearn(
       retain_batch_size=retain_batch_size,
     )
 
+  # Soft targets have the level in them, and a schedule that is cut off at its
+  # height ends far from them.
+  has_level = is_part or (targets is not None and targets.ndim == 2)
   return _search_and_move(
-    variables, split, passes, search, move, is_reached, refresh_labels
+    *(variables, split, passes, search, move, is_reached),
+    is_refreshed=refresh_labels,
+    every=cycle if has_level else 1,
   )
 
 
@@ -293,9 +300,14 @@ def _search_and_move(
   search: Callable[[int], tuple[Relabelling | None, np.ndarray]],
   move: Callable[..., tuple[steps.TrainState, engine.History]],
   is_reached: Callable[[types.Variables], bool],
+  *,
   is_refreshed: bool,
+  every: int,
 ) -> UnlearnOutput:
-  """Searches once and makes all passes, or searches before each of them."""
+  """Searches once and makes all passes, or searches before each of them.
+
+  Whether the target is reached is looked at after so many passes each.
+  """
   num_steps = _num_steps(split, passes.batch_size)
   num_epochs, state = passes.num_epochs, passes.state
   first = 0 if state is None else int(state.step) // num_steps
@@ -306,16 +318,23 @@ def _search_and_move(
 
   ends: Iterable[int] = [num_epochs]
   shared = passes.replace(stop_fn=is_last)
-  if is_refreshed:
-    ends = range(min(first + 1, num_epochs), num_epochs + 1)
+  if is_refreshed or every > 1:
+    every = 1 if is_refreshed else every
+    next_end = (first // every + 1) * every
+    ends = range(min(next_end, num_epochs), num_epochs + 1, every)
     # Each call knows but the passes until then.
     schedule = optimizers.schedule_fn(passes.schedule, num_epochs * num_steps)
-    shared = passes.replace(schedule=schedule, stop_fn=None)
+    shared = passes.replace(
+      schedule=schedule, stop_fn=None if is_refreshed else passes.stop_fn
+    )
   history: engine.History = []
-  is_done = is_reached(variables if state is None else state.variables)
-  for end in ends:
+  is_done = first % every == 0 and is_reached(
+    variables if state is None else state.variables
+  )
+  for number, end in enumerate(ends):
     start = time.perf_counter()
-    relabelling, targets = search(end - 1 if is_refreshed else 0)
+    if is_refreshed or number == 0:
+      relabelling, targets = search(end - 1 if is_refreshed else 0)
     search_seconds = time.perf_counter() - start
     if is_done:
       break
@@ -324,7 +343,7 @@ def _search_and_move(
       records[0]["search_seconds"] = search_seconds
     history += records
     # The targets returned are those of the last pass.
-    if is_refreshed and is_last(state.variables):
+    if is_last(state.variables):
       break
   if state is None:
     variables = jax.tree.map(jnp.copy, steps.plain_variables(variables))

@@ -611,6 +611,23 @@ def test_targets_at_an_accuracy_name_no_class_that_is_gone():
   assert np.mean(taught.argmax(-1) == labels) == pytest.approx(0.2, abs=0.021)
 
 
+def test_the_level_of_soft_targets_is_looked_at_after_a_cycle(trained):
+  _, _, split = trained
+  soft = np.zeros((len(split.forget), 3), np.float32)
+  soft[:, 1:] = 0.5
+  options = {"target_accuracy": 0.4, "num_epochs": 4, "max_cycles": 3}
+  # It is reached in the second pass; a cycle has four.
+  hard = unlearn(trained, targets=soft.argmax(-1), **options)
+  assert len(hard.history) < 4
+  output = unlearn(trained, targets=soft, **options)
+  assert len(output.history) == 4
+  whole = unlearn(trained, targets=soft, num_epochs=4)
+  chex.assert_trees_all_equal(output.variables, whole.variables)
+  # What the user asks for ends it at once.
+  asked = unlearn(trained, targets=soft, stop_fn=lambda _: True, **options)
+  assert len(asked.history) == 1
+
+
 def test_a_part_of_a_class_is_not_taught_to_be_wrong(trained):
   model, variables, _ = trained
   dataset = fakes.blobs(120)
