@@ -141,7 +141,8 @@ def stop_target(context: Context) -> Literal["zero", "unseen", "proxy"]:
 def proxy_cost(context: Context) -> float:
   """What proxies cost, as a part of a retraining; no images cost infinity."""
   job, num_retain = context.job, len(context.split.retain)
-  if num_retain < job.unlearning.num_proxies * context.train.num_classes:
+  num_classes = context.split.retain.num_classes
+  if num_retain < job.unlearning.num_proxies * num_classes:
     return math.inf
   return proxies_lib.cost(
     len(context.split.retain),

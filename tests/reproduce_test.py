@@ -107,8 +107,11 @@ def test_tolerance_follows_from_seeds():
     expected,
   )
   first, second = found
-  assert first.tolerance == pytest.approx(0.02 + 4 * 0.03 * 0.5**0.5)
-  assert second.tolerance == pytest.approx(0.02 + 4 * 0.01 * 0.5**0.5)
+  pooled = ((0.03**2 + 0.01**2) / 2) ** 0.5
+  assert first.tolerance == pytest.approx(
+    0.02 + 4 * (0.03**2 / 4 + pooled**2 / 4) ** 0.5
+  )
+  assert second.tolerance == pytest.approx(0.02 + 4 * pooled * 0.5**0.5)
   assert first.is_as_expected
   assert second.is_as_expected
   further = results.compare(
@@ -118,13 +121,14 @@ def test_tolerance_follows_from_seeds():
 
 
 def test_tolerance_of_many_values_is_their_own():
-  (finding,) = results.compare(
-    _experiment([]), "cpu", [_row("a", 0.5, 0.1, 10)], [_row("a", 0.5, 0.0, 10)]
+  expected = [_row("a", 0.5, 0.0, 10), _row("b", 0.5, 0.4, 10)]
+  first, _ = results.compare(
+    _experiment([]), "cpu", [_row("a", 0.5, 0.1, 10), expected[1]], expected
   )
-  assert finding.tolerance == pytest.approx(0.02)
+  assert first.tolerance == pytest.approx(0.02 + 3 * 0.1 * 0.1**0.5)
 
 
-def test_few_values_borrow_from_rows_of_their_model():
+def test_few_values_borrow_from_other_rows():
   def row(part, mean, sd, number):
     figure = results.Figure(mean, sd, number)
     return results.Row({"model": "a", "part": part}, {"accuracy": figure})

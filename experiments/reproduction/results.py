@@ -7,12 +7,12 @@ What is expected are such rows, measured before and kept in
 
 A mean is as expected within
 
-    floor + times sd sqrt(1 / n + 1 / n')
+    floor + times sqrt(sd² / n + sd'² / n')
 
-of the mean that is expected, where `sd` is the expected one, over seeds or
-classes. Of fewer than five values it is known badly: it is then no less than
-that of all rows of the same model, and `times` is larger. Another processor is
-as another seed: rounding decides where training ends. The floor is what an
+of the mean that is expected, where `sd` and `sd'` are those of what is expected
+and of what was obtained, over seeds or classes. Of fewer than five values they
+are known badly: they are then no less than that of all rows that are expected,
+and `times` is larger. Another processor is as another seed: rounding decides where training ends. The floor is what an
 image or two more or less make. A mean over another number of values is not as
 expected: some have diverged.
 """
@@ -34,8 +34,9 @@ NORMALISED = "normalised_"
 """Before the name of a distance over that of two retrained models."""
 EXPECTED = pathlib.Path(__file__).parent.parent / "expected"
 FEW = 5
-TIMES = {True: 4.0, False: 2.0}
-"""How many standard errors, of fewer than `FEW` values and of others."""
+TIMES = {True: 4.0, False: 3.0}
+"""How many standard errors, of fewer than `FEW` values and of others: of some
+hundred figures none is to be further by chance alone."""
 FLOORS = {"kl_divergence": 0.05, "distance": 0.003}
 """By the beginning of a figure's name."""
 _FLOOR = 0.02
@@ -216,7 +217,7 @@ def compare(
             name,
             new.mean,
             old.mean,
-            _tolerance(name, size, old, new, _pooled(expected, row, name)),
+            _tolerance(name, size, old, new, _pooled(expected, name)),
             (new.number, old.number),
           )
         )
@@ -231,19 +232,17 @@ def _tolerance(
   if size == "smoke":
     floor = max(_SMOKE[0], _SMOKE[1] * abs(old.mean or 0.0))
   is_few = old.number < FEW
-  sd = max(old.sd or 0.0, pooled) if is_few else old.sd or 0.0
-  numbers = 1 / max(old.number, 1) + 1 / max(new.number, 1)
-  return floor + TIMES[is_few] * sd * math.sqrt(numbers)
+  least = pooled if is_few else 0.0
+  variance = sum(
+    max(figure.sd or 0.0, least) ** 2 / max(figure.number, 1)
+    for figure in (old, new)
+  )
+  return floor + TIMES[is_few] * math.sqrt(variance)
 
 
-def _pooled(rows: Sequence[Row], like: Row, name: str) -> float:
-  """The root mean square of the sds of a figure, over rows of one model."""
-  model = like.key.get("model")
-  spreads = [
-    row.figures[name].sd
-    for row in rows
-    if row.key.get("model") == model and name in row.figures
-  ]
+def _pooled(rows: Sequence[Row], name: str) -> float:
+  """The root mean square of the sds of a figure, over rows."""
+  spreads = [row.figures[name].sd for row in rows if name in row.figures]
   known = [sd for sd in spreads if sd is not None]
   return float(np.sqrt(np.mean(np.square(known)))) if known else 0.0
 
