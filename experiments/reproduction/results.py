@@ -12,9 +12,9 @@ A mean is as expected within
 of the mean that is expected, where `sd` and `sd'` are those of what is expected
 and of what was obtained, over seeds or classes. Of fewer than five values they
 are known badly: they are then no less than that of all rows that are expected,
-and `times` is larger. Another processor is as another seed: rounding decides where training ends. The floor is what an
-image or two more or less make. A mean over another number of values is not as
-expected: some have diverged.
+and `times` is larger. Another processor is as another seed: rounding decides
+where training ends. The floor is what an image or two more or less make. A mean
+over another number of values is not as expected: some have diverged.
 """
 
 import json
