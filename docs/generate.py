@@ -25,7 +25,7 @@ _FIRST = "Retrained", "Original", "**PSG**"
 
 def main() -> None:
   """Renews the tables of all pages."""
-  for path in sorted(DOCS.glob("*.md")):
+  for path in (*sorted(DOCS.glob("*.md")), ROOT / "README.md"):
     before = path.read_text()
     after = renewed(before)
     if after != before:
@@ -300,6 +300,60 @@ def reproduced() -> str:
   return re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).strip()
 
 
+_CLASSES = {
+  "fashion_mnist_classes": "Fashion-MNIST, each of ten classes",
+  "cifar10_classes": "CIFAR-10, each of ten classes",
+  "mri": "Brain MRI, glioma, three seeds",
+  "cfp_os": "Fundus photographs, a disease, three seeds",
+}
+
+
+def summary() -> str:
+  """Of class forgetting: both models, ours and theirs, a line a data set."""
+  from experiments.pages import experiment as page
+  from experiments.reproduction import catalogue, results
+
+  parts = ("forget", "retain")
+
+  def pair(values: Iterable[float | None]) -> str:
+    return " / ".join(page.show("accuracy", x) for x in values)
+
+  rows = []
+  for name, title in _CLASSES.items():
+    expected = results.read(name, "cpu")
+    if expected is None:
+      continue
+    figures = {row.key["model"]: row.figures for row in expected["rows"]}
+    published = {
+      (x.row["model"], x.figure): x.value
+      for x in catalogue.EXPERIMENTS[name].published
+    }
+    accuracies = {
+      model: pair(values[f"accuracy_test_{x}"].mean for x in parts)
+      for model, values in figures.items()
+    }
+    ours, theirs = figures["recommended"], figures["released"]
+    distances = (
+      page.mean_sd(x, ours.get(x, results.NOTHING))
+      for x in (f"normalised_kl_divergence_test_{part}" for part in parts)
+    )
+    rows.append(
+      (
+        *(title, accuracies["retrained"], accuracies["released"]),
+        page.show("kl", theirs["kl_divergence_test_forget"].mean),
+        pair(published.get(("released", f"accuracy_test_{x}")) for x in parts),
+        accuracies["recommended"],
+        f"**{page.show('kl', ours['kl_divergence_test_forget'].mean)}**",
+        *distances,
+      )
+    )
+  heads = (
+    *("", "retrained", "released code", "KL", "published for it"),
+    *("recommended", "KL", "normalised, forget", "normalised, retain"),
+  )
+  return _table(heads, rows)
+
+
 def sources() -> str:
   """Of each source or device: what proxies expect, and what came of it."""
   from experiments.pages import experiment as page
@@ -358,7 +412,7 @@ BLOCKS = {
   fn.__name__: fn
   for fn in (
     *(recipes, unlearning, results, metrics, checks, alarms),
-    *(methods, claims, experiments, reproduced, sources),
+    *(methods, claims, experiments, reproduced, sources, summary),
   )
 }
 """What stands between the marks of each name."""

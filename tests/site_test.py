@@ -33,14 +33,16 @@ def load_generator():
 GENERATE = load_generator()
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+  "path", [*PAGES, ROOT / "README.md"], ids=lambda path: path.stem
+)
 def test_generated_tables_are_those_of_the_code(path):
   page = path.read_text()
   assert GENERATE.renewed(page) == page, "python docs/generate.py renews it"
 
 
 def test_every_table_stands_on_a_page():
-  text = "".join(path.read_text() for path in PAGES)
+  text = "".join(path.read_text() for path in (*PAGES, ROOT / "README.md"))
   marks = re.findall("<!-- generated: (.*) -->", text)
   assert sorted(marks) == sorted(GENERATE.BLOCKS)
 

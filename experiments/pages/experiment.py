@@ -155,7 +155,7 @@ def _nearness(row: results.Row) -> list[str]:
     name = f"{results.NORMALISED}kl_divergence_test_{part}"
     figure = row.figures.get(name)
     if figure is not None and figure.mean is not None:
-      parts.append(f"{_mean_sd(name, figure)} on {part} images")
+      parts.append(f"{mean_sd(name, figure)} on {part} images")
   if not parts:
     return []
   return [
@@ -200,7 +200,8 @@ def show(name: str, value: float | None) -> str:
   return tables.decimals(value)
 
 
-def _mean_sd(name: str, figure: results.Figure) -> str:
+def mean_sd(name: str, figure: results.Figure) -> str:
+  """Formats a mean with its deviation, or, of a ratio, its interval."""
   text = show(name, figure.mean)
   if figure.sd is None or figure.mean is None or name == "is_chosen":
     return text
@@ -229,7 +230,7 @@ def lines(
       (
         *(_value(row.key.get(x)) for x in columns),
         *(
-          _mean_sd(x, row.figures.get(x, results.NOTHING))
+          mean_sd(x, row.figures.get(x, results.NOTHING))
           for x in experiment.figures
         ),
       )
