@@ -244,8 +244,6 @@ def unlearn(
       retain_batch_size=retain_batch_size,
     )
 
-  # Soft targets have the level in them, and a schedule that is cut off at its
-  # height ends far from them.
   has_level = is_part or (targets is not None and targets.ndim == 2)
   return _search_and_move(
     *(variables, split, passes, search, move, is_reached),
@@ -306,7 +304,9 @@ def _search_and_move(
 ) -> UnlearnOutput:
   """Searches once and makes all passes, or searches before each of them.
 
-  Whether the target is reached is looked at after so many passes each.
+  Whether the target is reached is looked at after so many passes each: soft
+  targets have the level in them, and a schedule that is cut off at its height
+  ends far from them.
   """
   num_steps = _num_steps(split, passes.batch_size)
   num_epochs, state = passes.num_epochs, passes.state
@@ -318,7 +318,8 @@ def _search_and_move(
 
   ends: Iterable[int] = [num_epochs]
   shared = passes.replace(stop_fn=is_last)
-  if is_refreshed or every > 1:
+  is_cut = is_refreshed or every > 1
+  if is_cut:
     every = 1 if is_refreshed else every
     next_end = (first // every + 1) * every
     ends = range(min(next_end, num_epochs), num_epochs + 1, every)
@@ -343,7 +344,7 @@ def _search_and_move(
       records[0]["search_seconds"] = search_seconds
     history += records
     # The targets returned are those of the last pass.
-    if is_last(state.variables):
+    if is_cut and is_last(state.variables):
       break
   if state is None:
     variables = jax.tree.map(jnp.copy, steps.plain_variables(variables))
