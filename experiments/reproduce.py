@@ -58,7 +58,7 @@ class Options:
   """smoke: seconds, embedded sets; cpu: minutes on two cores; full: as in the
   paper, for GPUs."""
   budget: str | None = None
-  """Time for all, such as 2h or 90m: what will not fit is left out."""
+  """Time for all, such as 2h or 90m: the shortest that fit are run."""
   runs_dir: str = "runs"
   """Folder of the run folders."""
   data_dir: str | None = None
@@ -156,7 +156,7 @@ def _lacking(name: str, options: Options) -> str | None:
 
 
 def _within(names: Sequence[str], budget: float, options: Options) -> list[str]:
-  """Returns those that fit, in their order; says which are left out."""
+  """Returns those that fit, the shortest first; says which are left out."""
   taken: list[str] = []
   left, needed = budget, dict[str, float]()
   for name in names:
@@ -165,6 +165,7 @@ def _within(names: Sequence[str], budget: float, options: Options) -> list[str]:
       print(f"{name} is left out: how long it takes was never measured")
       continue
     needed[name] = float(expected["seconds"])
+  for name in sorted(needed, key=lambda x: needed[x]):
     if needed[name] <= left:
       taken.append(name)
       left -= needed[name]
