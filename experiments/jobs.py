@@ -285,25 +285,24 @@ def original(context: contexts.Context) -> types.Variables:
   return state.variables
 
 
-def retrained(context: contexts.Context, number: int = 0) -> types.Variables:
+def retrained(
+  context: contexts.Context, name: str = "retrained"
+) -> types.Variables:
   """Trains a reference: a fresh model on the retained images alone.
 
   Args:
     context: The job.
-    number: From 1 on it is what the retrained model is with the seed that many
-      after the job's.
+    name: `retrained`, or `retrained-1` and so on, which is what the retrained
+      model is with the seed that many after the job's.
   """
-  name = f"retrained-{number}" if number else "retrained"
   return _trained(context, name, context.split.retain)
 
 
 def references(context: contexts.Context) -> dict[str, types.Variables]:
   """Trains all references: `retrained`, and `retrained-1` and so on."""
-  numbers = range(context.job.references)
-  return {
-    f"retrained-{number}" if number else "retrained": retrained(context, number)
-    for number in numbers
-  }
+  numbers = range(1, context.job.references)
+  names = ("retrained", *(f"retrained-{number}" for number in numbers))
+  return {name: retrained(context, name) for name in names}
 
 
 def unlearned(

@@ -333,14 +333,15 @@ def _search_and_move(
     variables if state is None else state.variables
   )
   for number, end in enumerate(ends):
+    is_searched = is_refreshed or number == 0
     start = time.perf_counter()
-    if is_refreshed or number == 0:
+    if is_searched:
       relabelling, targets = search(end - 1 if is_refreshed else 0)
     search_seconds = time.perf_counter() - start
     if is_done:
       break
     state, records = move(targets, shared.replace(num_epochs=end, state=state))
-    if records:
+    if records and is_searched:
       records[0]["search_seconds"] = search_seconds
     history += records
     # The targets returned are those of the last pass.

@@ -73,10 +73,9 @@ class Bench(NamedTuple):
       name: `original`, `retrained`, which never saw the forget set, or
         `retrained-1`, which is so with the next seed.
     """
-    kind, _, number = name.partition("-")
-    if kind == "original":
+    if name == "original":
       return jobs.original(self._at(name))
-    return jobs.retrained(self._at(name), int(number or 0))
+    return jobs.retrained(self._at(name), name)
 
   def seconds(self, model: str) -> float:
     """Returns how long a model was trained, compiling included."""
@@ -150,8 +149,12 @@ class Bench(NamedTuple):
       names: Metrics, of `psg_jax.metrics`.
     """
     others = {x: self.outputs(x) for x in ("original", "retrained")}
-    is_kept = name.partition("-")[0] in others
-    model = self.outputs(name) if is_kept else self.outputs_of(variables)
+    if name in others:
+      model = others[name]
+    elif name == "unlearned":
+      model = self.outputs_of(variables)
+    else:
+      model = self.outputs(name)
     if name == "retrained":
       # It is what others are compared with.
       del others["retrained"]

@@ -99,6 +99,25 @@ def _over_models(
   )
 
 
+def _over_requests(**fields: Any) -> Experiment:
+  """An experiment whose rows are requests and models, on training images."""
+  return Experiment(
+    by=("request", "model"),
+    figures=(*_TRAIN, *_NEARNESS_TRAIN, *_EXPECTED, "is_changed", *_TIMES),
+    checked=_TRAIN,
+    drawings=(
+      Drawing(
+        "bars",
+        "request",
+        "accuracy_train_forget",
+        "model",
+        "Accuracy on the forgotten images",
+      ),
+    ),
+    **fields,
+  )
+
+
 EXPERIMENTS: dict[str, Experiment] = {
   "fashion_mnist_classes": _over_models(
     title="Each of the ten classes of Fashion-MNIST forgotten",
@@ -148,42 +167,18 @@ EXPERIMENTS: dict[str, Experiment] = {
       ),
     ),
   ),
-  "metadata": Experiment(
+  "metadata": _over_requests(
     title="Devices, eyes, patients, dates and anatomy forgotten",
     source="device and anatomical forgetting",
     cells=designs.metadata,
-    by=("request", "model"),
-    figures=(*_TRAIN, *_NEARNESS_TRAIN, *_EXPECTED, "is_changed", *_TIMES),
-    checked=_TRAIN,
-    drawings=(
-      Drawing(
-        "bars",
-        "request",
-        "accuracy_train_forget",
-        "model",
-        "Accuracy on the forgotten images",
-      ),
-    ),
     note="The paper's clinical images are private: these retinas are drawn"
     " (`phantom_fundus`), and the digits were taken by four devices, of which"
     " one turns its pictures (`phantom_digits`).",
   ),
-  "sources": Experiment(
+  "sources": _over_requests(
     title="Each source or device of three sets forgotten",
     source="device forgetting",
     cells=designs.sources,
-    by=("request", "model"),
-    figures=(*_TRAIN, *_NEARNESS_TRAIN, *_EXPECTED, "is_changed", *_TIMES),
-    checked=_TRAIN,
-    drawings=(
-      Drawing(
-        "bars",
-        "request",
-        "accuracy_train_forget",
-        "model",
-        "Accuracy on the forgotten images",
-      ),
-    ),
     note="What proxies expect is the retrained model's accuracy on the"
     " forgotten images; that model is the check, and is not looked at.",
   ),

@@ -148,15 +148,13 @@ def _normalised(
   that of the ratio of two means to first order, so that over the root of the
   number it is the mean's error.
   """
+  if len(group) != len(again):
+    return NOTHING
   name = name.removeprefix(NORMALISED)
   ours, theirs = (
     [_distance(name, record) for record in side] for side in (group, again)
   )
-  pairs = [
-    pair
-    for pair in zip(ours, theirs, strict=False)
-    if None not in pair and len(ours) == len(theirs)
-  ]
+  pairs = [x for x in zip(ours, theirs, strict=True) if None not in x]
   x, y = np.array(pairs, float).reshape(-1, 2).T
   if not len(y) or y.mean() <= 0:
     return NOTHING
