@@ -24,6 +24,7 @@ from psg_jax import (
   evaluation,
   forget,
   inference,
+  last_layers,
   metrics,
   models,
   optimizers,
@@ -31,7 +32,6 @@ from psg_jax import (
   unlearning,
 )
 from psg_jax import proxies as proxies_lib
-from psg_jax.baselines import last_layers
 
 MODELS = files.MODELS
 _VALIDATION_SEED = 0

@@ -102,6 +102,10 @@ class Unlearning:
   image_weight: float | None = None
   """Where soft labels are taken: 0, at the boundary; 1, at the image itself;
   None: 0.5 with soft_other, else 0."""
+  num_refits: int | None = None
+  """Copies with new last layers, trained for some steps on retained images,
+  whose mean prediction is half of soft_other targets; None: 2 for whole
+  classes where they can be trained, else 0."""
   retain_labels: Literal["hard", "soft", "raw_logits"] | None = None
   top_k: int | None = None
   batch_stats: Literal["update", "frozen"] = "update"
@@ -437,14 +441,16 @@ def find(name: str) -> Job:
 
 def upgraded(unlearning: Mapping[str, Any]) -> dict[str, Any]:
   """Adds to options of an earlier version what it did without saying."""
-  if not unlearning or "step_growth" in unlearning:
-    return dict(unlearning)
-  earlier = {
-    "step_growth": 1.0,
-    "num_bisections": 0,
-    "retain_batch_size": unlearning.get("batch_size", 64),
-    "max_cycles": 1,
-  }
+  if not unlearning:
+    return {}
+  earlier: dict[str, Any] = {"num_refits": 0}
+  if "step_growth" not in unlearning:
+    earlier |= {
+      "step_growth": 1.0,
+      "num_bisections": 0,
+      "retain_batch_size": unlearning.get("batch_size", 64),
+      "max_cycles": 1,
+    }
   return {**earlier, **unlearning}
 
 

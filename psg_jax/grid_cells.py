@@ -11,6 +11,7 @@ from psg_jax import (
   checks,
   engine,
   inference,
+  refits,
   relabelling,
   training,
   types,
@@ -67,6 +68,7 @@ class Shared(NamedTuple):
     given_targets: Of the forget set, in place of those of a search.
     sizes: Batch sizes by name: `search_batch_size`, `eval_batch_size` and
       `retain_batch_size`.
+    num_refits: As for `unlearning.unlearn`, of cells that retain.
   """
 
   model: types.Model
@@ -78,6 +80,7 @@ class Shared(NamedTuple):
   target_options: dict[str, Any]
   given_targets: np.ndarray | None
   sizes: dict[str, int]
+  num_refits: int | None
 
   def search(self, cell: Cell) -> boundary.Search:
     """Returns the search of a cell, which checks itself."""
@@ -88,6 +91,15 @@ class Shared(NamedTuple):
     """Returns the targets of a cell, which check themselves."""
     weight = {"image_weight": cell["image_weight"]}
     return relabelling.Targets(**self.target_options | weight)
+
+  def num_refits_of(self, cell: Cell) -> int:
+    """Returns how many refits a cell has."""
+    taught = self.taught(cell)
+    return refits.count(
+      *(self.num_refits, self.variables, self.split),
+      labels="given" if self.given_targets is not None else taught.labels,
+      retain_weight=cell["retain_weight"],
+    )
 
   def predict(self, images: np.ndarray) -> np.ndarray:
     """Returns the original's logits."""
@@ -130,7 +142,9 @@ def read(
     values = {name: options.pop(name, None) for name in names}
     return {name: x for name, x in values.items() if x is not None}
 
-  others: dict[str, Any] = dict.fromkeys(("learning_rate", "targets"))
+  others: dict[str, Any] = dict.fromkeys(
+    ("learning_rate", "targets", "num_refits")
+  )
   others["retain_weight"] = 1.0
   others |= taken(*others)
   rate = _rate(options, others["learning_rate"], cells)
@@ -142,6 +156,7 @@ def read(
     target_options=taken(*unlearning.TARGET_NAMES),
     given_targets=others["targets"],
     sizes={name: defaults[name] for name in _SIZES} | taken(*_SIZES),
+    num_refits=others["num_refits"],
   )
   completed = _completed(shared, cells, others["retain_weight"])
   passes = unlearning.read_passes(
@@ -215,7 +230,7 @@ def _completed(
     values = engine.filled(cell, defaults)
     try:
       shared.search(values)
-      shared.taught(values)
+      shared.num_refits_of(values)
       for name, value in values.items():
         if value is not None:
           checks.one_value(name, value)

@@ -24,6 +24,7 @@ from psg_jax import (
   grid_cells,
   optimizers,
   parallel,
+  refits,
   relabelling,
   steps,
   streaming,
@@ -218,12 +219,31 @@ def _teach(
     [shared.search(cells[first]) for first in firsts],
     [keys[first] for first in firsts],
   )
+  num_refits = [shared.num_refits_of(cell) for cell in cells]
   target_of_cell, firsts = _distinct(
     [
-      (int(search), None if given is not None else cell["image_weight"])
-      for search, cell in zip(search_of_cell, cells, strict=True)
+      (
+        int(search),
+        None if given is not None else cell["image_weight"],
+        *((number, cell["seed"]) if number else ()),
+      )
+      for search, cell, number in zip(
+        search_of_cell, cells, num_refits, strict=True
+      )
     ]
   )
+
+  @functools.cache
+  def refit(seed: int) -> np.ndarray:
+    place = [cell["seed"] for cell in cells].index(seed)
+    return refits.predict(
+      *(shared.model, shared.variables, split, keys[place]),
+      num_models=max(num_refits),
+      eval_batch_size=shared.sizes["eval_batch_size"],
+      mesh=shared.passes.mesh,
+      show_progress=shared.passes.show_progress,
+    )
+
   logits = None
   if given is None and any(cells[first]["image_weight"] for first in firsts):
     logits = shared.predict(split.forget.images)
@@ -236,6 +256,7 @@ def _teach(
         logits if cells[first]["image_weight"] else None,
         split.forget.labels,
         unlearning.gone_classes(split),
+        refit(cells[first]["seed"]) if num_refits[first] else None,
       )
       for first in firsts
     ]

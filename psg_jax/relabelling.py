@@ -11,8 +11,10 @@ import numpy as np
 from psg_jax import (
   boundary,
   checks,
+  inference,
   parallel,
   progress,
+  refits,
   steps,
   streaming,
   types,
@@ -222,6 +224,7 @@ class Targets:
     image_logits: np.ndarray | None,
     old_labels: np.ndarray,
     gone: np.ndarray | None = None,
+    refit_logits: np.ndarray | None = None,
   ) -> np.ndarray:
     """Returns the targets of the forget set that follow from its predictions.
 
@@ -232,6 +235,9 @@ class Targets:
       old_labels: int `[N]`, the classes to leave.
       gone: int `[C]`, classes of which no image is retained, which no retrained
         model would name.
+      refit_logits: float `[M, N, K]` of models whose last layers were drawn
+        anew, at the images, whose mean prediction is half of soft targets;
+        None for none.
 
     Returns:
       int32 classes `[N]` for hard labels, else float32 `[N, K]`.
@@ -245,13 +251,17 @@ class Targets:
       logits = logits + (1 - weight) * relabelling.logits
     if image_logits is not None:
       logits = logits + weight * np.asarray(image_logits)
-    return soft_targets(
-      logits,
+    form = functools.partial(
+      soft_targets,
       labels=self.labels,
       top_k=self.top_k,
       old_labels=old_labels,
       gone=gone,
     )
+    if refit_logits is None:
+      return form(logits)
+    refitted = np.mean([form(x) for x in refit_logits], 0)
+    return (form(logits) + refitted) / 2
 
   def of_retain(self, logits: np.ndarray) -> np.ndarray:
     """Returns those of the retain set from its logits, where they are soft."""
@@ -321,6 +331,110 @@ def soft_targets(
     if labels != "raw_logits":
       targets = targets / targets.sum(-1, keepdims=True)
   return np.asarray(targets)
+
+
+def gone_classes(split: types.Split) -> np.ndarray | None:
+  """Returns the classes of which no image is retained, int `[C]`.
+
+  None where nothing is retained, and any class may be taught.
+  """
+  if not len(split.retain):
+    return None
+  return split.whole_classes()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Teacher:
+  """Finds what the forget set is taught: searches, predicts, refits.
+
+  Attributes:
+    model: The network.
+    variables: The original model's, frozen.
+    split: The forget and the retain set.
+    key: One typed key, of searches.
+    taught: The form of the targets.
+    search_fn: See `relabel`.
+    accuracy: Up to which targets may name the old class, in [0, 1]; None or 0
+      for none of them.
+    num_refits: See `refits.count`.
+    search_batch_size: Images searched at a time.
+    eval_batch_size: Images predicted at a time.
+    mesh: Devices; None for one.
+    show_progress: Whether to show progress bars.
+  """
+
+  model: types.Model
+  variables: types.Variables
+  split: types.Split
+  key: jax.Array
+  taught: Targets
+  search_fn: SearchFn
+  accuracy: float | None = None
+  num_refits: int = 0
+  search_batch_size: int = 128
+  eval_batch_size: int = 256
+  mesh: jax.sharding.Mesh | None = None
+  show_progress: bool = True
+
+  @property
+  def is_part(self) -> bool:
+    """Whether targets have a level in them, which is not 0."""
+    return self.taught.labels == "soft_other" and bool(self.accuracy)
+
+  @functools.cached_property
+  def refit_logits(self) -> np.ndarray | None:
+    """What refits say of the forget set, the same for all searches."""
+    if not self.num_refits:
+      return None
+    return refits.predict(
+      *(self.model, self.variables, self.split, self.key),
+      num_models=self.num_refits,
+      eval_batch_size=self.eval_batch_size,
+      mesh=self.mesh,
+      show_progress=self.show_progress,
+    )
+
+  def predict(
+    self, images: np.ndarray, variables: types.Variables | None = None
+  ) -> np.ndarray:
+    """Returns logits, of the original model or of other variables."""
+    return inference.predict(
+      *(self.model.apply, self.variables if variables is None else variables),
+      images,
+      batch_size=self.eval_batch_size,
+      mesh=self.mesh,
+    )
+
+  def search(self, index: int = 0) -> Relabelling:
+    """Searches from the forget images, for one pass."""
+    return relabel(
+      *(self.model.apply, self.variables, self.split.forget),
+      jax.random.fold_in(self.key, index),
+      search_fn=self.search_fn,
+      batch_size=self.search_batch_size,
+      mesh=self.mesh,
+      show_progress=self.show_progress,
+    )
+
+  def teach(self, index: int = 0) -> tuple[Relabelling | None, np.ndarray]:
+    """Returns what a pass's search found, if it needs one, and the targets."""
+    outcome = self.search(index) if self.taught.is_searched else None
+    labels, gone = self.split.forget.labels, gone_classes(self.split)
+    image_logits = None
+    if self.taught.image_weight or self.is_part:
+      image_logits = self.predict(self.split.forget.images)
+    targets = self.taught.of_forget(
+      outcome,
+      image_logits if self.taught.image_weight else None,
+      labels,
+      gone,
+      self.refit_logits,
+    )
+    if self.accuracy is None or image_logits is None or not self.is_part:
+      return outcome, targets
+    return outcome, at_accuracy(
+      targets, image_logits, labels, self.accuracy, gone
+    )
 
 
 def at_accuracy(

@@ -6,7 +6,6 @@ bring labels of their own.
 """
 
 import dataclasses
-import functools
 import importlib
 import inspect
 import time
@@ -22,8 +21,8 @@ from psg_jax import (
   boundary,
   checks,
   engine,
-  inference,
   optimizers,
+  refits,
   relabelling,
   steps,
   streaming,
@@ -35,6 +34,7 @@ LABELS = relabelling.LABELS
 Relabelling = relabelling.Relabelling
 SearchFn = relabelling.SearchFn
 check_labels = relabelling.check_labels
+gone_classes = relabelling.gone_classes
 relabel = relabelling.relabel
 soft_targets = relabelling.soft_targets
 
@@ -103,6 +103,7 @@ def unlearn(
   refresh_labels: bool = False,
   target_accuracy: float | None = None,
   max_cycles: int = 1,
+  num_refits: int | None = None,
   **options: Any,
 ) -> UnlearnOutput:
   """Takes the forget set out of a trained model.
@@ -144,6 +145,12 @@ def unlearn(
       after all passes of a cycle, else after each.
     max_cycles: Where a target accuracy is not reached in all passes, they are
       made again, so often in all, each with a schedule of its own.
+    num_refits: Copies of the model whose last layers are drawn anew and trained
+      for some steps on retained images, and whose mean prediction is half of
+      the `soft_other` targets (`refits.predict`); 0 for none. None for 2 where
+      whole classes are forgotten, retained images are used, and the layers have
+      names that are known, else 0: of other requests the layers before the
+      last ones remember too much.
     **options: Those of `relabelling.Targets`, such as `labels`; of
       `boundary.Search`, by default those of `SEARCH_DEFAULTS`; and of
       `engine.Passes`, by default those of `update`. Where `retain_weight` is 0,
@@ -190,49 +197,32 @@ def unlearn(
     _check_search(search_fn, model, variables, split.forget, key)
     refresh_labels = refresh_labels and bool(search_fn.noise_scale > 0)
   refresh_labels = refresh_labels and is_searched
-  predict = functools.partial(
-    inference.predict,
-    model.apply,
-    batch_size=eval_batch_size,
+  num_refits = refits.count(
+    *(num_refits, variables, split),
+    labels="given" if targets is not None else taught.labels,
+    retain_weight=retain_weight,
+  )
+  search_key, update_key = jax.random.split(key)
+  teacher = relabelling.Teacher(
+    *(model, variables, split, search_key, taught, search_fn),
+    accuracy=target_accuracy,
+    num_refits=num_refits,
+    search_batch_size=search_batch_size,
+    eval_batch_size=eval_batch_size,
     mesh=passes.mesh,
+    show_progress=passes.show_progress,
   )
   retain_targets = split.retain.labels
   if taught.retain_labels != "hard" and retain_weight > 0:
-    retain_targets = taught.of_retain(predict(variables, split.retain.images))
-  is_part = taught.labels == "soft_other" and bool(target_accuracy)
-  search_key, update_key = jax.random.split(key)
+    retain_targets = taught.of_retain(teacher.predict(split.retain.images))
 
   def search(index: int) -> tuple[Relabelling | None, np.ndarray]:
-    if targets is not None:
-      return None, targets
-    outcome = None
-    if is_searched:
-      outcome = relabel(
-        model.apply,
-        variables,
-        split.forget,
-        jax.random.fold_in(search_key, index),
-        search_fn=search_fn,
-        batch_size=search_batch_size,
-        mesh=passes.mesh,
-        show_progress=passes.show_progress,
-      )
-    labels, gone = split.forget.labels, gone_classes(split)
-    image_logits = None
-    if taught.image_weight or is_part:
-      image_logits = predict(variables, split.forget.images)
-    at_image = image_logits if taught.image_weight else None
-    others = taught.of_forget(outcome, at_image, labels, gone)
-    if target_accuracy is None or image_logits is None or not is_part:
-      return outcome, others
-    return outcome, relabelling.at_accuracy(
-      others, image_logits, labels, target_accuracy, gone
-    )
+    return (None, targets) if targets is not None else teacher.teach(index)
 
   def is_reached(current: types.Variables) -> bool:
     if target_accuracy is None:
       return False
-    logits = predict(current, split.forget.images)
+    logits = teacher.predict(split.forget.images, current)
     is_right = np.argmax(logits, -1) == split.forget.labels
     return bool(is_right.mean() <= target_accuracy)
 
@@ -244,22 +234,12 @@ def unlearn(
       retain_batch_size=retain_batch_size,
     )
 
-  has_level = is_part or (targets is not None and targets.ndim == 2)
+  has_level = teacher.is_part if targets is None else targets.ndim == 2
   return _search_and_move(
     *(variables, split, passes, search, move, is_reached),
     is_refreshed=refresh_labels,
     every=cycle if has_level else 1,
   )
-
-
-def gone_classes(split: types.Split) -> np.ndarray | None:
-  """Returns the classes of which no image is retained, int `[C]`.
-
-  None where nothing is retained, and any class may be taught.
-  """
-  if not len(split.retain):
-    return None
-  return split.whole_classes()
 
 
 def search_of(options: Mapping[str, Any]) -> boundary.Search:

@@ -7,13 +7,12 @@ import numpy as np
 import optax
 import pytest
 
-from psg_jax import baselines, training, types
+from psg_jax import baselines, last_layers, training
 from psg_jax.baselines import (
   cf_k,
   eu_k,
   finetune,
   importance,
-  last_layers,
   salun,
 )
 from tests import fakes
@@ -22,58 +21,9 @@ KEY = jax.random.key(0)
 LAST = ("block_1", "head")
 
 
-def normalised_model():
-  """Two dense layers with BatchNorm and a head, named as in `networks`."""
-  sizes = {"block_0": (64, 6), "block_1": (6, 5), "head": (5, 3)}
-
-  def init(key, images):
-    del images
-    params, stats = {}, {}
-    for i, (name, (fan_in, size)) in enumerate(sizes.items()):
-      draw = jax.random.normal(jax.random.fold_in(key, i), (fan_in, size))
-      params[name] = {
-        "kernel": draw / np.sqrt(fan_in),
-        "bias": jnp.full(size, 0.1),
-      }
-      if name != "head":
-        stats[name] = {"mean": jnp.zeros(size), "var": jnp.ones(size)}
-    return {"params": params, "batch_stats": stats}
-
-  def forward(variables, images, is_training):
-    hidden = images.reshape(len(images), -1)
-    moved = {}
-    for name, stats in variables["batch_stats"].items():
-      layer = variables["params"][name]
-      hidden = hidden @ layer["kernel"]
-      if is_training:
-        used = {"mean": hidden.mean(0), "var": hidden.var(0)}
-        moved[name] = jax.tree.map(lambda x, y: 0.9 * x + 0.1 * y, stats, used)
-        stats = used
-      hidden = (hidden - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-3)
-      hidden = jax.nn.relu(hidden + layer["bias"])
-    return hidden, moved
-
-  def head(variables, hidden):
-    layer = variables["params"]["head"]
-    return hidden @ layer["kernel"] + layer["bias"]
-
-  def apply(variables, images):
-    return head(variables, forward(variables, images, False)[0])
-
-  def apply_train(variables, images, key):
-    del key
-    hidden, moved = forward(variables, images, True)
-    return head(variables, hidden), {**variables, "batch_stats": moved}
-
-  def features(variables, images):
-    return forward(variables, images, False)[0]
-
-  return types.Model(init, apply, apply_train, features)
-
-
 @pytest.fixture(scope="module")
 def layered():
-  model = normalised_model()
+  model = fakes.normalised_model()
   dataset = fakes.blobs(30, size=8)
   variables, _ = training.fit(
     model,

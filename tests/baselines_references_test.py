@@ -12,6 +12,7 @@ from psg_jax import (
   batches,
   inference,
   judgement,
+  last_layers,
   metrics,
   model_checks,
   relearning,
@@ -20,7 +21,7 @@ from psg_jax import (
   types,
   yardstick,
 )
-from psg_jax.baselines import bias_shift, last_layers, msg, regun, scrub
+from psg_jax.baselines import bias_shift, msg, regun, scrub
 from tests import fakes
 
 KEY = jax.random.key(0)

@@ -292,7 +292,7 @@ def test_labellings_teach_different_things():
     names = ("labels", "image_weight", "retain_labels", "top_k")
     options = {"labels": "hard"} | changes
     targets = unlearning.Targets(**{x: options.get(x) for x in names})
-    taught.add(targets)
+    taught.add((targets, options.get("num_refits")))
   assert len(taught) == len(designs.LABELLINGS)
 
 

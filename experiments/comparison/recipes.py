@@ -292,7 +292,9 @@ def _of_job(
     if method == "psg_soft":
       return {**options, **_soft(context)}, objects, None
     if method == "psg_hard":
-      others = dict.fromkeys(("image_weight", "retain_labels", "top_k"))
+      others = dict.fromkeys(
+        ("image_weight", "num_refits", "retain_labels", "top_k")
+      )
       options = {**options, "labels": "hard", **others}
       return options, objects, _aim(context)
     return options, objects, _aim(context)
@@ -327,10 +329,11 @@ def _soft(context: contexts.Context) -> dict[str, Any]:
   be known.
   """
   if contexts.is_class_request(context):
-    return {"labels": "soft_other", "image_weight": 0.0}
+    return {"labels": "soft_other", "image_weight": 0.0, "num_refits": 0}
   return {
     "labels": "soft",
     "image_weight": 0.0,
+    "num_refits": 0,
     "retain_labels": "hard",
     "target_accuracy": None,
   }

@@ -201,8 +201,8 @@ EXPERIMENTS: dict[str, Experiment] = {
       ),
     ),
     note="Nothing is unlearned: these are predictions on the images to forget."
-    " Sources and devices, parts of a class, a random tenth and two classes, of"
-    " a seed that is in no other table: what is recommended was chosen by it.",
+    " Sources and devices, parts of a class, a random tenth and whole classes,"
+    " of a seed that is in no other table: what is recommended was chosen by it.",
   ),
   "grid": Experiment(
     title="λ by γ, and φ by learning rate, in one program each",

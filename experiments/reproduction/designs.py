@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments import recipes
-from experiments.reproduction import bases, measures
+from experiments.reproduction import bases, measures, taught
 from experiments.reproduction.kinds import Cell
 
 AGAIN = "retrained again"
@@ -148,8 +148,7 @@ def sources(size: str) -> Iterator[Cell]:
 def targets(size: str) -> Iterator[Cell]:
   """What may be taught, for sources, parts of classes and whole ones.
 
-  Classes and seed are in no other experiment: what is recommended was chosen by
-  these.
+  The seed is in no other experiment: what is recommended was chosen by these.
   """
   requests: dict[str, tuple[str, dict[str, Any]]] = {
     name: (dataset, {"where": where})
@@ -165,15 +164,19 @@ def targets(size: str) -> Iterator[Cell]:
       {"forget_classes": (4,), "fraction": 0.75},
     ),
     "random tenth": ("fashion_mnist", {"fraction": 0.1}),
-    "class": ("fashion_mnist", {"forget_classes": (4,)}),
-    "class, photographs": ("cifar10", {"forget_classes": (3,)}),
+    **{
+      f"clothes, {x}": ("fashion_mnist", {"forget_classes": (x,)})
+      for x in (0, 1, 4, 8)
+    },
+    **{f"pictures, {x}": ("cifar10", {"forget_classes": (x,)}) for x in (0, 3)},
+    "scans": ("mri", {"forget_classes": ("glioma",)}),
   }
   for name, (dataset, request) in requests.items():
     if size == "smoke" and name != "digits, turned":
       continue
     job = bases.asking(bases.BASES[dataset][size], **request, seed=200)
     job = dataclasses.replace(job, unlearning=_BY_PROXIES)
-    yield Cell({"request": name}, job, measures.targets)
+    yield Cell({"request": name}, job, taught.targets)
 
 
 def metadata(size: str) -> Iterator[Cell]:
@@ -222,7 +225,8 @@ LABELLINGS: dict[str, dict[str, Any]] = {
   "both": {"labels": "soft", "retain_labels": "soft"},
   "both, top 3": {"labels": "soft", "retain_labels": "soft", "top_k": 3},
   "raw logits on F": {"labels": "raw_logits", "retain_labels": "hard"},
-  "without the class, half way": {"labels": "soft_other", "image_weight": 0.5},
+  "without the class, half way": {"labels": "soft_other", "num_refits": 0},
+  "and half new last layers": {"labels": "soft_other"},
 }
 """Options of `recipes.Unlearning` by the ablation's names."""
 
@@ -235,14 +239,14 @@ def labelling(size: str) -> Iterator[Cell]:
       bases.asking(base, forget_classes=(0,), seed=seed), "paper", "cifar10"
     )
     names = ("hard", "both, top 3") if size == "smoke" else LABELLINGS
-    taught = {
+    changed = {
       name: dataclasses.replace(
         job,
         unlearning=dataclasses.replace(job.unlearning, **LABELLINGS[name]),
       )
       for name in names
     }
-    yield from _beside({"seed": seed}, job, taught)
+    yield from _beside({"seed": seed}, job, changed)
 
 
 def single(

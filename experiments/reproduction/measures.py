@@ -13,7 +13,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
 from experiments import contexts
 from experiments.pages import figures as page_figures
@@ -22,17 +21,16 @@ from psg_jax import (
   boundary,
   grids,
   inference,
+  last_layers,
   metrics,
   optimizers,
   proxies,
-  relabelling,
   relearning,
   steps,
   training,
   types,
   unlearning,
 )
-from psg_jax.baselines import last_layers
 
 Records: TypeAlias = list[dict[str, Any]]
 Measure: TypeAlias = Callable[..., Records]
@@ -91,7 +89,7 @@ def _expected(bench: Bench, outcome: proxies.Proxies) -> dict[str, float]:
   """What proxies said of the accuracy, and whether they were right."""
   level = outcome.accuracy
   logits = bench.outputs("retrained").logits["train_forget"]
-  accuracy = _share_right(logits, bench.context.split.forget.labels)
+  accuracy = share_right(logits, bench.context.split.forget.labels)
   return {
     "expected_low": level.low,
     "expected_accuracy": level.value,
@@ -100,68 +98,9 @@ def _expected(bench: Bench, outcome: proxies.Proxies) -> dict[str, float]:
   }
 
 
-def _share_right(predicted: np.ndarray, labels: np.ndarray) -> float:
+def share_right(predicted: np.ndarray, labels: np.ndarray) -> float:
+  """Returns the accuracy of logits or probabilities `[N, K]`."""
   return float(np.mean(np.argmax(predicted, -1) == labels))
-
-
-def targets(bench: Bench) -> Records:
-  """Compares what may be taught with what a retrained model says.
-
-  Args:
-    bench: The job, whose unlearning has proxies.
-
-  Returns:
-    A record a source of targets, named `model`: `kl_divergence` (nats) of them
-    from the retrained model's predictions at the forget images,
-    `level_error`, between its accuracy there and what stands for it, and of
-    proxies `cost`, as a part of a retraining. Proxies are corrected by none of
-    their gap to the original, by half of it, and by all.
-  """
-  context = bench.context
-  forget = context.split.forget
-  labels = np.asarray(forget.labels)
-  logits = {
-    name: bench.outputs(name).logits["train_forget"]
-    for name in ("original", "retrained", "retrained-1")
-  }
-  aim = contexts.aim(context, bench.trained("original"), show_progress=False)
-  assert aim.proxies is not None  # The job has them.
-  sure = special.softmax(logits["original"], -1)
-  whole = unlearning.gone_classes(context.split)
-  others = relabelling.soft_targets(
-    logits["original"], labels="soft_other", old_labels=labels, gone=whole
-  )
-  taught = {
-    "retrained again": special.softmax(logits["retrained-1"], -1),
-    "original": sure,
-    "its class left out": others,
-    "proxies": special.softmax(aim.proxies.logits, -1).mean(0),
-  }
-  levels = {}
-  for name, part in (("no part of", 0.0), ("half", 0.5), ("all", 1.0)):
-    name = f"proxies, {name} the gap"
-    levels[name] = aim.proxies.accuracy.corrected(part)
-    taught[name] = proxies.blend(
-      logits["original"],
-      aim.proxies.logits,
-      labels,
-      aim.proxies.confidence.corrected(part),
-    )
-  accuracy = _share_right(logits["retrained"], labels)
-  records: Records = []
-  for name, predicted in taught.items():
-    level = levels.get(name, _share_right(predicted, labels))
-    record = {
-      "model": name,
-      "kl_divergence": metrics.kl_divergence(
-        logits["retrained"], np.log(np.maximum(predicted, 1e-9))
-      ),
-      "level_error": abs(level - accuracy),
-    }
-    if name.startswith("proxies"):
-      record["cost"] = aim.proxies.cost
-    records.append(record)
-  return records
 
 
 def _accuracies(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from psg_jax import checks, engine, inference, types
-from psg_jax.baselines import common, last_layers
+from psg_jax import checks, engine, inference, last_layers, types
+from psg_jax.baselines import common
 
 
 def bias_shift(

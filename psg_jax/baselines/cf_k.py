@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from psg_jax import engine, optimizers, types
-from psg_jax.baselines import common, finetune, last_layers
+from psg_jax import engine, last_layers, optimizers, types
+from psg_jax.baselines import common, finetune
 
 DEFAULTS = {
   "num_epochs": 10,

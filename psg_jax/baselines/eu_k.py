@@ -5,8 +5,8 @@ from typing import Any
 
 import jax
 
-from psg_jax import engine, steps, types
-from psg_jax.baselines import cf_k, common, finetune, last_layers
+from psg_jax import engine, last_layers, types
+from psg_jax.baselines import cf_k, common, finetune
 
 DEFAULTS = {**cf_k.DEFAULTS, "description": "EU-k"}
 
@@ -51,11 +51,7 @@ def eu_k(
   trainable = last_layers.trainable(variables, num_layers, layers)
   common.check(model, variables, split, key)
   init_key, train_key = jax.random.split(key)
-  start = jax.tree.map(
-    lambda is_new, new, old: new if is_new else old,
-    trainable,
-    steps.plain_variables(common.fresh_variables(model, split, init_key)),
-    steps.plain_variables(variables),
-  )
+  fresh = common.fresh_variables(model, split, init_key)
+  start = last_layers.redrawn(variables, fresh, trainable)
   options = engine.filled(options, {"trainable": trainable, **DEFAULTS})
   return finetune.finetune(model, start, split, train_key, **options)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psg_jax import batches, checks, optimizers, steps, types
-from psg_jax.baselines import common, importance, last_layers
+from psg_jax import batches, checks, last_layers, optimizers, steps, types
+from psg_jax.baselines import common, importance
 
 DEFAULTS = {
   "num_epochs": 5,

@@ -11,7 +11,7 @@ from psg_jax.baselines import common
 
 SOFT_LABELS = ("soft", "soft_other")
 HARD_DEFAULTS = {"labels": "hard"}
-SOFT_DEFAULTS = {"labels": "soft_other", "image_weight": 0.0}
+SOFT_DEFAULTS = {"labels": "soft_other", "image_weight": 0.0, "num_refits": 0}
 RELEASED_DEFAULTS = {
   "num_epochs": 10,
   "batch_size": 64,
@@ -73,7 +73,7 @@ def psg_soft(
     split: The forget and the retain set.
     key: One typed key.
     **options: Those of `unlearning.unlearn`; `labels` must be soft, and
-      `image_weight` is 0 by default.
+      `image_weight` and `num_refits` are 0 by default.
 
   Returns:
     As `unlearning.unlearn`, with its errors.

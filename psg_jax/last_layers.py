@@ -13,6 +13,12 @@ from psg_jax import checks, steps, types
 _NAME = re.compile(r"(stem|block_(\d+)|layer(\d+)_(\d+)|head)")
 
 
+def count(variables: types.Variables) -> int:
+  """Returns how many layers `choose` can name; 0 where it knows no name."""
+  names = list(variables["params"])
+  return len(names) if all(_NAME.fullmatch(name) for name in names) else 0
+
+
 def choose(
   variables: types.Variables, num_layers: int, layers: Sequence[str] | None
 ) -> tuple[str, ...]:
@@ -110,6 +116,27 @@ def trainable(
     )
     for name, tree in steps.plain_variables(variables).items()
   }
+
+
+def redrawn(
+  variables: types.Variables,
+  fresh: types.Variables,
+  trainable: dict[str, chex.ArrayTree],
+) -> types.Variables:
+  """Returns the variables, those of a new network where marked.
+
+  Args:
+    variables: The network's.
+    fresh: Those of a new initialisation.
+    trainable: The leaves that are new, of `trainable`.
+  """
+  mixed: types.Variables = jax.tree.map(
+    lambda is_new, new, old: new if is_new else old,
+    trainable,
+    steps.plain_variables(fresh),
+    steps.plain_variables(variables),
+  )
+  return mixed
 
 
 def kernels(

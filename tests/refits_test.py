@@ -1,0 +1,151 @@
+import chex
+import jax
+import numpy as np
+import pytest
+
+from psg_jax import (
+  inference,
+  last_layers,
+  refits,
+  relabelling,
+  training,
+  types,
+  unlearning,
+)
+from tests import fakes
+
+KEY = jax.random.key(0)
+LAST = ("block_1", "head")
+
+
+@pytest.fixture(scope="module")
+def layered():
+  """A network of three layers, and three classes of which one is to go."""
+  model = fakes.normalised_model()
+  dataset = fakes.blobs(90, size=8)
+  variables, _ = training.fit(
+    *(model, model.init(KEY, None), dataset, KEY),
+    num_epochs=6,
+    batch_size=16,
+    show_progress=False,
+  )
+  return model, variables, fakes.split_class(dataset)
+
+
+def predict(layered, **options):
+  return refits.predict(*layered, KEY, show_progress=False, **options)
+
+
+def test_only_new_last_layers_are_trained_and_on_retained_images(
+  layered, monkeypatch
+):
+  _, variables, split = layered
+  fit, starts, ends = training.fit, [], []
+
+  def spy(model, start, dataset, key, **options):
+    assert set(dataset.ids) <= set(split.retain.ids)
+    starts.append(start)
+    output = fit(model, start, dataset, key, **options)
+    ends.append(output[0])
+    return output
+
+  monkeypatch.setattr(training, "fit", spy)
+  logits = predict(layered)
+  assert logits.shape == (refits.NUM_MODELS, len(split.forget), 3)
+  for start, end in zip(starts, ends, strict=True):
+    for collection, tree in variables.items():
+      for name, value in tree.items():
+        if name in LAST:
+          with pytest.raises(AssertionError):
+            chex.assert_trees_all_equal(start[collection][name], value)
+        else:
+          chex.assert_trees_all_equal(end[collection][name], value)
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_equal(starts[0], starts[1])
+
+
+def test_what_the_last_layers_knew_is_of_no_account(layered):
+  model, variables, split = layered
+  spoiled = {
+    collection: {
+      name: jax.tree.map(lambda x: x + 7, value) if name in LAST else value
+      for name, value in tree.items()
+    }
+    for collection, tree in variables.items()
+  }
+  first = predict(layered, num_models=1)
+  np.testing.assert_array_equal(
+    first, predict((model, spoiled, split), num_models=1)
+  )
+  # The same model whatever their number, and another with another key.
+  np.testing.assert_array_equal(first[0], predict(layered)[0])
+  assert np.any(first[0] != predict(layered)[1])
+
+
+def test_they_know_retained_classes_and_not_the_one_that_is_gone(layered):
+  model, variables, split = layered
+  known = types.Split(split.retain, split.retain)
+  is_right = (
+    predict((model, variables, known)).argmax(-1) == known.forget.labels
+  )
+  assert is_right.mean(1).min() > 0.9
+  assert np.all(predict(layered).argmax(-1) != 0)
+
+
+def test_they_are_half_of_the_targets_by_default(layered):
+  model, variables, split = layered
+  options = {"image_weight": 1, "num_epochs": 1, "show_progress": False}
+  output, plain, one = (
+    unlearning.unlearn(*layered, KEY, num_refits=number, **options)
+    for number in (None, 0, 1)
+  )
+  search_key = jax.random.split(KEY)[0]
+  logits = refits.predict(*layered, search_key, show_progress=False)
+  shared = {"labels": "soft_other", "old_labels": split.forget.labels}
+  near = relabelling.soft_targets(
+    inference.predict(model.apply, variables, split.forget.images), **shared
+  )
+  others = [relabelling.soft_targets(x, **shared) for x in logits]
+  np.testing.assert_allclose(plain.targets, near, atol=1e-6)
+  np.testing.assert_allclose(
+    output.targets, (near + np.mean(others, 0)) / 2, atol=1e-6
+  )
+  np.testing.assert_allclose(one.targets, (near + others[0]) / 2, atol=1e-6)
+  assert np.all(output.targets[:, 0] == 0)
+
+
+def test_they_are_made_where_they_can_say_something(layered):
+  _, variables, split = layered
+  retain = split.retain
+  half = types.Split(retain.take([0, 1]), retain.take(range(2, len(retain))))
+  one_class = types.Split(
+    split.forget, retain.take(np.flatnonzero(retain.labels == 1))
+  )
+
+  def count(number, variables=variables, split=split, **options):
+    options = {"labels": "soft_other", "retain_weight": 1.0, **options}
+    return refits.count(number, variables, split, **options)
+
+  assert count(None) == refits.NUM_MODELS
+  assert count(5) == 5
+  linear = fakes.linear_variables(np.zeros((64, 3)))
+  for words, changes in {
+    "labels are hard": {"labels": "hard"},
+    "retain_weight is 0": {"retain_weight": 0.0},
+    "not all images of their classes are forgotten": {"split": half},
+    "one class is retained": {"split": one_class},
+    "the network has no last layers": {"variables": linear},
+  }.items():
+    assert count(None, **changes) == count(0, **changes) == 0
+    with pytest.raises(ValueError, match=f"^num_refits .* {words}.* got 2$"):
+      count(2, **changes)
+  with pytest.raises(ValueError, match=r"^num_refits must .* got -1"):
+    count(-1)
+
+
+@pytest.mark.parametrize(
+  ("names", "expected"),
+  [(["block_0", "head"], 2), (["head", "stem", "layer1_0"], 3), (["w"], 0)],
+)
+def test_layers_of_known_names_are_counted(names, expected):
+  assert last_layers.count({"params": dict.fromkeys(names)}) == expected
