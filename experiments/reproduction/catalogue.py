@@ -202,7 +202,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     note="Nothing is unlearned: these are predictions on the images to forget."
     " Sources and devices, parts of a class, a random tenth and whole classes,"
-    " of a seed that is in no other table: what is recommended was chosen by it.",
+    " of a seed that is in no other table: it chose what is recommended.",
   ),
   "grid": Experiment(
     title="λ by γ, and φ by learning rate, in one program each",
