@@ -391,6 +391,23 @@ def sources() -> str:
 _DISTANCE = "normalised_kl_divergence_train_forget"
 
 
+def refits() -> str:
+  """Of whole classes: how far what may be taught is from retraining."""
+  from experiments.pages import experiment as page
+  from experiments.reproduction import designs, results
+
+  expected = results.read("targets", "cpu")
+  if expected is None:
+    return "(not measured)"
+  name = "normalised_kl_divergence"
+  rows = [
+    (row.key["model"], page.mean_sd(name, row.figures[name]))
+    for row in expected["rows"]
+    if row.key.get("kind") == designs.WHOLE and name in row.figures
+  ]
+  return _table(("taught", "KL divergence, normalised"), rows)
+
+
 def claims() -> str:
   """What can be said with how many retrained models."""
   from psg_jax import verification
@@ -412,7 +429,7 @@ BLOCKS = {
   fn.__name__: fn
   for fn in (
     *(recipes, unlearning, results, metrics, checks, alarms),
-    *(methods, claims, experiments, reproduced, sources, summary),
+    *(methods, claims, experiments, reproduced, refits, sources, summary),
   )
 }
 """What stands between the marks of each name."""

@@ -83,13 +83,13 @@ class Unlearning:
   """kappa: ends a search at this probability of the old class, before the
   boundary; it can only stop earlier."""
   is_rounded: bool = False
-  learning_rate: float = 5e-3
+  learning_rate: float = 1e-2
   """The highest, where the schedule is not constant."""
   schedule: Literal["one_cycle", "constant"] = "one_cycle"
   momentum: float = 0.9
   weight_decay: float = 1e-4
   num_epochs: int | None = None
-  """Passes over the forget set; None: 1, or as many as make 60 steps."""
+  """Passes over the forget set; None: 1, or as many as make 120 steps."""
   batch_size: int = 8
   """Forget images a step."""
   retain_batch_size: int | None = None

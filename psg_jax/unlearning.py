@@ -41,14 +41,14 @@ soft_targets = relabelling.soft_targets
 RETAIN_LABELS = relabelling.RETAIN_LABELS
 Targets = relabelling.Targets
 # Fewer steps leave a small model between the old labels and the new.
-_MIN_STEPS = 60
+_MIN_STEPS = 120
 _MIN_EPOCHS = 1
 SCHEDULE = "one_cycle"
 # Small minibatches, of which retained images are the most: of the mixtures that
 # were tried at one cost, nearest to retrained models (docs/targets.md).
 BATCH_SIZE = 8
 RETAIN_SHARE = 3
-LEARNING_RATE = 5e-3
+LEARNING_RATE = 1e-2
 SEARCH_DEFAULTS = {
   "num_steps": 50,
   "step_size": 0.03,
@@ -353,7 +353,7 @@ def _check_search(
 
 
 def default_num_epochs(num_forget: int, batch_size: int) -> int:
-  """Returns 1 pass, or as many as make 60 steps."""
+  """Returns 1 pass, or as many as make 120 steps."""
   return max(_MIN_EPOCHS, -(-_MIN_STEPS // -(-num_forget // batch_size)))
 
 
@@ -386,8 +386,8 @@ def update(
     retain_batch_size: Retain images a step, positive; by default three for
       each forget image.
     **options: Those of `engine.Passes`, by default `batch_size=8`, of forget
-      images, `num_epochs` of 1, or as many as make 60 steps, over the forget
-      set, `schedule="one_cycle"`, and `training.sgd(5e-3)`, or `sgd(1e-3)` with
+      images, `num_epochs` of 1, or as many as make 120 steps, over the forget
+      set, `schedule="one_cycle"`, and `training.sgd(1e-2)`, or `sgd(1e-3)` with
       a constant rate.
 
   Returns:

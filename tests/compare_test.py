@@ -462,12 +462,12 @@ def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):
 def test_budget_is_that_of_psg(context):
   num_forget, num_retain = len(context.split.forget), len(context.split.retain)
   assert (num_forget, num_retain) == (41, 359)
-  # 60 steps of 8 forget and 24 retain images: 1920.
+  # 120 steps of 8 forget and 24 retain images: 3840.
   expected = {
-    "finetune": 5,  # 1920 / 359
-    "neggrad": 3,  # 1920 / 718
-    "random_labels": 5,  # 1920 / 400
-    "bad_teacher": 13,  # 1920 / (41 + 108)
+    "finetune": 11,  # 3840 / 359
+    "neggrad": 5,  # 3840 / 718
+    "random_labels": 10,  # 3840 / 400
+    "bad_teacher": 26,  # 3840 / (41 + 108)
     "boundary_shrink": 3,
   }
   found = {

@@ -192,7 +192,7 @@ def test_rates_and_passes_of_the_plan(context):
   # Where the passes follow from the forget set.
   num_batches = math.ceil(len(context.split.forget) / 8)
   last = trials.planned("psg", context, 6)[5].overrides
-  assert last["num_epochs"] == 2 * math.ceil(60 / num_batches)
+  assert last["num_epochs"] == 2 * math.ceil(120 / num_batches)
   ssd = trials.planned("ssd", context, 3)[2]
   assert ssd.overrides == {"selection_weight": 30.0}
 

@@ -215,7 +215,7 @@ def test_hard_labels_are_of_classes_that_are_retained():
 
 @pytest.mark.parametrize(
   ("num_forget", "expected"),
-  [(1, 60), (64, 60), (65, 30), (1280, 3), (9999, 1)],
+  [(1, 120), (64, 120), (65, 60), (1280, 6), (9999, 1)],
 )
 def test_small_forget_sets_get_more_passes(num_forget, expected):
   assert unlearning.default_num_epochs(num_forget, 64) == expected

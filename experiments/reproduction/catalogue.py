@@ -186,7 +186,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     title="What may be taught, beside what a retrained model says",
     source="beyond the paper",
     cells=designs.targets,
-    by=("model",),
+    by=("kind", "model"),
     figures=(
       *("kl_divergence", "normalised_kl_divergence", "level_error", "cost"),
     ),

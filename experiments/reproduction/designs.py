@@ -145,6 +145,10 @@ def sources(size: str) -> Iterator[Cell]:
     yield from _forgetting({"request": name}, job, dataset, PART_METHODS[1:])
 
 
+WHOLE = "whole classes"
+"""The kind of a request for classes without a fraction."""
+
+
 def targets(size: str) -> Iterator[Cell]:
   """What may be taught, for sources, parts of classes and whole ones.
 
@@ -176,7 +180,9 @@ def targets(size: str) -> Iterator[Cell]:
       continue
     job = bases.asking(bases.BASES[dataset][size], **request, seed=200)
     job = dataclasses.replace(job, unlearning=_BY_PROXIES)
-    yield Cell({"request": name}, job, taught.targets)
+    is_whole = "forget_classes" in request and "fraction" not in request
+    row = {"kind": WHOLE if is_whole else "other requests", "request": name}
+    yield Cell(row, job, taught.targets)
 
 
 def metadata(size: str) -> Iterator[Cell]:
