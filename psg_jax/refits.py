@@ -1,10 +1,10 @@
 """What would a model say whose last layers never saw the forget set?
 
 A trained network knows its images by heart in its last layers first; what the
-others compute is mostly of use to any class. A few copies whose last layers are
-drawn anew, and trained for some steps on retained images, say of a class that
-is gone what a retrained model would, at a small part of its cost: the network
-is taken through a gradient but at its end.
+others compute is mostly of use to any class. A copy whose last layers are drawn
+anew, and trained in one pass over the retained images, says of a class that is
+gone what a retrained model would, at a small part of its cost: the network is
+taken through a gradient but at its end.
 """
 
 import jax
@@ -20,10 +20,12 @@ from psg_jax import (
   types,
 )
 
-NUM_MODELS = 2
+NUM_MODELS = 1
 # No pass's search has it.
 _KEY = np.iinfo(np.int32).max
 _BATCH_SIZE = 16
+# Of fewer images there are more passes.
+_MIN_STEPS = 140
 
 
 def count(
@@ -37,7 +39,7 @@ def count(
   """Returns how many there are to be.
 
   Args:
-    num_refits: 0 or more; None for 2 where they can say something, else 0.
+    num_refits: 0 or more; None for 1 where they can say something, else 0.
     variables: The network's.
     split: The forget and the retain set.
     labels: The form of the targets, of `relabelling.LABELS`, or other words.
@@ -78,7 +80,7 @@ def predict(
   *,
   num_models: int = NUM_MODELS,
   num_layers: int = 4,
-  num_steps: int = 140,
+  num_epochs: int = 1,
   learning_rate: float = 0.05,
   eval_batch_size: int = 256,
   mesh: jax.sharding.Mesh | None = None,
@@ -95,10 +97,11 @@ def predict(
     model: The network.
     variables: The original model's, left as they are.
     split: The forget and the retain set; see `count`.
-    key: One typed key, that of a search, from which another is folded.
-    num_models: `M`, positive; their mean says more than one of them.
+    key: One typed key, that of a search, from which others are folded.
+    num_models: `M`, positive; their mean says a little more than one of them.
     num_layers: The last so many are new, positive, but never the first.
-    num_steps: Of 16 images, positive, up to whole epochs.
+    num_epochs: Passes over the retained images, 16 a step, positive; more where
+      these would be fewer than 140 steps.
     learning_rate: Of SGD, the highest of its one cycle, positive.
     eval_batch_size: Images predicted at a time.
     mesh: Devices; None for one.
@@ -115,23 +118,20 @@ def predict(
   checks.integer("num_models", num_models, at_least=1)
   key = jax.random.fold_in(key, _KEY)
   checks.integer("num_layers", num_layers, at_least=1)
-  checks.integer("num_steps", num_steps, at_least=1)
+  checks.integer("num_epochs", num_epochs, at_least=1)
   num_layers = min(num_layers, last_layers.count(variables) - 1)
   trainable = last_layers.trainable(variables, num_layers, None)
   image = jnp.zeros((1, *split.retain.images.shape[1:]), jnp.float32)
-  # As many epochs as make so many steps, and no more images than they need.
-  num_images = len(split.retain)
-  num_epochs = max(1, round(num_steps * _BATCH_SIZE / num_images))
-  num_rows = min(num_steps * _BATCH_SIZE // num_epochs, num_images)
+  num_batches = -(-len(split.retain) // _BATCH_SIZE)
+  num_epochs = max(num_epochs, round(_MIN_STEPS / num_batches))
   logits = []
   for number in range(num_models):
-    keys = jax.random.split(jax.random.fold_in(key, number), 3)
-    rows = np.asarray(jax.random.permutation(keys[0], num_images))[:num_rows]
+    init_key, fit_key = jax.random.split(jax.random.fold_in(key, number))
     fitted, _ = training.fit(
       model,
-      last_layers.redrawn(variables, model.init(keys[1], image), trainable),
-      split.retain.take(np.sort(rows)),
-      keys[2],
+      last_layers.redrawn(variables, model.init(init_key, image), trainable),
+      split.retain,
+      fit_key,
       num_epochs=num_epochs,
       batch_size=_BATCH_SIZE,
       optimizer=optimizers.sgd(learning_rate),

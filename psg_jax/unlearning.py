@@ -146,8 +146,8 @@ def unlearn(
     max_cycles: Where a target accuracy is not reached in all passes, they are
       made again, so often in all, each with a schedule of its own.
     num_refits: Copies of the model whose last layers are drawn anew and trained
-      for some steps on retained images, and whose mean prediction is half of
-      the `soft_other` targets (`refits.predict`); 0 for none. None for 2 where
+      in one pass over the retained images, and whose mean prediction is half of
+      the `soft_other` targets (`refits.predict`); 0 for none. None for 1 where
       whole classes are forgotten, retained images are used, and the layers have
       names that are known, else 0: of other requests the layers before the
       last ones remember too much.

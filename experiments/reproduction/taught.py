@@ -75,12 +75,10 @@ def targets(bench: Bench) -> measures.Records:
 
 REFITS: dict[str, dict[str, Any]] = {
   "": {},
-  ", one model": {"num_models": 1},
-  ", four models": {"num_models": 4},
+  ", two models": {"num_models": 2},
   ", two layers": {"num_layers": 2},
   ", three layers": {"num_layers": 3},
-  ", 70 steps": {"num_steps": 70},
-  ", 280 steps": {"num_steps": 280},
+  ", two passes": {"num_epochs": 2},
   ", rate 0.02": {"learning_rate": 0.02},
 }
 """Options of `refits.predict` that were tried, by what a table calls them."""
