@@ -1,7 +1,7 @@
 """Some layers of a network, by the names in its variables."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import chex
@@ -15,8 +15,11 @@ _NAME = re.compile(r"(stem|block_(\d+)|layer(\d+)_(\d+)|head)")
 
 def count(variables: types.Variables) -> int:
   """Returns how many layers `choose` can name; 0 where it knows no name."""
-  names = list(variables["params"])
-  return len(names) if all(_NAME.fullmatch(name) for name in names) else 0
+  params = variables.get("params")
+  # Of other libraries' networks they are an object.
+  names = list(params) if isinstance(params, Mapping) else []
+  is_known = all(_NAME.fullmatch(str(name)) for name in names)
+  return len(names) if is_known else 0
 
 
 def choose(

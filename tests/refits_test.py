@@ -151,3 +151,8 @@ def test_they_are_made_where_they_can_say_something(layered):
 )
 def test_layers_of_known_names_are_counted(names, expected):
   assert last_layers.count({"params": dict.fromkeys(names)}) == expected
+
+
+def test_networks_of_other_libraries_have_no_layers_that_are_known():
+  assert last_layers.count({"params": object()}) == 0
+  assert last_layers.count({"weights": {"head": 1}}) == 0
