@@ -138,6 +138,16 @@ def test_one_program_for_all_cells_and_one_search_for_like_ones(grid):
   assert len(output.targets) == 5
 
 
+def test_each_seed_has_new_last_layers_of_its_own(parts):
+  cells = [{"seed": 0}, {"seed": 1}, {"seed": 0, "retain_weight": 0.5}]
+  output = unlearn_grid(parts, cells)
+  np.testing.assert_array_equal(output.search_of_cell, [0, 0, 0])
+  np.testing.assert_array_equal(output.target_of_cell, [0, 1, 0])
+  assert difference(*output.targets) > 1e-3
+  plain = unlearn_grid(parts, cells, num_refits=0)
+  np.testing.assert_array_equal(plain.target_of_cell, [0, 0, 0])
+
+
 def test_cells_are_completed(grid):
   assert grid[0].cells[2] == {
     **{"num_steps": 50, "step_size": 0.03, "step_growth": 2.0},
