@@ -9,9 +9,11 @@ that nothing of the library is imported.
 """
 
 import ast
+import csv
 import json
 import pathlib
 import re
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -392,20 +394,31 @@ _DISTANCE = "normalised_kl_divergence_train_forget"
 
 
 def refits() -> str:
-  """Of whole classes: how far what may be taught is from retraining."""
-  from experiments.pages import experiment as page
-  from experiments.reproduction import designs, results
-
-  expected = results.read("targets", "cpu")
-  if expected is None:
-    return "(not measured)"
-  name = "normalised_kl_divergence"
+  """Of new last layers: how far targets were, by what was tried."""
+  path = pathlib.Path(__file__).parent / "tuning" / "refits.csv"
+  with path.open(newline="") as file:
+    trials = list(csv.DictReader(file))
+  names = ("layers", "steps", "batch_size", "learning_rate", "copies")
+  problems = ("fashion_mnist", "cifar10, size cpu", "brain_tumor_mri")
+  groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+  for trial in trials:
+    if trial["problem"].startswith(problems):
+      key = tuple(trial[name] for name in names)
+      groups.setdefault(key, []).append(trial)
+  most = max(map(len, groups.values()))
   rows = [
-    (row.key["model"], page.mean_sd(name, row.figures[name]))
-    for row in expected["rows"]
-    if row.key.get("kind") == designs.WHOLE and name in row.figures
+    (
+      *key,
+      *(
+        f"{statistics.geometric_mean(float(x[name]) for x in group):.2f}"
+        for name in ("without", "half", "alone")
+      ),
+    )
+    for key, group in groups.items()
+    if key[2] == "16" and len(group) == most
   ]
-  return _table(("taught", "KL divergence, normalised"), rows)
+  heads = ("layers", "steps", "batch", "rate", "copies")
+  return _table((*heads, "without", "half of targets", "alone"), rows)
 
 
 def claims() -> str:
