@@ -23,18 +23,7 @@ LAST = ("block_1", "head")
 
 @pytest.fixture(scope="module")
 def layered():
-  model = fakes.normalised_model()
-  dataset = fakes.blobs(30, size=8)
-  variables, _ = training.fit(
-    model,
-    model.init(KEY, None),
-    dataset,
-    KEY,
-    num_epochs=2,
-    batch_size=16,
-    show_progress=False,
-  )
-  return model, variables, fakes.split_class(dataset)
+  return fakes.layered(num_images=30, num_epochs=2)
 
 
 def run(fn, layered, **options):
@@ -95,13 +84,7 @@ def test_conformance_eu_k_resets_the_last_layers(layered):
     chex.assert_trees_all_equal(params[name], fresh["params"][name])
     assert has_moved(params, variables["params"])[name]
   # What they were before does not matter.
-  spoiled = {
-    collection: {
-      name: jax.tree.map(lambda x: x + 7, value) if name in LAST else value
-      for name, value in tree.items()
-    }
-    for collection, tree in variables.items()
-  }
+  spoiled = fakes.spoiled(variables, LAST)
   options = {"num_epochs": 2, "optimizer": training.sgd(0.05)}
   first = run(eu_k.eu_k, layered, **options)
   second = run(eu_k.eu_k, (model, spoiled, split), **options)

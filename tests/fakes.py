@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.pages import figures
-from psg_jax import data, models, networks, torch_layouts, types
+from psg_jax import data, models, networks, torch_layouts, training, types
 
 
 def linear_apply(variables, images):
@@ -102,6 +102,30 @@ def normalised_model():
     return forward(variables, images, False)[0]
 
   return types.Model(init, apply, apply_train, features)
+
+
+def layered(num_images, num_epochs):
+  """A trained `normalised_model`, and blobs whose first class is to go."""
+  model, key = normalised_model(), jax.random.key(0)
+  dataset = blobs(num_images, size=8)
+  variables, _ = training.fit(
+    *(model, model.init(key, None), dataset, key),
+    num_epochs=num_epochs,
+    batch_size=16,
+    show_progress=False,
+  )
+  return model, variables, split_class(dataset)
+
+
+def spoiled(variables, names):
+  """Variables whose layers of these names are others."""
+  return {
+    collection: {
+      name: jax.tree.map(lambda x: x + 7, value) if name in names else value
+      for name, value in tree.items()
+    }
+    for collection, tree in variables.items()
+  }
 
 
 def small_cnn(**options):

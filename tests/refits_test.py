@@ -21,15 +21,7 @@ LAST = ("block_1", "head")
 @pytest.fixture(scope="module")
 def layered():
   """A network of three layers, and three classes of which one is to go."""
-  model = fakes.normalised_model()
-  dataset = fakes.blobs(90, size=8)
-  variables, _ = training.fit(
-    *(model, model.init(KEY, None), dataset, KEY),
-    num_epochs=6,
-    batch_size=16,
-    show_progress=False,
-  )
-  return model, variables, fakes.split_class(dataset)
+  return fakes.layered(num_images=90, num_epochs=6)
 
 
 def predict(layered, **options):
@@ -66,13 +58,7 @@ def test_only_new_last_layers_are_trained_and_on_retained_images(
 
 def test_what_the_last_layers_knew_is_of_no_account(layered):
   model, variables, split = layered
-  spoiled = {
-    collection: {
-      name: jax.tree.map(lambda x: x + 7, value) if name in LAST else value
-      for name, value in tree.items()
-    }
-    for collection, tree in variables.items()
-  }
+  spoiled = fakes.spoiled(variables, LAST)
   first = predict(layered, num_models=1)
   np.testing.assert_array_equal(
     first, predict((model, spoiled, split), num_models=1)

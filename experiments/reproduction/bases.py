@@ -149,6 +149,11 @@ def asking(job: recipes.Job, **request: Any) -> recipes.Job:
   return dataclasses.replace(job, **nothing | request)
 
 
+def is_for_classes(job: recipes.Job) -> bool:
+  """Whether a job of these experiments forgets whole classes."""
+  return bool(job.forget_classes) and job.fraction == 1 and not job.where
+
+
 def with_method(job: recipes.Job, name: str, dataset: str) -> recipes.Job:
   """Returns a job with the unlearning options of this name.
 
@@ -166,8 +171,7 @@ def with_method(job: recipes.Job, name: str, dataset: str) -> recipes.Job:
     options = dataclasses.replace(
       options, distance_weight=weight, noise_scale=noise
     )
-  is_class = bool(job.forget_classes) and job.fraction == 1 and not job.where
-  if is_class:
+  if is_for_classes(job):
     options = dataclasses.replace(options, target="zero")
   return dataclasses.replace(job, unlearning=options)
 

@@ -145,10 +145,6 @@ def sources(size: str) -> Iterator[Cell]:
     yield from _forgetting({"request": name}, job, dataset, PART_METHODS[1:])
 
 
-WHOLE = "whole classes"
-"""The kind of a request for classes without a fraction."""
-
-
 def targets(size: str) -> Iterator[Cell]:
   """What may be taught, for sources, parts of classes and whole ones.
 
@@ -180,8 +176,8 @@ def targets(size: str) -> Iterator[Cell]:
       continue
     job = bases.asking(bases.BASES[dataset][size], **request, seed=200)
     job = dataclasses.replace(job, unlearning=_BY_PROXIES)
-    is_whole = "forget_classes" in request and "fraction" not in request
-    row = {"kind": WHOLE if is_whole else "other requests", "request": name}
+    kind = "whole classes" if bases.is_for_classes(job) else "other requests"
+    row = {"kind": kind, "request": name}
     yield Cell(row, job, taught.targets)
 
 
