@@ -38,8 +38,9 @@ def check(job: recipes.Job) -> None:
     checks.integer(
       "unlearning.retain_batch_size", options.retain_batch_size, at_least=1
     )
-  if options.num_refits is not None:
-    checks.integer("unlearning.num_refits", options.num_refits, at_least=0)
+  for name in ("num_refits", "num_layers"):
+    if getattr(options, name) is not None:
+      checks.integer(f"unlearning.{name}", getattr(options, name), at_least=0)
   for name in ("distance_weight", "noise_scale", "retain_weight"):
     value = getattr(options, name)
     checks.number(f"unlearning.{name}", value, at_least=0)

@@ -108,10 +108,14 @@ class Unlearning:
   classes where they can be trained, else 0."""
   retain_labels: Literal["hard", "soft", "raw_logits"] | None = None
   top_k: int | None = None
-  batch_stats: Literal["update", "frozen"] = "update"
+  batch_stats: Literal["update", "frozen"] | None = None
+  """None: frozen where the last layers alone are moved, else update."""
+  num_layers: int | None = None
+  """The last so many layers are moved; 0: all; None: 4 for whole classes with
+  soft_other labels, else 0."""
   layers: tuple[str, ...] = ()
-  """Layers that are moved, by the beginning of their names (head, layer4); all
-  by default."""
+  """Layers that are moved, by the beginning of their names (head, layer4),
+  instead of so many at the end."""
   refresh_labels: bool = False
   target: Literal["auto", "zero", "unseen", "proxy"] = "auto"
   """When to stop: zero, after all passes; unseen, when the accuracy on the
@@ -443,7 +447,7 @@ def upgraded(unlearning: Mapping[str, Any]) -> dict[str, Any]:
   """Adds to options of an earlier version what it did without saying."""
   if not unlearning:
     return {}
-  earlier: dict[str, Any] = {"num_refits": 0}
+  earlier: dict[str, Any] = {"num_refits": 0, "num_layers": 0}
   if "step_growth" not in unlearning:
     earlier |= {
       "step_growth": 1.0,

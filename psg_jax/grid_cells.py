@@ -68,7 +68,6 @@ class Shared(NamedTuple):
     given_targets: Of the forget set, in place of those of a search.
     sizes: Batch sizes by name: `search_batch_size`, `eval_batch_size` and
       `retain_batch_size`.
-    num_refits: As for `unlearning.unlearn`, of cells that retain.
   """
 
   model: types.Model
@@ -80,7 +79,6 @@ class Shared(NamedTuple):
   target_options: dict[str, Any]
   given_targets: np.ndarray | None
   sizes: dict[str, int]
-  num_refits: int | None
 
   def search(self, cell: Cell) -> boundary.Search:
     """Returns the search of a cell, which checks itself."""
@@ -92,12 +90,16 @@ class Shared(NamedTuple):
     weight = {"image_weight": cell["image_weight"]}
     return relabelling.Targets(**self.target_options | weight)
 
+  def form(self, taught: relabelling.Targets) -> str:
+    """The labels, as `refits.count` names them."""
+    return taught.labels if self.given_targets is None else "given"
+
   def num_refits_of(self, cell: Cell) -> int:
     """Returns how many refits a cell has."""
     taught = self.taught(cell)
     return refits.count(
-      *(self.num_refits, self.variables, self.split),
-      labels="given" if self.given_targets is not None else taught.labels,
+      *(taught.num_refits, self.variables, self.split),
+      labels=self.form(taught),
       retain_weight=cell["retain_weight"],
     )
 
@@ -143,7 +145,7 @@ def read(
     return {name: x for name, x in values.items() if x is not None}
 
   others: dict[str, Any] = dict.fromkeys(
-    ("learning_rate", "targets", "num_refits")
+    ("learning_rate", "targets", "num_layers")
   )
   others["retain_weight"] = 1.0
   others |= taken(*others)
@@ -156,13 +158,14 @@ def read(
     target_options=taken(*unlearning.TARGET_NAMES),
     given_targets=others["targets"],
     sizes={name: defaults[name] for name in _SIZES} | taken(*_SIZES),
-    num_refits=others["num_refits"],
   )
   completed = _completed(shared, cells, others["retain_weight"])
   passes = unlearning.read_passes(
     *(model, variables, split),
     max(cell["retain_weight"] for cell in completed),
     options,
+    labels=shared.form(shared.taught(completed[0])),
+    num_layers=others["num_layers"],
   )
   if shared.sizes["retain_batch_size"] is None:
     share = unlearning.RETAIN_SHARE * passes.batch_size

@@ -22,6 +22,27 @@ def count(variables: types.Variables) -> int:
   return len(names) if is_known else 0
 
 
+def check(num_layers: int, variables: types.Variables) -> int:
+  """Returns how many layers at the end are meant, never the first.
+
+  Args:
+    num_layers: Positive.
+    variables: The network's variables.
+
+  Raises:
+    ValueError: If it is not positive, or the network has not several layers of
+      names that are known.
+  """
+  checks.integer("num_layers", num_layers, at_least=1)
+  num_known = count(variables)
+  if num_known < 2:
+    raise ValueError(
+      "num_layers must be 0 for a network without several layers of names that"
+      f" are known, got {num_layers}"
+    )
+  return min(num_layers, num_known - 1)
+
+
 def choose(
   variables: types.Variables, num_layers: int, layers: Sequence[str] | None
 ) -> tuple[str, ...]:

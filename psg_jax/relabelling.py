@@ -186,6 +186,10 @@ class Targets:
       the frozen model's own predictions; `"raw_logits"`. None for those of
       `labels`, and hard ones with `"soft_other"`.
     top_k: With soft labels, the number of largest entries kept, or None.
+    num_refits: Copies of the model whose last layers are drawn anew and trained
+      on retained images, and whose mean prediction is half of the targets of
+      `"soft_other"` (`refits.predict`); 0 for none. None for 1 where they can
+      say something (`refits.count`), as of whole classes, else 0.
 
   Raises:
     ValueError: If an option is out of its range or does not go with another.
@@ -195,6 +199,7 @@ class Targets:
   image_weight: float | None = None
   retain_labels: str | None = None
   top_k: int | None = None
+  num_refits: int | None = None
 
   def __post_init__(self) -> None:
     check_labels(self.labels, self.top_k)
@@ -210,6 +215,8 @@ class Targets:
     if retain_labels is None:
       retain_labels = "hard" if self.labels == "soft_other" else self.labels
     checks.one_of("retain_labels", retain_labels, RETAIN_LABELS)
+    if self.num_refits is not None:
+      checks.integer("num_refits", self.num_refits, at_least=0)
     object.__setattr__(self, "image_weight", float(weight))
     object.__setattr__(self, "retain_labels", retain_labels)
 

@@ -191,3 +191,7 @@ class Split(NamedTuple):
   def whole_classes(self) -> np.ndarray:
     """Returns the classes to forget of which no image is retained, `[C]`."""
     return np.setdiff1d(self.forget.labels, self.retain.labels)
+
+  def is_of_classes(self) -> bool:
+    """Whether all images of their classes are forgotten."""
+    return bool(np.isin(self.forget.labels, self.whole_classes()).all())

@@ -21,6 +21,7 @@ from psg_jax import (
   boundary,
   checks,
   engine,
+  last_layers,
   optimizers,
   refits,
   relabelling,
@@ -49,6 +50,8 @@ SCHEDULE = "one_cycle"
 BATCH_SIZE = 8
 RETAIN_SHARE = 3
 LEARNING_RATE = 1e-2
+# Of whole classes, the layers that are moved.
+NUM_LAYERS = 4
 SEARCH_DEFAULTS = {
   "num_steps": 50,
   "step_size": 0.03,
@@ -103,7 +106,7 @@ def unlearn(
   refresh_labels: bool = False,
   target_accuracy: float | None = None,
   max_cycles: int = 1,
-  num_refits: int | None = None,
+  num_layers: int | None = None,
   **options: Any,
 ) -> UnlearnOutput:
   """Takes the forget set out of a trained model.
@@ -145,16 +148,16 @@ def unlearn(
       after all passes of a cycle, else after each.
     max_cycles: Where a target accuracy is not reached in all passes, they are
       made again, so often in all, each with a schedule of its own.
-    num_refits: Copies of the model whose last layers are drawn anew and trained
-      in one pass over the retained images, and whose mean prediction is half of
-      the `soft_other` targets (`refits.predict`); 0 for none. None for 1 where
-      whole classes are forgotten, retained images are used, and the layers have
-      names that are known, else 0: of other requests the layers before the
-      last ones remember too much.
+    num_layers: The last so many layers are moved (`last_layers.choose`), never
+      the first; the others stay as they are, and BatchNorm is in inference mode
+      unless `batch_stats` says otherwise; 0 moves all. None for 4 where whole
+      classes are forgotten by `soft_other` labels and the layers have names
+      that are known, which is as near to retraining at half the cost of a
+      step, else 0.
     **options: Those of `relabelling.Targets`, such as `labels`; of
       `boundary.Search`, by default those of `SEARCH_DEFAULTS`; and of
-      `engine.Passes`, by default those of `update`. Where `retain_weight` is 0,
-      `batch_stats="frozen"` is the better choice.
+      `engine.Passes`, by default those of `update`. Where `retain_weight` is 0
+      and all layers are moved, `batch_stats="frozen"` is the better choice.
 
   Returns:
     The unlearned variables, the targets, and the history.
@@ -170,10 +173,15 @@ def unlearn(
   named = dict(options)
   target_options = _taken(options, TARGET_NAMES)
   _taken(options, SEARCH_NAMES)
-  passes = read_passes(model, variables, split, retain_weight, options)
-  cycle = passes.num_epochs
   taught = relabelling.Targets(**target_options)
   check_labels(taught.labels, taught.top_k, split.forget.num_classes)
+  form = taught.labels if targets is None else "given"
+  passes = read_passes(
+    *(model, variables, split, retain_weight, options),
+    labels=form,
+    num_layers=num_layers,
+  )
+  cycle = passes.num_epochs
   checks.integer("search_batch_size", search_batch_size, at_least=1)
   checks.integer("eval_batch_size", eval_batch_size, at_least=1)
   checks.integer("max_cycles", max_cycles, at_least=1)
@@ -198,8 +206,8 @@ def unlearn(
     refresh_labels = refresh_labels and bool(search_fn.noise_scale > 0)
   refresh_labels = refresh_labels and is_searched
   num_refits = refits.count(
-    *(num_refits, variables, split),
-    labels="given" if targets is not None else taught.labels,
+    *(taught.num_refits, variables, split),
+    labels=form,
     retain_weight=retain_weight,
   )
   search_key, update_key = jax.random.split(key)
@@ -417,13 +425,34 @@ def read_passes(
   split: types.Split,
   retain_weight: float,
   options: Mapping[str, Any],
+  *,
+  labels: str = "given",
+  num_layers: int | None = None,
 ) -> engine.Passes:
   """Checks what `unlearn` and `update` share, and fills up the options."""
   check_parts(model, variables, split, retain_weight)
+  is_given = options.get("trainable") is not None
+  if num_layers is None:
+    is_default = (
+      labels == "soft_other"
+      and split.is_of_classes()
+      and last_layers.count(variables) > 1
+    )
+    num_layers = NUM_LAYERS if is_default and not is_given else 0
+  checks.integer("num_layers", num_layers, at_least=0)
+  fixed: dict[str, Any] = {}
+  if num_layers:
+    if is_given:
+      raise ValueError(
+        f"num_layers must be 0 where trainable is given, got {num_layers}"
+      )
+    num_layers = last_layers.check(num_layers, variables)
+    trainable = last_layers.trainable(variables, num_layers, None)
+    fixed = {"batch_stats": "frozen", "trainable": trainable}
   # Replaced below, where the size of the minibatches is known.
   passes = engine.Passes.of(
     options,
-    {"schedule": SCHEDULE, "num_epochs": 1, "batch_size": BATCH_SIZE},
+    {"schedule": SCHEDULE, "num_epochs": 1, "batch_size": BATCH_SIZE} | fixed,
     others=tuple(defaults()),
   )
   if options.get("num_epochs") is None:

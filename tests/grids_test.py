@@ -14,6 +14,7 @@ from psg_jax import (
   engine,
   ensembles,
   grids,
+  last_layers,
   optimizers,
   parallel,
   training,
@@ -177,12 +178,19 @@ def test_chunks_of_cells_are_the_same(parts, grid, calls, monkeypatch):
   with pytest.raises(ValueError, match=r"got 1$") as info:
     unlearn_grid(parts, memory_limit=1)
   num_bytes = int(re.search(r"at least (\d+) bytes", str(info.value)).group(1))
-  # Parameters and their momentum, statistics, a key and a step: read, written.
+  # Parameters, momentum of those that are moved, statistics, a key and a step:
+  # read, written.
   params, statistics = (
     sum(x.nbytes for x in jax.tree.leaves(parts[1][name]))
     for name in ("params", "batch_stats")
   )
-  assert num_bytes == 2 * (2 * params + statistics + 8 + 4)
+  num_layers = last_layers.check(unlearning.NUM_LAYERS, parts[1])
+  moved = sum(
+    x.nbytes
+    for name in last_layers.choose(parts[1], num_layers, None)
+    for x in jax.tree.leaves(parts[1]["params"][name.strip("/")])
+  )
+  assert num_bytes == 2 * (params + moved + statistics + 8 + 4)
   before = ensembles.num_programs()
   output = unlearn_grid(parts, memory_limit=3 * num_bytes - 1)
   assert_close(output.variables, grid[0].variables)

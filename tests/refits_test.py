@@ -1,3 +1,5 @@
+import dataclasses
+
 import chex
 import jax
 import numpy as np
@@ -54,6 +56,31 @@ def test_only_new_last_layers_are_trained_and_on_retained_images(
           chex.assert_trees_all_equal(end[collection][name], value)
   with pytest.raises(AssertionError):
     chex.assert_trees_all_equal(starts[0], starts[1])
+
+
+def test_they_are_trained_on_a_part_of_many_images(layered, monkeypatch):
+  model, variables, split = layered
+  sizes, fit = [], training.fit
+
+  def spy(model, start, dataset, key, **options):
+    sizes.append((len(dataset), options["num_epochs"]))
+    assert len(set(dataset.ids)) == len(dataset)
+    return fit(model, start, dataset, key, **options)
+
+  monkeypatch.setattr(training, "fit", spy)
+  predict(layered, num_steps=2)
+  many = split.retain.take(np.arange(6000) % len(split.retain))
+  many = dataclasses.replace(many, ids=np.arange(6000).astype(str))
+  predict((model, variables, types.Split(split.forget.take([0]), many)))
+  predict(layered, num_steps=8)
+  num_batches = -(-len(split.retain) // 16)
+  assert sizes == [
+    (32, 1),
+    (16 * round(6000 / 32), 1),
+    (len(split.retain), round(8 / num_batches)),
+  ]
+  with pytest.raises(ValueError, match=r"^num_steps must .* got 0"):
+    predict(layered, num_steps=0)
 
 
 def test_what_the_last_layers_knew_is_of_no_account(layered):
@@ -142,3 +169,58 @@ def test_layers_of_known_names_are_counted(names, expected):
 def test_networks_of_other_libraries_have_no_layers_that_are_known():
   assert last_layers.count({"params": object()}) == 0
   assert last_layers.count({"weights": {"head": 1}}) == 0
+
+
+def moved_layers(layered, split=None, **options):
+  """Returns the layers of which something was moved, statistics included."""
+  model, variables, given = layered
+  options = {"num_epochs": 1, "show_progress": False, **options}
+  output = unlearning.unlearn(
+    *(model, variables, given if split is None else split, KEY), **options
+  )
+  return {
+    name
+    for collection, tree in variables.items()
+    for name, value in tree.items()
+    if any(
+      np.any(x != y)
+      for x, y in zip(
+        jax.tree.leaves(value),
+        jax.tree.leaves(output.variables[collection][name]),
+        strict=True,
+      )
+    )
+  }
+
+
+def test_the_last_layers_are_moved_where_whole_classes_go(layered):
+  _, variables, split = layered
+  everything = set(variables["params"])
+  assert moved_layers(layered) == set(LAST)
+  assert moved_layers(layered, num_layers=1) == {"head"}
+  assert moved_layers(layered, num_layers=1, num_refits=0) == {"head"}
+  assert moved_layers(layered, retain_weight=0) == set(LAST)
+  assert moved_layers(layered, num_layers=0) == everything
+  assert moved_layers(layered, labels="hard") == everything
+  half = types.Split(
+    split.forget.take([0, 1]),
+    split.retain.take(range(len(split.retain))),
+  )
+  labels = np.append(half.retain.labels[:-1], split.forget.labels[0])
+  half = half._replace(
+    retain=dataclasses.replace(half.retain, labels=labels.astype(np.int32))
+  )
+  assert moved_layers(layered, half) == everything
+
+
+def test_layers_to_move_are_checked(layered):
+  _, variables, _ = layered
+  head = last_layers.trainable(variables, 1, None)
+  assert moved_layers(layered, trainable=head) >= {"head"}
+  with pytest.raises(ValueError, match=r"^num_layers must be 0 .* got 2"):
+    moved_layers(layered, trainable=head, num_layers=2)
+  with pytest.raises(ValueError, match=r"^num_layers must .* got -1"):
+    moved_layers(layered, num_layers=-1)
+  linear = fakes.linear_variables(np.zeros((64, 3)))
+  with pytest.raises(ValueError, match=r"^num_layers must be 0 for .* got 3"):
+    last_layers.check(3, linear)

@@ -164,7 +164,9 @@ def with_method(job: recipes.Job, name: str, dataset: str) -> recipes.Job:
   options = {
     "recommended": recipes.Unlearning(),
     "proxies": recipes.Unlearning(target="proxy"),
-    "all_layers": dataclasses.replace(recipes.NO_RETAIN_DATA, layers=()),
+    "all_layers": dataclasses.replace(
+      recipes.NO_RETAIN_DATA, layers=(), num_layers=0
+    ),
   }.get(name) or recipes.method(name)
   if name in ("paper", "released"):
     weight, noise = RELEASED_CHOICES.get(dataset, _OTHER_CHOICE)

@@ -78,7 +78,7 @@ REFITS: dict[str, dict[str, Any]] = {
   ", two models": {"num_models": 2},
   ", two layers": {"num_layers": 2},
   ", three layers": {"num_layers": 3},
-  ", two passes": {"num_epochs": 2},
+  ", 280 steps": {"num_steps": 280},
   ", rate 0.02": {"learning_rate": 0.02},
 }
 """Options of `refits.predict` that were tried, by what a table calls them."""
