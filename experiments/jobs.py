@@ -38,7 +38,10 @@ from experiments import (
 from psg_jax import (
   checkpoints,
   data,
+  engine,
+  last_layers,
   parallel,
+  steps,
   torch_weights,
   training,
   types,
@@ -312,9 +315,7 @@ def unlearned(
   options = context.job.unlearning
   optimizer = contexts.optimizer(options)
   if _is_finished(context, "unlearned"):
-    target = training.init_state(
-      original_variables, optimizer, contexts.model_key(context, "unlearned")
-    )
+    target = _unmoved(context, original_variables)
     return _restore(context, "unlearned", target).variables
   last_state: list[training.TrainState] = []
 
@@ -363,10 +364,27 @@ def unlearned(
       f"Nothing was changed: {_reason(aim)} (--unlearning.target zero forgets"
       " them nevertheless)."
     )
-    key = contexts.model_key(context, "unlearned")
-    last_state.append(training.init_state(output.variables, optimizer, key))
+    last_state.append(_unmoved(context, output.variables))
   save(context, "unlearned", last_state[-1], output.history, seconds)
   return output.variables
+
+
+def _unmoved(
+  context: contexts.Context, variables: types.Variables
+) -> training.TrainState:
+  """Initialises the state that unlearning begins with."""
+  options = contexts.unlearn_options(context)
+  is_given = contexts.stop_target(context) == "proxy"
+  trainable = last_layers.moved(
+    *(variables, context.split, "given" if is_given else options["labels"]),
+    *(options["num_layers"], options["trainable"]),
+  )
+  return steps.init_state(
+    variables,
+    contexts.optimizer(context.job.unlearning),
+    contexts.model_key(context, "unlearned"),
+    trainable=engine.read_trainable(trainable, variables)[0],
+  )
 
 
 def _searched(

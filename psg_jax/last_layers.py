@@ -9,6 +9,9 @@ import jax
 
 from psg_jax import checks, steps, types
 
+NUM_LAYERS = 4
+"""Of whole classes, the layers that are moved."""
+
 # In network order: the stem, numbered blocks, the head.
 _NAME = re.compile(r"(stem|block_(\d+)|layer(\d+)_(\d+)|head)")
 
@@ -140,6 +143,46 @@ def trainable(
     )
     for name, tree in steps.plain_variables(variables).items()
   }
+
+
+def moved(
+  variables: types.Variables,
+  split: types.Split,
+  labels: str,
+  num_layers: int | None = None,
+  trainable: Mapping[str, Any] | None = None,
+) -> Mapping[str, Any] | None:
+  """Returns what `unlearning.unlearn` moves, a tree as for `engine.Passes`.
+
+  Args:
+    variables: The network's.
+    split: The forget and the retain set.
+    labels: The form of the targets, or `"given"`.
+    num_layers: See there.
+    trainable: Where it is given, what is moved.
+
+  Raises:
+    ValueError: If the number is out of its range, or both are given.
+  """
+  if num_layers is None:
+    is_default = (
+      labels == "soft_other" and split.is_of_classes() and count(variables) > 1
+    )
+    num_layers = NUM_LAYERS if is_default and trainable is None else 0
+  checks.integer("num_layers", num_layers, at_least=0)
+  if not num_layers:
+    return trainable
+  if trainable is not None:
+    raise ValueError(
+      f"num_layers must be 0 where trainable is given, got {num_layers}"
+    )
+  return _of_last(variables, check(num_layers, variables))
+
+
+def _of_last(
+  variables: types.Variables, num_layers: int
+) -> dict[str, chex.ArrayTree]:
+  return trainable(variables, num_layers, None)
 
 
 def redrawn(

@@ -50,8 +50,6 @@ SCHEDULE = "one_cycle"
 BATCH_SIZE = 8
 RETAIN_SHARE = 3
 LEARNING_RATE = 1e-2
-# Of whole classes, the layers that are moved.
-NUM_LAYERS = 4
 SEARCH_DEFAULTS = {
   "num_steps": 50,
   "step_size": 0.03,
@@ -431,23 +429,10 @@ def read_passes(
 ) -> engine.Passes:
   """Checks what `unlearn` and `update` share, and fills up the options."""
   check_parts(model, variables, split, retain_weight)
-  is_given = options.get("trainable") is not None
-  if num_layers is None:
-    is_default = (
-      labels == "soft_other"
-      and split.is_of_classes()
-      and last_layers.count(variables) > 1
-    )
-    num_layers = NUM_LAYERS if is_default and not is_given else 0
-  checks.integer("num_layers", num_layers, at_least=0)
+  given = options.get("trainable")
+  trainable = last_layers.moved(variables, split, labels, num_layers, given)
   fixed: dict[str, Any] = {}
-  if num_layers:
-    if is_given:
-      raise ValueError(
-        f"num_layers must be 0 where trainable is given, got {num_layers}"
-      )
-    num_layers = last_layers.check(num_layers, variables)
-    trainable = last_layers.trainable(variables, num_layers, None)
+  if trainable is not given:
     fixed = {"batch_stats": "frozen", "trainable": trainable}
   # Replaced below, where the size of the minibatches is known.
   passes = engine.Passes.of(

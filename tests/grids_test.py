@@ -184,7 +184,7 @@ def test_chunks_of_cells_are_the_same(parts, grid, calls, monkeypatch):
     sum(x.nbytes for x in jax.tree.leaves(parts[1][name]))
     for name in ("params", "batch_stats")
   )
-  num_layers = last_layers.check(unlearning.NUM_LAYERS, parts[1])
+  num_layers = last_layers.check(last_layers.NUM_LAYERS, parts[1])
   moved = sum(
     x.nbytes
     for name in last_layers.choose(parts[1], num_layers, None)
