@@ -145,6 +145,22 @@ def trainable(
   }
 
 
+def at_end(
+  variables: types.Variables, num_layers: int
+) -> dict[str, chex.ArrayTree]:
+  """Marks the last layers as `trainable` does, but never the first.
+
+  Args:
+    variables: The network's variables.
+    num_layers: How many, positive; as many as there are behind the first where
+      these are fewer.
+
+  Raises:
+    ValueError: As `check`.
+  """
+  return trainable(variables, check(num_layers, variables), None)
+
+
 def moved(
   variables: types.Variables,
   split: types.Split,
@@ -176,13 +192,7 @@ def moved(
     raise ValueError(
       f"num_layers must be 0 where trainable is given, got {num_layers}"
     )
-  return _of_last(variables, check(num_layers, variables))
-
-
-def _of_last(
-  variables: types.Variables, num_layers: int
-) -> dict[str, chex.ArrayTree]:
-  return trainable(variables, num_layers, None)
+  return at_end(variables, num_layers)
 
 
 def redrawn(

@@ -123,8 +123,7 @@ def predict(
   if num_steps is None:
     num_steps = max(_MIN_STEPS, round(_PART * num_images / _BATCH_SIZE))
   checks.integer("num_steps", num_steps, at_least=1)
-  num_layers = last_layers.check(num_layers, variables)
-  trainable = last_layers.trainable(variables, num_layers, None)
+  trainable = last_layers.at_end(variables, num_layers)
   image = jnp.zeros((1, *split.retain.images.shape[1:]), jnp.float32)
   retained = split.retain
   if num_steps * _BATCH_SIZE < num_images:
