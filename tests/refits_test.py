@@ -213,6 +213,21 @@ def test_the_last_layers_are_moved_where_whole_classes_go(layered):
   assert moved_layers(layered, half) == everything
 
 
+def test_statistics_are_frozen_where_the_last_layers_are_moved(layered):
+  default, frozen, update = (
+    unlearning.unlearn(
+      *(*layered, KEY),
+      batch_stats=mode,
+      num_epochs=1,
+      show_progress=False,
+    ).variables
+    for mode in (None, "frozen", "update")
+  )
+  chex.assert_trees_all_equal(default, frozen)
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_equal(default, update)
+
+
 def test_layers_to_move_are_checked(layered):
   _, variables, _ = layered
   head = last_layers.trainable(variables, 1, None)
