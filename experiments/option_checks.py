@@ -17,9 +17,9 @@ def check(job: recipes.Job) -> None:
     checks.number(f"{part}.learning_rate", options.learning_rate, above=0)
     checks.number(f"{part}.momentum", options.momentum, at_least=0, below=1)
     checks.number(f"{part}.weight_decay", options.weight_decay, at_least=0)
-    if options.num_epochs is not None:
-      checks.integer(f"{part}.num_epochs", options.num_epochs, at_least=1)
-    checks.integer(f"{part}.batch_size", options.batch_size, at_least=1)
+    for name in ("num_epochs", "batch_size"):
+      if getattr(options, name) is not None:
+        checks.integer(f"{part}.{name}", getattr(options, name), at_least=1)
     checks.integer(f"{part}.num_parts", options.num_parts, at_least=1)
   options = job.unlearning
   for name in ("num_steps", "search_batch_size"):

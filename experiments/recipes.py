@@ -89,9 +89,11 @@ class Unlearning:
   momentum: float = 0.9
   weight_decay: float = 1e-4
   num_epochs: int | None = None
-  """Passes over the forget set; None: 1, or as many as make 120 steps."""
-  batch_size: int = 8
-  """Forget images a step."""
+  """Passes over the forget set; None: 1, or as many as make 120 steps, of 960
+  images at least."""
+  batch_size: int | None = None
+  """Forget images a step; None: 4 where the last layers alone are moved, else
+  8."""
   retain_batch_size: int | None = None
   """Retained images beside them; None: three for each."""
   retain_weight: float = 1.0

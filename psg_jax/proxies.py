@@ -12,7 +12,15 @@ import jax
 import numpy as np
 import scipy.special
 
-from psg_jax import checks, engine, ensembles, inference, types, unlearning
+from psg_jax import (
+  checks,
+  engine,
+  ensembles,
+  inference,
+  relabelling,
+  types,
+  unlearning,
+)
 
 # Of a normal distribution, 95 in 100 lie within so many deviations.
 _QUANTILE = 1.96
@@ -200,7 +208,12 @@ def fit(
     accuracy=levels[0],
     confidence=levels[1],
     original_accuracy=float(_accuracy(original, split.forget.labels)),
-    targets=blend(original, logits, split.forget.labels, levels[1].value),
+    targets=blend(
+      original + relabelling.prior_shift(split),
+      logits,
+      split.forget.labels,
+      levels[1].value,
+    ),
     cost=cost(
       len(split.retain),
       num_models=num_models,

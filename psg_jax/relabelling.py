@@ -439,9 +439,40 @@ class Teacher:
     )
     if self.accuracy is None or image_logits is None or not self.is_part:
       return outcome, targets
+    shift = prior_shift(self.split)
     return outcome, at_accuracy(
-      targets, image_logits, labels, self.accuracy, gone
+      targets, image_logits + shift, labels, self.accuracy
     )
+
+
+def prior_shift(split: types.Split) -> np.ndarray:
+  """Returns what retraining changes of each class's log prior.
+
+  Of a class of which a part is forgotten there are fewer images to train on, so
+  that a retrained model names it less often. A classifier's logits are adjusted
+  to other frequencies of the classes by adding the logarithms of their ratios
+  (Saerens, Latinne and Decaestecker, 2002).
+
+  Args:
+    split: The forget and the retain set.
+
+  Returns:
+    float32 `[K]`, at most 0: `log(n_retain / (n_retain + n_forget))` by class,
+    minus infinity for one that is gone, and 0 for one without any image. All
+    are 0 where nothing is retained.
+  """
+  num_classes = split.forget.num_classes
+  num_forget, num_retain = (
+    np.bincount(np.asarray(part.labels, int), minlength=num_classes)
+    for part in split
+  )
+  if not num_retain.sum():
+    return np.zeros(num_classes, np.float32)
+  part = np.where(
+    num_forget > 0, num_retain / np.maximum(num_retain + num_forget, 1), 1.0
+  )
+  with np.errstate(divide="ignore"):
+    return np.log(part).astype(np.float32)
 
 
 def at_accuracy(
@@ -449,7 +480,6 @@ def at_accuracy(
   logits: np.ndarray,
   old_labels: np.ndarray,
   accuracy: float,
-  gone: np.ndarray | None = None,
 ) -> np.ndarray:
   """Moves targets back to the original's predictions, as far as they may.
 
@@ -461,20 +491,17 @@ def at_accuracy(
 
   Args:
     targets: float `[N, K]`, probabilities, without the old class.
-    logits: float `[N, K]`, the original's at the images.
+    logits: float `[N, K]`, the original's at the images, best with
+      `prior_shift`; minus infinity of classes that no target may name.
     old_labels: int `[N]`.
     accuracy: In [0, 1].
-    gone: int `[C]`, classes that no target may name; None for none.
 
   Returns:
-    float32 `[N, K]`; rows whose old class is gone are as they were.
+    float32 `[N, K]`; rows of which the old class may not be named are as they
+    were.
   """
-  is_gone = np.zeros(logits.shape[-1], bool)
-  if gone is not None:
-    is_gone[gone] = True
-  is_kept = is_gone[old_labels][:, None]
-  known = jnp.where(is_gone & ~is_kept, -jnp.inf, logits)
-  near = np.where(is_kept, targets, jax.nn.softmax(known))
+  is_gone = np.isneginf(logits[np.arange(len(logits)), old_labels])
+  near = np.where(is_gone[:, None], targets, jax.nn.softmax(logits))
 
   def mixed(part: float) -> np.ndarray:
     return ((1 - part) * near + part * targets).astype(np.float32)

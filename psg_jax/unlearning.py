@@ -41,13 +41,17 @@ soft_targets = relabelling.soft_targets
 
 RETAIN_LABELS = relabelling.RETAIN_LABELS
 Targets = relabelling.Targets
-# Fewer steps leave a small model between the old labels and the new.
+# Fewer steps leave a small model between the old labels and the new; small
+# minibatches need as many images.
 _MIN_STEPS = 120
+_MIN_IMAGES = 960
 _MIN_EPOCHS = 1
 SCHEDULE = "one_cycle"
 # Small minibatches, of which retained images are the most: of the mixtures that
 # were tried at one cost, nearest to retrained models (docs/targets.md).
 BATCH_SIZE = 8
+# Where the last layers alone are moved, with the statistics as they are.
+LAST_LAYERS_BATCH_SIZE = 4
 RETAIN_SHARE = 3
 LEARNING_RATE = 1e-2
 SEARCH_DEFAULTS = {
@@ -272,7 +276,7 @@ def defaults() -> dict[str, Any]:
     **engine.field_defaults(relabelling.Targets),
     **engine.field_defaults(engine.Passes),
     "schedule": SCHEDULE,
-    "batch_size": BATCH_SIZE,
+    "batch_size": None,
     **{x.name: x.default for x in parameters if x.kind is x.KEYWORD_ONLY},
   }
 
@@ -359,8 +363,9 @@ def _check_search(
 
 
 def default_num_epochs(num_forget: int, batch_size: int) -> int:
-  """Returns 1 pass, or as many as make 120 steps."""
-  return max(_MIN_EPOCHS, -(-_MIN_STEPS // -(-num_forget // batch_size)))
+  """Returns 1 pass, or as many as make 120 steps, of 960 images at least."""
+  num_steps = max(_MIN_STEPS, -(-_MIN_IMAGES // batch_size))
+  return max(_MIN_EPOCHS, -(-num_steps // -(-num_forget // batch_size)))
 
 
 def update(
@@ -392,9 +397,9 @@ def update(
     retain_batch_size: Retain images a step, positive; by default three for
       each forget image.
     **options: Those of `engine.Passes`, by default `batch_size=8`, of forget
-      images, `num_epochs` of 1, or as many as make 120 steps, over the forget
-      set, `schedule="one_cycle"`, and `training.sgd(1e-2)`, or `sgd(1e-3)` with
-      a constant rate.
+      images, `num_epochs` of 1, or as many as make 120 steps of 960 images at
+      least, over the forget set, `schedule="one_cycle"`, and
+      `training.sgd(1e-2)`, or `sgd(1e-3)` with a constant rate.
 
   Returns:
     The final state, and one record a pass: `epoch` from 1, `forget_loss` and
@@ -433,7 +438,11 @@ def read_passes(
   trainable = last_layers.moved(variables, split, labels, num_layers, given)
   fixed: dict[str, Any] = {}
   if trainable is not given:
-    fixed = {"batch_stats": "frozen", "trainable": trainable}
+    fixed = {
+      "batch_stats": "frozen",
+      "trainable": trainable,
+      "batch_size": LAST_LAYERS_BATCH_SIZE,
+    }
   # Replaced below, where the size of the minibatches is known.
   passes = engine.Passes.of(
     options,

@@ -17,6 +17,7 @@ from psg_jax import (
   relabelling,
   steps,
   training,
+  twins,
   types,
   unlearning,
 )
@@ -219,6 +220,9 @@ def test_hard_labels_are_of_classes_that_are_retained():
 )
 def test_small_forget_sets_get_more_passes(num_forget, expected):
   assert unlearning.default_num_epochs(num_forget, 64) == expected
+  # Of four images at a time twice as many steps: 960 images at least.
+  assert unlearning.default_num_epochs(200, 4) == 5
+  assert unlearning.default_num_epochs(961, 4) == 1
 
 
 def test_targets_at_the_image_are_the_prediction_without_the_old_class(trained):
@@ -586,8 +590,8 @@ def test_targets_at_an_accuracy_known():
   labels = np.zeros(4, int)
   others = np.tile([0.0, 1.0], (4, 1))
 
-  def moved(level, **options):
-    return relabelling.at_accuracy(others, logits, labels, level, **options)
+  def moved(level):
+    return relabelling.at_accuracy(others, logits, labels, level)
 
   assert np.argmax(moved(0.5), -1).tolist() == [0, 0, 1, 1]
   # (1 - a) .7 is then half: the first of the two that had to change.
@@ -595,7 +599,50 @@ def test_targets_at_an_accuracy_known():
   np.testing.assert_allclose(moved(1.0)[:, 0], sure, atol=1e-6)
   np.testing.assert_allclose(moved(0.0)[:, 0], sure / 1.8, atol=1e-6)
   # A class that is gone is named by none, whatever is right elsewhere.
-  np.testing.assert_array_equal(moved(1.0, gone=np.array([0])), others)
+  logits[:, 0] = -np.inf
+  np.testing.assert_array_equal(moved(1.0), others)
+
+
+def test_prior_shift_known():
+  def split(forget, retain):
+    parts = [
+      types.Dataset(
+        images=np.zeros((len(labels), 2, 2, 1), np.uint8),
+        labels=np.array(labels, np.int32),
+        ids=np.array([str(x) for x in range(len(labels))]),
+        class_names=tuple("abcd"),
+      )
+      for labels in (forget, retain)
+    ]
+    return types.Split(*parts)
+
+  # A third of class 0, all of class 1, nothing of class 2; of 3 there is none.
+  shift = relabelling.prior_shift(split([0, 1, 1], [0, 0, 2]))
+  np.testing.assert_allclose(np.exp(shift), [2 / 3, 0, 1, 1], rtol=1e-6)
+  assert not relabelling.prior_shift(split([0, 1], [])).any()
+
+
+def test_a_part_of_a_class_is_taught_its_smaller_prior(trained):
+  model, variables, split = trained
+  # Half of the class that goes is retained.
+  half = np.arange(len(split.forget)) % 2 == 0
+  rest = split.forget.take(np.flatnonzero(~half))
+  part = types.Split(
+    split.forget.take(np.flatnonzero(half)),
+    twins.concatenate(split.retain, rest),
+  )
+  teacher = relabelling.Teacher(
+    *(model, variables, part, jax.random.key(0)),
+    taught=relabelling.Targets(image_weight=1.0),
+    search_fn=boundary.Search(),
+    accuracy=1.0,
+    show_progress=False,
+  )
+  _, targets = teacher.teach()
+  logits = np.array(teacher.predict(part.forget.images), np.float64)
+  logits[:, part.forget.labels[0]] += np.log(len(rest) / len(split.forget))
+  expected = jax.nn.softmax(logits)
+  np.testing.assert_allclose(targets, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_targets_at_an_accuracy_name_no_class_that_is_gone():
@@ -605,7 +652,8 @@ def test_targets_at_an_accuracy_name_no_class_that_is_gone():
   others = relabelling.soft_targets(
     logits, labels="soft_other", old_labels=labels, gone=gone
   )
-  taught = relabelling.at_accuracy(others, logits, labels, 0.2, gone)
+  logits[:, gone] = -np.inf
+  taught = relabelling.at_accuracy(others, logits, labels, 0.2)
   np.testing.assert_allclose(taught.sum(-1), 1, rtol=1e-5)
   assert taught[:, 2].max() == 0
   assert np.mean(taught.argmax(-1) == labels) == pytest.approx(0.2, abs=0.021)

@@ -370,15 +370,12 @@ def _budget(
   """Passes and batches that take as many images as PSG takes."""
   options = context.job.unlearning
   num_forget, num_retain = len(context.split.forget), len(context.split.retain)
-  passes = options.num_epochs or unlearning.default_num_epochs(
-    num_forget, options.batch_size
-  )
-  steps = passes * math.ceil(num_forget / options.batch_size)
-  beside = options.retain_batch_size or (
-    unlearning.RETAIN_SHARE * options.batch_size
-  )
-  images = (options.batch_size + beside) * steps
-  batch_size = min(_BATCH_SIZE, options.batch_size + beside)
+  # Of fewer a step it takes as many in all.
+  size = options.batch_size or unlearning.BATCH_SIZE
+  passes = options.num_epochs or unlearning.default_num_epochs(num_forget, size)
+  beside = options.retain_batch_size or unlearning.RETAIN_SHARE * size
+  images = (size + beside) * passes * math.ceil(num_forget / size)
+  batch_size = min(_BATCH_SIZE, size + beside)
   if method == "unsir":
     # One pass beside noise images, and one without.
     share = min(1.0, images / (3 * num_retain))

@@ -144,8 +144,8 @@ def _start(
   """An argument's value in small runs."""
   value = record.get(name, baselines.parameters(method).get(name))
   if value is None and name == "num_epochs":
-    num_forget = len(context.split.forget)
-    return unlearning.default_num_epochs(num_forget, record["batch_size"])
+    size = record["batch_size"] or unlearning.BATCH_SIZE
+    return unlearning.default_num_epochs(len(context.split.forget), size)
   return value
 
 

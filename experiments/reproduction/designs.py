@@ -42,8 +42,13 @@ def _methods(size: str) -> tuple[str, ...]:
   return bases.METHODS[::2] if size == "smoke" else bases.METHODS
 
 
-def _seeds(count: int = 2) -> range:
-  return range(1, 1 + count)
+# What differs between two seeds is chance.
+_TWO = range(1, 3)
+
+
+def _seeds(size: str, count: int = 2) -> range:
+  """Seeds from 1 on: so many, and at size smoke one."""
+  return range(1, 2 if size == "smoke" else 1 + count)
 
 
 def classes(dataset: str) -> Callable[[str], Iterator[Cell]]:
@@ -52,8 +57,7 @@ def classes(dataset: str) -> Callable[[str], Iterator[Cell]]:
   def cells(size: str) -> Iterator[Cell]:
     base = bases.BASES[dataset][size]
     if size == "smoke":
-      # Seeds in the place of classes: what differs between them is chance.
-      for seed in _seeds():
+      for seed in _TWO:
         job = bases.asking(base, forget_classes=(0,), seed=seed)
         yield from _forgetting({"class": 0}, job, dataset, _methods(size))
       return
@@ -69,7 +73,7 @@ def one_class(dataset: str) -> Callable[[str], Iterator[Cell]]:
 
   def cells(size: str) -> Iterator[Cell]:
     base = bases.BASES[dataset][size]
-    for seed in _seeds(2 if size == "smoke" else 3):
+    for seed in _seeds(size, 3):
       job = bases.asking(
         base,
         forget_classes=(0,) if size == "smoke" else base.forget_classes,
@@ -91,7 +95,7 @@ def fractions(size: str) -> Iterator[Cell]:
   base = bases.BASES["fashion_mnist"][size]
   values = FRACTIONS if size == "full" else FRACTIONS[2:]
   for fraction in values[2:3] if size == "smoke" else values:
-    for seed in _seeds():
+    for seed in _seeds(size):
       job = bases.asking(
         base, forget_classes=(0,), fraction=fraction, seed=seed
       )
@@ -186,7 +190,7 @@ def metadata(size: str) -> Iterator[Cell]:
   for name, (dataset, request) in REQUESTS.items():
     if size == "smoke" and name != "learnt device":
       continue
-    for seed in _seeds():
+    for seed in _seeds(size):
       job = bases.asking(bases.BASES[dataset][size], **request, seed=seed)
       row = {"request": name, "seed": seed}
       yield from _forgetting(row, job, dataset, PART_METHODS)
@@ -214,7 +218,7 @@ def grid(size: str) -> Iterator[Cell]:
       "λ, φ": {"distance_weight": (0.0, 1e-2), "retain_weight": (0.0, 0.5)}
     }
   for name, axes in grids.items():
-    for seed in (100, 101):
+    for seed in (100,) if size == "smoke" else (100, 101):
       job = bases.with_method(dataclasses.replace(base, seed=seed), "paper", "")
       row = {"grid": name, "seed": seed}
       yield Cell(row, job, measures.grid, {"axes": axes})
@@ -236,7 +240,7 @@ LABELLINGS: dict[str, dict[str, Any]] = {
 def labelling(size: str) -> Iterator[Cell]:
   """What forget and retained images are taught."""
   base = bases.BASES["cifar10"][size]
-  for seed in _seeds(1 if size == "smoke" else 2):
+  for seed in _seeds(size):
     job = bases.with_method(
       bases.asking(base, forget_classes=(0,), seed=seed), "paper", "cifar10"
     )
@@ -262,7 +266,7 @@ def single(
 
   def cells(size: str) -> Iterator[Cell]:
     base = bases.BASES[dataset][size]
-    for seed in _seeds(seeds):
+    for seed in _seeds(size, seeds):
       job = bases.asking(base, forget_classes=(0,), seed=seed)
       job = bases.with_method(job, method, dataset)
       yield Cell({"seed": seed}, job, measure, options(size))
@@ -273,6 +277,6 @@ def single(
 def membership(size: str) -> Iterator[Cell]:
   """Attacks on the forget set after each method, over seeds."""
   base = bases.BASES["fashion_mnist"][size]
-  for seed in _seeds(2 if size == "smoke" else 3):
+  for seed in _seeds(size, 3):
     job = bases.asking(base, forget_classes=(0,), seed=seed)
     yield from _forgetting({"seed": seed}, job, "fashion_mnist", _methods(size))
