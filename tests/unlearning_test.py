@@ -634,7 +634,7 @@ def test_a_part_of_a_class_is_taught_its_smaller_prior(trained):
   teacher = relabelling.Teacher(
     *(model, variables, part, jax.random.key(0)),
     taught=relabelling.Targets(image_weight=1.0),
-    search_fn=boundary.Search(),
+    search_fn=boundary.Search(num_steps=1, step_size=0.1),
     accuracy=1.0,
     show_progress=False,
   )
