@@ -203,9 +203,9 @@ def target_accuracy(
   Returns:
     The original's accuracy on the images of `validation`: those that match the
     request, or, where there are none, in the forget set's mixture of classes;
-    but no more than it has on the forget set. Both are of its predictions with
-    the frequencies of the classes that are retained (`prior_shift`): of a class
-    that is gone none is right. None where all is to be forgotten, or there is
+    of its predictions with the frequencies of the classes that are retained
+    (`prior_shift`): of a class that is gone none is right. Where these leave it
+    less on the forget set, that. None where all is to be forgotten, or there is
     no such image.
   """
   shown, held = validation(context)
@@ -223,7 +223,7 @@ def target_accuracy(
     for x in (forget_logits, forget_logits + shift)
   )
   if original - most < _LEAST_CHANGE:
-    most = original
+    most = 1.0
   if len(shown.forget) < len(context.selection.test_split.forget):
     is_right = np.argmax(logits, -1) == held.labels
     return float(min(np.mean(is_right), most))

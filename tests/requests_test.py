@@ -563,7 +563,9 @@ def test_whole_classes_count_nothing_in_the_accuracy_to_stop_at():
   aims = []
   for each in (train, more):
     asked = requests.ask(job, each, test)
-    model = types.Model(None, lambda _, x: np.eye(3)[[0, 2]], None, None)
+    model = types.Model(
+      None, lambda _, x: np.eye(3)[np.resize([0, 2], len(x))], None, None
+    )
     context = contexts.Context(job, None, each, test, asked, model, None)
     with pytest.MonkeyPatch.context() as patch:
       patch.setattr(
@@ -572,6 +574,32 @@ def test_whole_classes_count_nothing_in_the_accuracy_to_stop_at():
       aims.append(contexts.target_accuracy(context, {}))
   # Of the half that says when to stop both are right, one of class a.
   assert aims == [None, 0.5]
+
+
+def test_half_of_a_class_is_less_often_right_than_unseen_images_of_it():
+  # The model has odds of 3 to 2 for class a of all images of it.
+  train = small_set([0, 0, 0, 0, 1, 1, 1, 1])
+  test = small_set([0, 0, 0, 0, 1, 1, 1, 1])
+  job = recipes.Job(
+    forget_classes=("a",), fraction=0.5, twins="ignore", num_devices=1
+  )
+  context = contexts.Context(
+    job,
+    None,
+    train,
+    test,
+    requests.ask(job, train, test),
+    types.Model(
+      None, lambda _, x: np.tile(np.log([3, 2, 1]), (len(x), 1)), None, None
+    ),
+    None,
+  )
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      inference, "predict", lambda fn, v, images, **_: fn(v, images)
+    )
+    # With half of the images the odds are 3 to 4.
+    assert contexts.target_accuracy(context, {}) == 0
 
 
 @pytest.mark.slow
@@ -678,12 +706,15 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
   device = context(where="device = 'Visulux 200'", group=None)
   variables = device.model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))
 
-  def accuracy(part):
+  def accuracy(part, asked):
     logits = device.model.apply(variables, part.images / np.float32(255))
-    return np.mean(np.argmax(logits, -1) == part.labels)
+    # Of the classes, so many are left to train on.
+    forget_labels, labels = asked.split.forget.labels, asked.train.labels
+    kept = 1 - np.bincount(forget_labels, minlength=3) / np.bincount(labels)
+    return np.mean(np.argmax(logits + np.log(kept), -1) == part.labels)
 
   shown, held = contexts.validation(device)
-  expected = accuracy(held)
+  expected = accuracy(held, device)
   assert contexts.target_accuracy(device, variables) == pytest.approx(expected)
   # No figure is computed of the images that set the target.
   same_kind = device.selection.test_split.forget
@@ -702,7 +733,7 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
   assert not len(patient.selection.test_split.forget)
   (label,) = set(patient.split.forget.labels)
   shown, held = contexts.validation(patient)
-  expected = accuracy(held.take(held.labels == label))
+  expected = accuracy(held.take(held.labels == label), patient)
   assert contexts.target_accuracy(patient, variables) == pytest.approx(expected)
   assert len(held) + len(shown.retain) == len(patient.test)
   # All test images are like a random part: none other is left for proxies.
