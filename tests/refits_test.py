@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import chex
 import jax
@@ -226,6 +227,22 @@ def test_statistics_are_frozen_where_the_last_layers_are_moved(layered):
   chex.assert_trees_all_equal(default, frozen)
   with pytest.raises(AssertionError):
     chex.assert_trees_all_equal(default, update)
+
+
+def test_minibatches_are_smaller_where_the_last_layers_are_moved(layered):
+  _, _, split = layered
+
+  def num_steps(**options):
+    output = unlearning.unlearn(
+      *(*layered, KEY), num_epochs=1, show_progress=False, **options
+    )
+    return len(output.history[0]["forget_step_losses"])
+
+  num_images = len(split.forget)
+  assert num_images > 4
+  assert num_steps() == math.ceil(num_images / 4)
+  assert num_steps(num_layers=0) == math.ceil(num_images / 8)
+  assert num_steps(batch_size=2) == math.ceil(num_images / 2)
 
 
 def test_layers_to_move_are_checked(layered):
