@@ -72,6 +72,23 @@ def test_nothing_is_called_for_where_a_retrained_model_would_know_as_much():
   assert outcome.confidence.value > 0.8
 
 
+def test_targets_have_the_shares_of_the_classes_that_are_retained():
+  original = fakes.linear_variables(0.05 * kernel())
+  forget = fakes.blobs(60, seed=5)
+  forget = forget.take(np.flatnonzero(forget.labels == 0))
+  outcome = fit(forget, original)
+  labels, retained = forget.labels, fakes.blobs(200).labels
+  logits = MODEL.apply(original, forget.images / np.float32(255))
+  kept = np.sum(retained == 0) / (np.sum(retained == 0) + len(forget))
+  expected = proxies.blend(
+    np.asarray(logits) + np.log([kept, 1, 1]),
+    outcome.logits,
+    labels,
+    outcome.confidence.value,
+  )
+  np.testing.assert_allclose(outcome.targets, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_cost_and_parts_of_the_retained_images(monkeypatch):
   seen = []
   train = proxies.ensembles.train
