@@ -45,7 +45,6 @@ Targets = relabelling.Targets
 # minibatches need as many images.
 _MIN_STEPS = 120
 _MIN_IMAGES = 960
-_MIN_EPOCHS = 1
 SCHEDULE = "one_cycle"
 # Small minibatches, of which retained images are the most: of the mixtures that
 # were tried at one cost, nearest to retrained models (docs/targets.md).
@@ -365,7 +364,7 @@ def _check_search(
 def default_num_epochs(num_forget: int, batch_size: int) -> int:
   """Returns 1 pass, or as many as make 120 steps, of 960 images at least."""
   num_steps = max(_MIN_STEPS, -(-_MIN_IMAGES // batch_size))
-  return max(_MIN_EPOCHS, -(-num_steps // -(-num_forget // batch_size)))
+  return -(-num_steps // -(-num_forget // batch_size))
 
 
 def update(

@@ -551,6 +551,18 @@ def test_resuming_compares_what_a_request_means(
   assert all(path.read_bytes() == before for path, before in files.items())
 
 
+def accuracy_to_stop_at(job, train, test, apply_fn):
+  """That of a model of these logits, of images and without variables."""
+  model = types.Model(None, apply_fn, None, None)
+  asked = requests.ask(job, train, test)
+  context = contexts.Context(job, None, train, test, asked, model, None)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      inference, "predict", lambda fn, v, images, **_: fn(v, images)
+    )
+    return contexts.target_accuracy(context, {})
+
+
 def test_whole_classes_count_nothing_in_the_accuracy_to_stop_at():
   train = small_set([0, 1, 1, 2, 2, 2], patient=list("pppqrs"))
   test = small_set([0, 0, 2, 2], patient=list("pqpq"))
@@ -560,18 +572,12 @@ def test_whole_classes_count_nothing_in_the_accuracy_to_stop_at():
   # Class a, and with it all of b: whole classes. With a patient more: not.
   more = train.take([0, 1, 3, 4, 5, 2])
   more.labels[5] = 2
-  aims = []
-  for each in (train, more):
-    asked = requests.ask(job, each, test)
-    model = types.Model(
-      None, lambda _, x: np.eye(3)[np.resize([0, 2], len(x))], None, None
+  aims = [
+    accuracy_to_stop_at(
+      job, each, test, lambda _, x: np.eye(3)[np.resize([0, 2], len(x))]
     )
-    context = contexts.Context(job, None, each, test, asked, model, None)
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(
-        inference, "predict", lambda fn, v, images, **_: fn(v, images)
-      )
-      aims.append(contexts.target_accuracy(context, {}))
+    for each in (train, more)
+  ]
   # Of the half that says when to stop both are right, one of class a.
   assert aims == [None, 0.5]
 
@@ -583,23 +589,20 @@ def test_half_of_a_class_is_less_often_right_than_unseen_images_of_it():
   job = recipes.Job(
     forget_classes=("a",), fraction=0.5, twins="ignore", num_devices=1
   )
-  context = contexts.Context(
-    job,
-    None,
-    train,
-    test,
-    requests.ask(job, train, test),
-    types.Model(
-      None, lambda _, x: np.tile(np.log([3, 2, 1]), (len(x), 1)), None, None
-    ),
-    None,
+  # With half of the images the odds are 3 to 4.
+  accuracy = accuracy_to_stop_at(
+    job, train, test, lambda _, x: np.tile(np.log([3, 2, 1]), (len(x), 1))
   )
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(
-      inference, "predict", lambda fn, v, images, **_: fn(v, images)
-    )
-    # With half of the images the odds are 3 to 4.
-    assert contexts.target_accuracy(context, {}) == 0
+  assert accuracy == 0
+  # It is so of the forget images alone: of the unseen ones the model is sure.
+  test = dataclasses.replace(test, images=np.full_like(test.images, 255))
+  train = dataclasses.replace(train, images=np.zeros_like(train.images))
+
+  def surer_of_unseen(_, images):
+    odds = [1000, 1, 1] if np.mean(images) else [3, 2, 1]
+    return np.tile(np.log(odds), (len(images), 1))
+
+  assert accuracy_to_stop_at(job, train, test, surer_of_unseen) == 0
 
 
 @pytest.mark.slow
