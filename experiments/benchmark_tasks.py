@@ -50,7 +50,7 @@ class Options:
   """Use only the first so many forget images."""
   width: float = _REFERENCE.width
   """Multiplies the model's number of filters."""
-  batch_size: int = _RELEASED.batch_size or unlearning.BATCH_SIZE
+  batch_size: int = _RELEASED.forget_batch_size
   num_passes: int = 10
   """Passes over the forget set in the unlearning job."""
   channels_last: bool = False

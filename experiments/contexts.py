@@ -378,7 +378,7 @@ def unlearn_options(context: Context) -> dict[str, Any]:
   for name in ("target", "num_proxies", "proxy_fraction"):
     del options[name]
   if options.pop("search") == "released":
-    options["search_batch_size"] = options["batch_size"]
+    options["search_batch_size"] = context.job.unlearning.forget_batch_size
   taught = unlearning.Targets(
     labels=options["labels"], image_weight=options["image_weight"]
   )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from psg_jax import checks
+from psg_jax import checks, unlearning
 
 
 def _read_class(texts: list[str]) -> int | str:
@@ -135,6 +135,11 @@ class Unlearning:
   """How often all passes are made at most to come to the target."""
   num_parts: int = 1
   """Gradient accumulation: parts of a minibatch, one after the other."""
+
+  @property
+  def forget_batch_size(self) -> int:
+    """Forget images a step, by default those where all layers are moved."""
+    return self.batch_size or unlearning.BATCH_SIZE
 
 
 @dataclasses.dataclass(frozen=True)

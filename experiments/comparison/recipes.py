@@ -371,7 +371,7 @@ def _budget(
   options = context.job.unlearning
   num_forget, num_retain = len(context.split.forget), len(context.split.retain)
   # Of fewer a step it takes as many in all.
-  size = options.batch_size or unlearning.BATCH_SIZE
+  size = options.forget_batch_size
   passes = options.num_epochs or unlearning.default_num_epochs(num_forget, size)
   beside = options.retain_batch_size or unlearning.RETAIN_SHARE * size
   images = (size + beside) * passes * math.ceil(num_forget / size)
