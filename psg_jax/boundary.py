@@ -397,20 +397,30 @@ def _search_one(
 
   def advance(carry: _Carry) -> _Carry:
     before, _, step, _ = carry
-    step = step + 1
     # Taken where a step is to be made alone: none at the point reached. The
     # gradient with respect to δ is the one at the point; rounding passes it on
     # unchanged.
-    (odds, _), gradient = jax.value_and_grad(log_odds, has_aux=True)(
+    (odds, logits), gradient = jax.value_and_grad(log_odds, has_aux=True)(
       point(before)
     )
-    direction = _direction(search, key, before, gradient, odds, step)
-    delta = _moved(search, image, before, direction, step)
-    return delta, predict(delta), step, before
+    direction = _direction(search, key, before, gradient, odds, step + 1)
+    delta = _moved(search, image, before, direction, step + 1)
+    # An image that is across from the start makes no step.
+    is_done = (step == 0) & _is_done(search, logits, label)
+    return jax.tree.map(
+      functools.partial(jnp.where, is_done),
+      (before, logits, step, before),
+      (delta, predict(delta), step + 1, before),
+    )
 
   start = jnp.zeros_like(image)
+  # Of the image itself nothing is predicted but with its gradient: it stands
+  # for sure of its class until then.
+  known = jax.eval_shape(predict, start)
+  is_label = jnp.arange(len(known)) == label
+  sure = jnp.where(is_label, 0, -jnp.inf).astype(known.dtype)
   delta, logits, step, before = jax.lax.while_loop(
-    is_running, advance, (start, predict(start), jnp.int32(0), start)
+    is_running, advance, (start, sure, jnp.int32(0), start)
   )
   delta, logits = _bisected(search, label, before, delta, logits, predict)
   others = jnp.where(jnp.arange(len(logits)) == label, -jnp.inf, logits)

@@ -31,6 +31,12 @@ LABELS = ("hard", "soft", "soft_other", "raw_logits")
 SOFT_LABELS = ("soft", "soft_other")
 RETAIN_LABELS = ("hard", "soft", "raw_logits")
 _HALVINGS = 30
+# Of `relabel`: steps before the slow images are searched alone; growth of the
+# steps with which one is enough; and more batches than these, for the slow
+# images take one whole batch again at least.
+_FIRST_STEPS = 8
+_LONG_STEPS = 2
+_MANY_BATCHES = 3
 
 
 class SearchFn(Protocol):
@@ -75,7 +81,7 @@ def relabel(
   *,
   search_fn: SearchFn,
   batch_size: int = 128,
-  first_steps: int = 8,
+  first_steps: int | None = None,
   mesh: jax.sharding.Mesh | None = None,
   show_progress: bool = True,
 ) -> Relabelling:
@@ -92,7 +98,9 @@ def relabel(
     first_steps: Of a `boundary.Search` with twice as many or more. Most images
       are across the boundary by then: only those that are not are searched
       again, from the start, so that a batch does not wait for its slowest
-      image. The result is the same.
+      image. The result is the same. None for 1 where each step is twice as long
+      as the one before, and there are batches enough that it saves time, else
+      8.
     mesh: Devices that a `boundary.Search` works on; None for one.
     show_progress: Whether to show a progress bar.
 
@@ -103,6 +111,12 @@ def relabel(
     ValueError: If an argument is out of its range.
   """
   checks.integer("batch_size", batch_size, at_least=1)
+  if first_steps is None:
+    is_long = isinstance(search_fn, boundary.Search) and (
+      float(search_fn.step_growth) >= _LONG_STEPS
+    )
+    has_many = len(dataset) > _MANY_BATCHES * batch_size
+    first_steps = 1 if is_long and has_many else _FIRST_STEPS
   checks.integer("first_steps", first_steps, at_least=1)
   checks.key(key)
   if not len(dataset):
@@ -110,6 +124,10 @@ def relabel(
   num_images = len(dataset)
   batch_size = min(batch_size, num_images)
   results: dict[str, np.ndarray] = {}
+
+  def is_unfinished(rows: np.ndarray, last_step: int) -> np.ndarray:
+    has_all = results["num_steps"][rows] >= last_step
+    return np.asarray(has_all & ~results["is_crossed"][rows])
 
   def run(
     rows: np.ndarray, search: SearchFn, last_step: int | None = None
@@ -143,7 +161,7 @@ def relabel(
         results[name][real] = values
       num_done = len(real)
       if last_step is not None:
-        num_done = int((results["num_steps"][real] < last_step).sum())
+        num_done -= int(is_unfinished(real, last_step).sum())
       bar.advance(num_done, crossed=float(results["is_crossed"][real].mean()))
 
   with progress.bar(
@@ -157,7 +175,7 @@ def relabel(
       and search_fn.distance_decay != "linear"
     ):
       run(rows, boundary.cut(search_fn, first_steps), first_steps)
-      rows = np.flatnonzero(results["num_steps"] >= first_steps)
+      rows = np.flatnonzero(is_unfinished(rows, first_steps))
     if rows.size:
       run(rows, search_fn)
   return Relabelling(**results)
@@ -401,6 +419,11 @@ class Teacher:
       show_progress=self.show_progress,
     )
 
+  @functools.cached_property
+  def image_logits(self) -> np.ndarray:
+    """What the original model says of the forget set."""
+    return self.predict(self.split.forget.images)
+
   def predict(
     self, images: np.ndarray, variables: types.Variables | None = None
   ) -> np.ndarray:
@@ -427,22 +450,17 @@ class Teacher:
     """Returns what a pass's search found, if it needs one, and the targets."""
     outcome = self.search(index) if self.taught.is_searched else None
     labels, gone = self.split.forget.labels, gone_classes(self.split)
-    image_logits = None
-    if self.taught.image_weight or self.is_part:
-      image_logits = self.predict(self.split.forget.images)
     targets = self.taught.of_forget(
       outcome,
-      image_logits if self.taught.image_weight else None,
+      self.image_logits if self.taught.image_weight else None,
       labels,
       gone,
       self.refit_logits,
     )
-    if self.accuracy is None or image_logits is None or not self.is_part:
+    if self.accuracy is None or not self.is_part:
       return outcome, targets
-    shift = prior_shift(self.split)
-    return outcome, at_accuracy(
-      targets, image_logits + shift, labels, self.accuracy
-    )
+    shifted = self.image_logits + prior_shift(self.split)
+    return outcome, at_accuracy(targets, shifted, labels, self.accuracy)
 
 
 def prior_shift(split: types.Split) -> np.ndarray:

@@ -512,9 +512,38 @@ def test_searching_slow_images_again_changes_nothing(
   calls.clear()
   staged = relabel(first_steps)
   chex.assert_trees_all_close(staged, once, atol=1e-6)
-  num_slow = int((once.num_steps >= first_steps).sum())
+  num_slow = int((once.num_steps > first_steps).sum())
   assert calls.count(first_steps) == num_batches
   assert calls.count(14) == -(-num_slow // 7)
+
+
+@pytest.mark.parametrize(
+  ("growth", "batch_size", "first"), [(2.0, 5, 1), (1.5, 5, 8), (2.0, 20, 8)]
+)
+def test_after_one_long_step_slow_images_are_searched_alone(
+  trained, growth, batch_size, first, monkeypatch
+):
+  model, variables, split = trained
+  calls = []
+  call = boundary.Search.__call__
+
+  def counted(search, *args):
+    calls.append((search.num_steps, len(args[2])))
+    return call(search, *args)
+
+  monkeypatch.setattr(boundary.Search, "__call__", counted)
+  relabelling = unlearning.relabel(
+    *(model.apply, variables, split.forget, KEY),
+    search_fn=boundary.Search(num_steps=16, step_size=0.26, step_growth=growth),
+    batch_size=batch_size,
+    show_progress=False,
+  )
+  assert relabelling.is_crossed.all()
+  num_batches = -(-len(split.forget) // batch_size)
+  num_slow = int((relabelling.num_steps > first).sum())
+  assert 0 < int((relabelling.num_steps > 1).sum()) < len(split.forget)
+  rest = [(16, batch_size)] * -(-num_slow // batch_size)
+  assert calls == [(first, batch_size)] * num_batches + rest
 
 
 def forget_accuracy(trained, variables):
