@@ -245,7 +245,9 @@ def unlearn(
       retain_batch_size=retain_batch_size,
     )
 
-  has_level = teacher.is_part if targets is None else targets.ndim == 2
+  has_level = taught.labels == "soft_other"
+  if targets is not None:
+    has_level = targets.ndim == 2
   return _search_and_move(
     *(variables, split, passes, search, move, is_reached),
     is_refreshed=refresh_labels,

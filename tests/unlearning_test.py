@@ -710,6 +710,17 @@ def test_the_level_of_soft_targets_is_looked_at_after_a_cycle(trained):
   assert len(asked.history) == 1
 
 
+def test_no_schedule_is_cut_off_where_nothing_is_to_be_right(trained):
+  options = {"labels": "soft_other", "optimizer": training.sgd(0.1)}
+  output, whole = (
+    unlearn(trained, target_accuracy=target, num_epochs=4, **options)
+    for target in (0.0, None)
+  )
+  # It is there in the first pass, at the height of the schedule.
+  assert len(output.history) == 4
+  chex.assert_trees_all_equal(output.variables, whole.variables)
+
+
 def test_a_part_of_a_class_is_not_taught_to_be_wrong(trained):
   model, variables, _ = trained
   dataset = fakes.blobs(120)
