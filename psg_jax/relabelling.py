@@ -82,6 +82,7 @@ def relabel(
   search_fn: SearchFn,
   batch_size: int = 128,
   first_steps: int | None = None,
+  logits: np.ndarray | None = None,
   mesh: jax.sharding.Mesh | None = None,
   show_progress: bool = True,
 ) -> Relabelling:
@@ -101,6 +102,8 @@ def relabel(
       image. The result is the same. None for 1 where each step is twice as long
       as the one before, and there are batches enough that it saves time, else
       8.
+    logits: float `[N, K]`, what the network says of the images, where that is
+      known: a `boundary.Search` leaves out those that are across already.
     mesh: Devices that a `boundary.Search` works on; None for one.
     show_progress: Whether to show a progress bar.
 
@@ -111,19 +114,23 @@ def relabel(
     ValueError: If an argument is out of its range.
   """
   checks.integer("batch_size", batch_size, at_least=1)
-  if first_steps is None:
-    is_long = isinstance(search_fn, boundary.Search) and (
-      float(search_fn.step_growth) >= _LONG_STEPS
-    )
-    has_many = len(dataset) > _MANY_BATCHES * batch_size
-    first_steps = 1 if is_long and has_many else _FIRST_STEPS
-  checks.integer("first_steps", first_steps, at_least=1)
   checks.key(key)
   if not len(dataset):
     raise ValueError("dataset must not be empty, got 0 images")
   num_images = len(dataset)
-  batch_size = min(batch_size, num_images)
   results: dict[str, np.ndarray] = {}
+  rows = np.arange(num_images)
+  if logits is not None and isinstance(search_fn, boundary.Search):
+    results = _unmoved(logits, dataset.labels)
+    rows = np.flatnonzero(~results["is_crossed"])
+  batch_size = min(batch_size, num_images)
+  if first_steps is None:
+    is_long = isinstance(search_fn, boundary.Search) and (
+      float(search_fn.step_growth) >= _LONG_STEPS
+    )
+    has_many = len(rows) > _MANY_BATCHES * batch_size
+    first_steps = 1 if is_long and has_many else _FIRST_STEPS
+  checks.integer("first_steps", first_steps, at_least=1)
 
   def is_unfinished(rows: np.ndarray, last_step: int) -> np.ndarray:
     has_all = results["num_steps"][rows] >= last_step
@@ -167,7 +174,7 @@ def relabel(
   with progress.bar(
     "boundary search", num_images, unit="image", is_shown=show_progress
   ) as bar:
-    rows = np.arange(num_images)
+    bar.advance(num_images - len(rows), crossed=1.0)
     if (
       isinstance(search_fn, boundary.Search)
       and search_fn.num_steps >= 2 * first_steps
@@ -179,6 +186,20 @@ def relabel(
     if rows.size:
       run(rows, search_fn)
   return Relabelling(**results)
+
+
+def _unmoved(logits: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+  """What a search says of images that make no step."""
+  is_label = np.arange(logits.shape[-1]) == np.asarray(labels)[:, None]
+  nearest = np.argmax(np.where(is_label, -np.inf, logits), -1)
+  is_crossed = np.argmax(logits, -1) != labels
+  return {
+    "labels": nearest.astype(np.int32),
+    "logits": np.array(logits, np.float32),
+    "is_crossed": is_crossed & np.isfinite(logits.max(-1)),
+    "distance": np.zeros(len(logits), np.float32),
+    "num_steps": np.zeros(len(logits), np.int32),
+  }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -442,6 +463,7 @@ class Teacher:
       jax.random.fold_in(self.key, index),
       search_fn=self.search_fn,
       batch_size=self.search_batch_size,
+      logits=self.image_logits if self.taught.image_weight else None,
       mesh=self.mesh,
       show_progress=self.show_progress,
     )

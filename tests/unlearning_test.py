@@ -546,6 +546,41 @@ def test_after_one_long_step_slow_images_are_searched_alone(
   assert calls == [(first, batch_size)] * num_batches + rest
 
 
+def test_images_that_are_across_already_are_not_searched(trained, monkeypatch):
+  model, variables, split = trained
+  # As many of another class, which the network is right about.
+  wrong = dataclasses.replace(
+    split.retain, labels=np.zeros_like(split.retain.labels)
+  )
+  both = twins.concatenate(wrong, split.forget)
+  logits = inference.predict(model.apply, variables, both.images)
+  seen = []
+  call = boundary.Search.__call__
+
+  def counted(search, *args):
+    seen.append(len(args[2]))
+    return call(search, *args)
+
+  monkeypatch.setattr(boundary.Search, "__call__", counted)
+
+  def relabel(**options):
+    seen.clear()
+    return unlearning.relabel(
+      *(model.apply, variables, both, KEY),
+      search_fn=boundary.Search(num_steps=14, step_size=0.05),
+      batch_size=6,
+      show_progress=False,
+      **options,
+    )
+
+  known, num_known = relabel(logits=logits), sum(seen)
+  searched, num_searched = relabel(), sum(seen)
+  chex.assert_trees_all_close(known, searched, atol=1e-5)
+  is_across = logits.argmax(-1) != both.labels
+  assert is_across.sum() > len(wrong) - 6
+  assert num_known == -(-(~is_across).sum() // 6) * 6 < num_searched
+
+
 def forget_accuracy(trained, variables):
   model, _, split = trained
   images = training.to_float(jnp.asarray(split.forget.images))
