@@ -579,6 +579,14 @@ def test_images_that_are_across_already_are_not_searched(trained, monkeypatch):
   is_across = logits.argmax(-1) != both.labels
   assert is_across.sum() > len(wrong) - 6
   assert num_known == -(-(~is_across).sum() // 6) * 6 < num_searched
+  seen.clear()
+  unlearning.unlearn(
+    *(model, variables, split._replace(forget=both), KEY),
+    search_batch_size=6,
+    num_epochs=1,
+    show_progress=False,
+  )
+  assert sum(seen) < len(both)
 
 
 def forget_accuracy(trained, variables):
