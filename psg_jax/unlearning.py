@@ -251,7 +251,7 @@ def unlearn(
   return _search_and_move(
     *(variables, split, passes, search, move, is_reached),
     is_refreshed=refresh_labels,
-    every=cycle if has_level else 1,
+    every=cycle if has_level and target_accuracy is not None else 1,
   )
 
 

@@ -142,8 +142,8 @@ def statements(rows: Sequence[results.Row]) -> list[str]:
   if total:
     inside = sum((x.mean or 0.0) * x.number for x in readings)
     sentences.append(
-      f"In {inside:.0f} of {total:.0f} readings the retrained model's accuracy is"
-      " inside the interval that proxies expect."
+      f"In {inside:.0f} of {total:.0f} readings the retrained model's accuracy"
+      " is inside the interval that proxies expect."
     )
   return sentences
 
