@@ -423,7 +423,7 @@ def _search_one(
     is_running, advance, (start, sure, jnp.int32(0), start)
   )
   delta, logits = _bisected(search, label, before, delta, logits, predict)
-  others = jnp.where(jnp.arange(len(logits)) == label, -jnp.inf, logits)
+  others = jnp.where(is_label, -jnp.inf, logits)
   reached = point(delta).astype(given_type)
   return SearchOutput(
     images=reached,

@@ -478,19 +478,25 @@ def test_bad_splits_and_targets(trained):
       unlearning.update(model, variables, split, targets, KEY)
 
 
-@pytest.mark.parametrize("first_steps", [1, 6, 7])
-def test_searching_slow_images_again_changes_nothing(
-  trained, first_steps, monkeypatch
-):
-  model, variables, split = trained
+@pytest.fixture
+def calls(monkeypatch):
+  """Steps and images of each call of a search."""
   calls = []
   call = boundary.Search.__call__
 
   def counted(search, *args):
-    calls.append(search.num_steps)
+    calls.append((search.num_steps, len(args[2])))
     return call(search, *args)
 
   monkeypatch.setattr(boundary.Search, "__call__", counted)
+  return calls
+
+
+@pytest.mark.parametrize("first_steps", [1, 6, 7])
+def test_searching_slow_images_again_changes_nothing(
+  trained, first_steps, calls
+):
+  model, variables, split = trained
 
   def relabel(first_steps):
     return unlearning.relabel(
@@ -506,32 +512,24 @@ def test_searching_slow_images_again_changes_nothing(
 
   # More than half of the steps: at once.
   once = relabel(8)
-  assert set(calls) == {14}
+  assert set(calls) == {(14, 7)}
   num_batches = len(calls)
   assert once.num_steps.max() > 11 > once.num_steps.min() > 1
   calls.clear()
   staged = relabel(first_steps)
   chex.assert_trees_all_close(staged, once, atol=1e-6)
   num_slow = int((once.num_steps > first_steps).sum())
-  assert calls.count(first_steps) == num_batches
-  assert calls.count(14) == -(-num_slow // 7)
+  assert calls.count((first_steps, 7)) == num_batches
+  assert calls.count((14, 7)) == -(-num_slow // 7)
 
 
 @pytest.mark.parametrize(
   ("growth", "batch_size", "first"), [(2.0, 5, 1), (1.5, 5, 8), (2.0, 20, 8)]
 )
 def test_after_one_long_step_slow_images_are_searched_alone(
-  trained, growth, batch_size, first, monkeypatch
+  trained, growth, batch_size, first, calls
 ):
   model, variables, split = trained
-  calls = []
-  call = boundary.Search.__call__
-
-  def counted(search, *args):
-    calls.append((search.num_steps, len(args[2])))
-    return call(search, *args)
-
-  monkeypatch.setattr(boundary.Search, "__call__", counted)
   relabelling = unlearning.relabel(
     *(model.apply, variables, split.forget, KEY),
     search_fn=boundary.Search(num_steps=16, step_size=0.26, step_growth=growth),
@@ -546,7 +544,7 @@ def test_after_one_long_step_slow_images_are_searched_alone(
   assert calls == [(first, batch_size)] * num_batches + rest
 
 
-def test_images_that_are_across_already_are_not_searched(trained, monkeypatch):
+def test_images_that_are_across_already_are_not_searched(trained, calls):
   model, variables, split = trained
   # As many of another class, which the network is right about.
   wrong = dataclasses.replace(
@@ -554,17 +552,9 @@ def test_images_that_are_across_already_are_not_searched(trained, monkeypatch):
   )
   both = twins.concatenate(wrong, split.forget)
   logits = inference.predict(model.apply, variables, both.images)
-  seen = []
-  call = boundary.Search.__call__
-
-  def counted(search, *args):
-    seen.append(len(args[2]))
-    return call(search, *args)
-
-  monkeypatch.setattr(boundary.Search, "__call__", counted)
 
   def relabel(**options):
-    seen.clear()
+    calls.clear()
     return unlearning.relabel(
       *(model.apply, variables, both, KEY),
       search_fn=boundary.Search(num_steps=14, step_size=0.05),
@@ -573,20 +563,20 @@ def test_images_that_are_across_already_are_not_searched(trained, monkeypatch):
       **options,
     )
 
-  known, num_known = relabel(logits=logits), sum(seen)
-  searched, num_searched = relabel(), sum(seen)
+  known, num_known = relabel(logits=logits), sum(x for _, x in calls)
+  searched, num_searched = relabel(), sum(x for _, x in calls)
   chex.assert_trees_all_close(known, searched, atol=1e-5)
   is_across = logits.argmax(-1) != both.labels
   assert is_across.sum() > len(wrong) - 6
   assert num_known == -(-(~is_across).sum() // 6) * 6 < num_searched
-  seen.clear()
+  calls.clear()
   unlearning.unlearn(
     *(model, variables, split._replace(forget=both), KEY),
     search_batch_size=6,
     num_epochs=1,
     show_progress=False,
   )
-  assert sum(seen) < len(both)
+  assert sum(x for _, x in calls) < len(both)
 
 
 def forget_accuracy(trained, variables):
