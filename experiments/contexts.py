@@ -383,10 +383,14 @@ def unlearn_options(context: Context) -> dict[str, Any]:
     labels=options["labels"], image_weight=options["image_weight"]
   )
   layers = options.pop("layers")
+  augmentation = (
+    options.pop("augmentation") or context.job.training.augmentation
+  )
   return {
     **options,
     "trainable": trainable(context, layers) if layers else None,
     "image_weight": taught.image_weight,
     "search_fn": search_fn(context),
+    "augment_fn": augment_fn(augmentation),
     "eval_batch_size": context.job.eval_batch_size,
   }

@@ -89,8 +89,8 @@ class Unlearning:
   momentum: float = 0.9
   weight_decay: float = 1e-4
   num_epochs: int | None = None
-  """Passes over the forget set; None: 1, or as many as make 120 steps, of 960
-  images at least."""
+  """Passes over the forget set; None: 1, 2 where the last layers alone are
+  moved, or as many as make 120 steps, of 960 images at least."""
   batch_size: int | None = None
   """Forget images a step; None: 4 where the last layers alone are moved, else
   8."""
@@ -133,6 +133,8 @@ class Unlearning:
   sets as many as make 200 steps."""
   max_cycles: int = 4
   """How often all passes are made at most to come to the target."""
+  augmentation: Literal["none", "flip", "crop_flip", "medical"] | None = None
+  """Of the images of the update; None: as in training."""
   num_parts: int = 1
   """Gradient accumulation: parts of a minibatch, one after the other."""
 
@@ -245,6 +247,7 @@ RELEASED = Unlearning(
   weight_decay=0.0,
   num_epochs=10,
   retain_weight=0.0,
+  augmentation="none",
 )
 
 # Without any retained image nothing holds features and statistics in place:
@@ -269,6 +272,7 @@ PAPER = Unlearning(
   retain_batch_size=64,
   target="unseen",
   max_cycles=1,
+  augmentation="none",
 )
 
 UNLEARNING: dict[str, Unlearning] = {

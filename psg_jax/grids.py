@@ -239,6 +239,7 @@ def _teach(
     return refits.predict(
       *(shared.model, shared.variables, split, keys[place]),
       num_models=max(num_refits),
+      augment_fn=shared.passes.augment_fn,
       eval_batch_size=shared.sizes["eval_batch_size"],
       mesh=shared.passes.mesh,
       show_progress=shared.passes.show_progress,

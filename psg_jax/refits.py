@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psg_jax import (
+  augment,
   checks,
   inference,
   last_layers,
@@ -83,6 +84,7 @@ def predict(
   num_layers: int = 4,
   num_steps: int | None = None,
   learning_rate: float = 0.05,
+  augment_fn: augment.AugmentFn | None = None,
   eval_batch_size: int = 256,
   mesh: jax.sharding.Mesh | None = None,
   show_progress: bool = True,
@@ -105,6 +107,8 @@ def predict(
       take, drawn once, in one pass, or of all in several. None for half a pass,
       or 140 where that is more.
     learning_rate: Of SGD, the highest of its one cycle, positive.
+    augment_fn: Augmentation of retained images, as the original was trained
+      with; None for none.
     eval_batch_size: Images predicted at a time.
     mesh: Devices; None for one.
     show_progress: Whether to show progress bars.
@@ -141,6 +145,7 @@ def predict(
       num_epochs=num_epochs,
       batch_size=_BATCH_SIZE,
       optimizer=optimizers.sgd(learning_rate),
+      augment_fn=augment_fn,
       trainable=trainable,
       mesh=mesh,
       description=f"new last layers {number + 1}/{num_models}",

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psg_jax import (
+  augment,
   boundary,
   checks,
   inference,
@@ -403,6 +404,7 @@ class Teacher:
     accuracy: Up to which targets may name the old class, in [0, 1]; None or 0
       for none of them.
     num_refits: See `refits.count`.
+    augment_fn: See `refits.predict`.
     search_batch_size: Images searched at a time.
     eval_batch_size: Images predicted at a time.
     mesh: Devices; None for one.
@@ -417,6 +419,7 @@ class Teacher:
   search_fn: SearchFn
   accuracy: float | None = None
   num_refits: int = 0
+  augment_fn: augment.AugmentFn | None = None
   search_batch_size: int = 128
   eval_batch_size: int = 256
   mesh: jax.sharding.Mesh | None = None
@@ -435,6 +438,7 @@ class Teacher:
     return refits.predict(
       *(self.model, self.variables, self.split, self.key),
       num_models=self.num_refits,
+      augment_fn=self.augment_fn,
       eval_batch_size=self.eval_batch_size,
       mesh=self.mesh,
       show_progress=self.show_progress,

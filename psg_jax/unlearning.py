@@ -38,7 +38,6 @@ check_labels = relabelling.check_labels
 gone_classes = relabelling.gone_classes
 relabel = relabelling.relabel
 soft_targets = relabelling.soft_targets
-
 RETAIN_LABELS = relabelling.RETAIN_LABELS
 Targets = relabelling.Targets
 # Fewer steps leave a small model between the old labels and the new; small
@@ -53,12 +52,9 @@ BATCH_SIZE = 8
 LAST_LAYERS_BATCH_SIZE = 4
 RETAIN_SHARE = 3
 LEARNING_RATE = 1e-2
-SEARCH_DEFAULTS = {
-  "num_steps": 50,
-  "step_size": 0.03,
-  "step_growth": 2.0,
-  "num_bisections": 3,
-}
+SEARCH_DEFAULTS = dict(
+  num_steps=50, step_size=0.03, step_growth=2.0, num_bisections=3
+)
 SEARCH_NAMES, TARGET_NAMES = (
   tuple(field.name for field in dataclasses.fields(value) if field.init)
   for value in (boundary.Search, relabelling.Targets)
@@ -157,8 +153,11 @@ def unlearn(
       step, else 0.
     **options: Those of `relabelling.Targets`, such as `labels`; of
       `boundary.Search`, by default those of `SEARCH_DEFAULTS`; and of
-      `engine.Passes`, by default those of `update`. Where `retain_weight` is 0
-      and all layers are moved, `batch_stats="frozen"` is the better choice.
+      `engine.Passes`, by default those of `update`, but for 2 passes at least
+      where the last layers alone are moved. `augment_fn` had better be that of
+      training; new last layers are trained with it as well. Where
+      `retain_weight` is 0 and all layers are moved, `batch_stats="frozen"` is
+      the better choice.
 
   Returns:
     The unlearned variables, the targets, and the history.
@@ -175,7 +174,9 @@ def unlearn(
   target_options = _taken(options, TARGET_NAMES)
   _taken(options, SEARCH_NAMES)
   taught = relabelling.Targets(**target_options)
-  check_labels(taught.labels, taught.top_k, split.forget.num_classes)
+  relabelling.check_labels(
+    taught.labels, taught.top_k, split.forget.num_classes
+  )
   form = taught.labels if targets is None else "given"
   passes = read_passes(
     *(model, variables, split, retain_weight, options),
@@ -216,6 +217,7 @@ def unlearn(
     *(model, variables, split, search_key, taught, search_fn),
     accuracy=target_accuracy,
     num_refits=num_refits,
+    augment_fn=passes.augment_fn,
     search_batch_size=search_batch_size,
     eval_batch_size=eval_batch_size,
     mesh=passes.mesh,
@@ -365,10 +367,16 @@ def _check_search(
   search.prepare(model.apply, variables, images, jnp.asarray(one.labels), key)
 
 
-def default_num_epochs(num_forget: int, batch_size: int) -> int:
-  """Returns 1 pass, or as many as make 120 steps, of 960 images at least."""
+def default_num_epochs(
+  num_forget: int, batch_size: int, *, is_of_last_layers: bool = False
+) -> int:
+  """Returns 1 pass, or as many as make 120 steps, of 960 images at least.
+
+  Where the last layers alone are moved, at half the cost, 2 at least.
+  """
   num_steps = max(_MIN_STEPS, -(-_MIN_IMAGES // batch_size))
-  return -(-num_steps // -(-num_forget // batch_size))
+  num_epochs = -(-num_steps // -(-num_forget // batch_size))
+  return max(num_epochs, 1 + is_of_last_layers)
 
 
 def update(
@@ -453,7 +461,9 @@ def read_passes(
     others=tuple(defaults()),
   )
   if options.get("num_epochs") is None:
-    num_epochs = default_num_epochs(len(split.forget), passes.batch_size)
+    num_epochs = default_num_epochs(
+      len(split.forget), passes.batch_size, is_of_last_layers=bool(fixed)
+    )
     passes = passes.replace(num_epochs=num_epochs)
   if passes.optimizer is None:
     rate = default_rate(passes.schedule)

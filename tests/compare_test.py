@@ -423,6 +423,30 @@ def test_methods_take_their_arguments(settings, context):
     )
 
 
+def test_all_methods_augment_as_training_does(context):
+  def augment_fn(name, changed):
+    return recipes.resolve(name, changed).arguments.get("augment_fn")
+
+  def changed(part, **options):
+    old = getattr(context.job, part)
+    job = dataclasses.replace(
+      context.job, **{part: dataclasses.replace(old, **options)}
+    )
+    return context._replace(job=job)
+
+  flip = jobs.augment_fn("flip")
+  flipped = changed("training", augmentation="flip")
+  for name in ("psg", "psg_hard", "psg_soft", "eu_k", "scrub", "retrain"):
+    assert augment_fn(name, context) is None
+    assert augment_fn(name, flipped) is flip
+  # As the released code has it, whatever the model was trained with.
+  assert augment_fn("psg_released", flipped) is None
+  # An own choice of the update stands before that of training.
+  own = changed("unlearning", augmentation="flip")
+  assert augment_fn("psg", own) is flip
+  assert augment_fn("eu_k", own) is None
+
+
 def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):
   found = recipes.resolve("psg_soft", context)
   assert found.record["labels"] == "soft_other"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from psg_jax import (
+  augment,
   inference,
   last_layers,
   refits,
@@ -57,6 +58,25 @@ def test_only_new_last_layers_are_trained_and_on_retained_images(
           chex.assert_trees_all_equal(end[collection][name], value)
   with pytest.raises(AssertionError):
     chex.assert_trees_all_equal(starts[0], starts[1])
+
+
+def test_their_images_are_augmented_as_those_of_the_update(
+  layered, monkeypatch
+):
+  seen, fit = [], training.fit
+
+  def spy(*arguments, **options):
+    seen.append(options["augment_fn"])
+    return fit(*arguments, **options)
+
+  monkeypatch.setattr(training, "fit", spy)
+  flip = augment.flip()
+  options = {"num_epochs": 1, "num_steps": 1, "show_progress": False}
+  plain = unlearning.unlearn(*layered, KEY, **options)
+  flipped = unlearning.unlearn(*layered, KEY, augment_fn=flip, **options)
+  assert seen == [None, flip]
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_equal(plain.targets, flipped.targets)
 
 
 def test_they_are_trained_on_a_part_of_many_images(layered, monkeypatch):

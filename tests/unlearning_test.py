@@ -223,6 +223,11 @@ def test_small_forget_sets_get_more_passes(num_forget, expected):
   # Of four images at a time twice as many steps: 960 images at least.
   assert unlearning.default_num_epochs(200, 4) == 5
   assert unlearning.default_num_epochs(961, 4) == 1
+  # Steps on the last layers cost half.
+  of_last = functools.partial(
+    unlearning.default_num_epochs, is_of_last_layers=True
+  )
+  assert [of_last(961, 4), of_last(200, 4)] == [2, 5]
 
 
 def test_targets_at_the_image_are_the_prediction_without_the_old_class(trained):

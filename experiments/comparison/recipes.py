@@ -238,6 +238,11 @@ def resolve(
     # The accuracy to stop at follows from each original model.
     record["target"] = context.job.unlearning.target
   arguments = {**options, **objects}
+  has_own = method in (*OURS, "psg_released")
+  if not has_own and "augment_fn" in baselines.parameters(method):
+    # As in training, for all.
+    augmentation = context.job.training.augmentation
+    arguments["augment_fn"] = jobs.augment_fn(augmentation)
   # SCRUB's own optimiser has a schedule, which these rates begin with.
   is_scheduled = is_paper and method.startswith("scrub") and not is_changed
   if rates is not None:
@@ -288,7 +293,8 @@ def _of_job(
   job = context.job
   if method in OURS:
     options = contexts.unlearn_options(context)
-    objects = {name: options.pop(name) for name in ("search_fn", "trainable")}
+    names = ("search_fn", "trainable", "augment_fn")
+    objects = {name: options.pop(name) for name in names}
     if method == "psg_soft":
       return {**options, **_soft(context)}, objects, None
     if method == "psg_hard":
@@ -301,8 +307,7 @@ def _of_job(
   if method == "retrain":
     names = ("num_epochs", "batch_size", "schedule")
     options = {name: getattr(job.training, name) for name in names}
-    augment_fn = jobs.augment_fn(job.training.augmentation)
-    return options, {"augment_fn": augment_fn}, None
+    return options, {}, None
   if method == "psg_released":
     mean, std = contexts.standardisation(job, context.train)
     return {}, {"model_mean": mean, "model_std": std}, None
@@ -367,7 +372,11 @@ def _unseen(context: contexts.Context) -> tuple[types.Dataset, str]:
 def _budget(
   method: str, recipe: Recipe, context: contexts.Context
 ) -> dict[str, Any]:
-  """Passes and batches that take as many images as PSG takes."""
+  """Passes and batches that take as many images as PSG does of all layers.
+
+  Where it moves the last layers alone it takes up to twice as many, each at
+  half the cost.
+  """
   options = context.job.unlearning
   num_forget, num_retain = len(context.split.forget), len(context.split.retain)
   # Of fewer a step it takes as many in all.
