@@ -38,7 +38,6 @@ check_labels = relabelling.check_labels
 gone_classes = relabelling.gone_classes
 relabel = relabelling.relabel
 soft_targets = relabelling.soft_targets
-RETAIN_LABELS = relabelling.RETAIN_LABELS
 Targets = relabelling.Targets
 # Fewer steps leave a small model between the old labels and the new; small
 # minibatches need as many images.
@@ -52,9 +51,12 @@ BATCH_SIZE = 8
 LAST_LAYERS_BATCH_SIZE = 4
 RETAIN_SHARE = 3
 LEARNING_RATE = 1e-2
-SEARCH_DEFAULTS = dict(
-  num_steps=50, step_size=0.03, step_growth=2.0, num_bisections=3
-)
+SEARCH_DEFAULTS = {
+  "num_steps": 50,
+  "step_size": 0.03,
+  "step_growth": 2.0,
+  "num_bisections": 3,
+}
 SEARCH_NAMES, TARGET_NAMES = (
   tuple(field.name for field in dataclasses.fields(value) if field.init)
   for value in (boundary.Search, relabelling.Targets)
@@ -200,8 +202,7 @@ def unlearn(
   if targets is not None:
     targets = checked_targets("targets", targets, split.forget)
   checks.key(key)
-  if search_fn is None:
-    search_fn = search_of(named)
+  search_fn = search_of(named) if search_fn is None else search_fn
   is_searched = targets is None and taught.is_searched
   if is_searched and isinstance(search_fn, boundary.Search):
     _check_search(search_fn, model, variables, split.forget, key)
@@ -247,9 +248,7 @@ def unlearn(
       retain_batch_size=retain_batch_size,
     )
 
-  has_level = taught.labels == "soft_other"
-  if targets is not None:
-    has_level = targets.ndim == 2
+  has_level = form == "soft_other" or np.ndim(targets) == 2
   return _search_and_move(
     *(variables, split, passes, search, move, is_reached),
     is_refreshed=refresh_labels,
