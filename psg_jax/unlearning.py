@@ -248,7 +248,7 @@ def unlearn(
       retain_batch_size=retain_batch_size,
     )
 
-  has_level = form == "soft_other" or np.ndim(targets) == 2
+  has_level = form == "soft_other" or np.asarray(targets).ndim == 2
   return _search_and_move(
     *(variables, split, passes, search, move, is_reached),
     is_refreshed=refresh_labels,
