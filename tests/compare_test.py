@@ -499,6 +499,17 @@ def test_budget_is_that_of_psg(context):
     for name in expected
   }
   assert found == expected
+  # Two passes of 8 + 24 over 1,000 images, where last layers alone are moved.
+  split = context.split
+  many = split.forget.take(np.arange(1000) % num_forget)
+  many = dataclasses.replace(many, ids=np.arange(1000).astype(str))
+  selection = context.selection._replace(split=split._replace(forget=many))
+  large = context._replace(selection=selection)
+  for num_layers, images in ((None, 8000), (0, 4000)):
+    options = dataclasses.replace(context.job.unlearning, num_layers=num_layers)
+    job = dataclasses.replace(context.job, unlearning=options)
+    changed = recipes.resolve("finetune", large._replace(job=job))
+    assert changed.arguments["num_epochs"] == round(images / 359)
   paper = recipes.resolve("finetune", context, settings="paper")
   assert "num_epochs" not in paper.arguments
 

@@ -372,16 +372,20 @@ def _unseen(context: contexts.Context) -> tuple[types.Dataset, str]:
 def _budget(
   method: str, recipe: Recipe, context: contexts.Context
 ) -> dict[str, Any]:
-  """Passes and batches that take as many images as PSG does of all layers.
-
-  Where it moves the last layers alone it takes up to twice as many, each at
-  half the cost.
-  """
+  """Passes and batches that take as many images as PSG takes."""
   options = context.job.unlearning
   num_forget, num_retain = len(context.split.forget), len(context.split.retain)
   # Of fewer a step it takes as many in all.
   size = options.forget_batch_size
-  passes = options.num_epochs or unlearning.default_num_epochs(num_forget, size)
+  is_of_last_layers = (
+    contexts.is_class_request(context)
+    and options.labels == "soft_other"
+    and options.num_layers != 0
+    and not options.layers
+  )
+  passes = options.num_epochs or unlearning.default_num_epochs(
+    num_forget, size, is_of_last_layers=is_of_last_layers
+  )
   beside = options.retain_batch_size or unlearning.RETAIN_SHARE * size
   images = (size + beside) * passes * math.ceil(num_forget / size)
   batch_size = min(_BATCH_SIZE, size + beside)
