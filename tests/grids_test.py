@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from psg_jax import (
+  augment,
   boundary,
   engine,
   ensembles,
@@ -147,6 +148,14 @@ def test_each_seed_has_new_last_layers_of_its_own(parts):
   assert difference(*output.targets) > 1e-3
   plain = unlearn_grid(parts, cells, num_refits=0)
   np.testing.assert_array_equal(plain.target_of_cell, [0, 0, 0])
+
+
+def test_cells_are_augmented_as_runs_are(parts):
+  options = {"augment_fn": augment.flip()}
+  cell = {"seed": 3}
+  output = unlearn_grid(parts, [cell], **options).output(0)
+  assert_same(output, unlearn(parts, cell, **options))
+  assert difference(output.targets, unlearn(parts, cell).targets) > 1e-3
 
 
 def test_cells_are_completed(grid):
