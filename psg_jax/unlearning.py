@@ -176,9 +176,7 @@ def unlearn(
   target_options = _taken(options, TARGET_NAMES)
   _taken(options, SEARCH_NAMES)
   taught = relabelling.Targets(**target_options)
-  relabelling.check_labels(
-    taught.labels, taught.top_k, split.forget.num_classes
-  )
+  check_labels(taught.labels, taught.top_k, split.forget.num_classes)
   form = taught.labels if targets is None else "given"
   passes = read_passes(
     *(model, variables, split, retain_weight, options),
@@ -248,7 +246,9 @@ def unlearn(
       retain_batch_size=retain_batch_size,
     )
 
-  has_level = form == "soft_other" or np.asarray(targets).ndim == 2
+  has_level = taught.labels == "soft_other"
+  if targets is not None:
+    has_level = targets.ndim == 2
   return _search_and_move(
     *(variables, split, passes, search, move, is_reached),
     is_refreshed=refresh_labels,
