@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from experiments import cells, compare, contexts, files, jobs, run_folder
-from experiments.comparison import recipes, summary, verdicts
+from experiments.comparison import recipes, summary, trials, verdicts
 from experiments.pages import comparison
 from psg_jax import baselines, checkpoints, twins, types
 from tests import programs_test
@@ -508,8 +508,15 @@ def test_budget_is_that_of_psg(context):
   for num_layers, images in ((None, 8000), (0, 4000)):
     options = dataclasses.replace(context.job.unlearning, num_layers=num_layers)
     job = dataclasses.replace(context.job, unlearning=options)
-    changed = recipes.resolve("finetune", large._replace(job=job))
-    assert changed.arguments["num_epochs"] == round(images / 359)
+    changed = large._replace(job=job)
+    finetune = recipes.resolve("finetune", changed)
+    assert finetune.arguments["num_epochs"] == round(images / 359)
+    # Twice those passes are what a search tries last.
+    last = trials.planned("psg", changed, 6)[5]
+    assert last.overrides["num_epochs"] == 2 * images // 4000
+    # Of hard labels all layers are moved.
+    hard = trials.planned("psg_hard", changed, 6)[5]
+    assert hard.overrides["num_epochs"] == 2
   paper = recipes.resolve("finetune", context, settings="paper")
   assert "num_epochs" not in paper.arguments
 

@@ -369,6 +369,26 @@ def _unseen(context: contexts.Context) -> tuple[types.Dataset, str]:
   )
 
 
+def psg_passes(context: contexts.Context, labels: str, batch_size: int) -> int:
+  """Returns how many passes `unlearning.unlearn` makes where none are given.
+
+  Args:
+    context: The job.
+    labels: The form of the targets.
+    batch_size: Forget images a step, where all layers are moved.
+  """
+  options = context.job.unlearning
+  is_of_last_layers = (
+    contexts.is_class_request(context)
+    and labels == "soft_other"
+    and options.num_layers != 0
+    and not options.layers
+  )
+  return unlearning.default_num_epochs(
+    len(context.split.forget), batch_size, is_of_last_layers=is_of_last_layers
+  )
+
+
 def _budget(
   method: str, recipe: Recipe, context: contexts.Context
 ) -> dict[str, Any]:
@@ -377,15 +397,7 @@ def _budget(
   num_forget, num_retain = len(context.split.forget), len(context.split.retain)
   # Of fewer a step it takes as many in all.
   size = options.forget_batch_size
-  is_of_last_layers = (
-    contexts.is_class_request(context)
-    and options.labels == "soft_other"
-    and options.num_layers != 0
-    and not options.layers
-  )
-  passes = options.num_epochs or unlearning.default_num_epochs(
-    num_forget, size, is_of_last_layers=is_of_last_layers
-  )
+  passes = options.num_epochs or psg_passes(context, options.labels, size)
   beside = options.retain_batch_size or unlearning.RETAIN_SHARE * size
   images = (size + beside) * passes * math.ceil(num_forget / size)
   batch_size = min(_BATCH_SIZE, size + beside)

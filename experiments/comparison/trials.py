@@ -145,7 +145,7 @@ def _start(
   value = record.get(name, baselines.parameters(method).get(name))
   if value is None and name == "num_epochs":
     size = record["batch_size"] or unlearning.BATCH_SIZE
-    return unlearning.default_num_epochs(len(context.split.forget), size)
+    return recipes.psg_passes(context, record["labels"], size)
   return value
 
 
