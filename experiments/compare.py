@@ -17,8 +17,8 @@ the same command with `--resume` goes on.
     runs/<name>/cells/<method>-<seed>-<unlearning seed>/
                                             result.json, logits.npz
 
-All 21 methods on the digits take eight minutes on two cores, most of it the
-compiling of 21 training programs. What to expect is in docs/comparison.md.
+All methods on the digits take some ten minutes on two cores, most of it the
+compiling of a training program each. What to expect is in docs/comparison.md.
 """
 
 import dataclasses

@@ -105,8 +105,8 @@ class Unlearning:
   """Where soft labels are taken: 0, at the boundary; 1, at the image itself;
   None: 0.5 with soft_other, else 0."""
   num_refits: int | None = None
-  """Copies with new last layers, trained in one pass over the retained images,
-  whose mean prediction is half of soft_other targets; None: 1 for whole
+  """Copies with new last layers, trained on half a pass over the retained
+  images, 140 steps at least, whose mean prediction is half of soft_other targets; None: 1 for whole
   classes where they can be trained, else 0."""
   retain_labels: Literal["hard", "soft", "raw_logits"] | None = None
   top_k: int | None = None

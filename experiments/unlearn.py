@@ -29,7 +29,7 @@ class Options(recipes.Job):
   run: str | None = None
   """Run folder that has the original model."""
   method: str = "default"
-  """Unlearning recipe: default, released or no_retain_data."""
+  """Unlearning recipe: default, paper, released or no_retain_data."""
   export: str | None = None
   """Also write the unlearned model as a PyTorch state dict (.safetensors)."""
 

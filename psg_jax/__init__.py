@@ -36,9 +36,9 @@ _FUNCTIONS = {
 _MODULES = (
   *("augment", "baselines", "batches", "boundary", "catalog", "checkpoints"),
   *("data", "diagnosis", "engine", "ensembles", "evaluation", "forget"),
-  *("grids",),
-  *("inference", "metrics", "model_checks", "models", "optimizers"),
-  *("parallel", "relearning", "steps", "streaming", "torch_weights", "traces"),
+  *("grids", "inference", "last_layers", "metrics", "model_checks", "models"),
+  *("optimizers", "parallel", "proxies", "refits", "relabelling"),
+  *("relearning", "steps", "streaming", "torch_weights", "traces"),
   *("training", "twins", "types"),
   *("ulira", "unlearning", "verification", "yardstick"),
 )
