@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-import math
 import pathlib
 import types as types_lib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,12 +20,14 @@ from psg_jax import (
   augment,
   boundary,
   data,
+  engine,
   forget,
   inference,
   last_layers,
   metrics,
   models,
   optimizers,
+  refits,
   relabelling,
   types,
   unlearning,
@@ -142,12 +143,10 @@ def stop_target(context: Context) -> Literal["zero", "unseen", "proxy"]:
 
 def proxy_cost(context: Context) -> float:
   """What proxies cost, as a part of a retraining; no images cost infinity."""
-  job, num_retain = context.job, len(context.split.retain)
-  num_classes = context.split.retain.num_classes
-  if num_retain < job.unlearning.num_proxies * num_classes:
-    return math.inf
+  job = context.job
   return proxies_lib.cost(
     len(context.split.retain),
+    context.split.retain.num_classes,
     num_models=job.unlearning.num_proxies,
     fraction=job.unlearning.proxy_fraction,
     num_epochs=job.training.num_epochs,
@@ -241,15 +240,17 @@ class Aim(NamedTuple):
 
   Attributes:
     accuracy: That on the forget set to stop at, in [0, 1]; None for none.
-    proxies: Those that say it and what to teach; None where none were trained.
+    proxies: Those that say it; None where none were trained.
+    is_taught: Whether what they say is taught, in the place of labels.
   """
 
   accuracy: float | None
   proxies: proxies_lib.Proxies | None = None
+  is_taught: bool = False
 
   def options(self) -> dict[str, Any]:
     """Keyword arguments of `unlearning.unlearn`."""
-    if self.proxies is None:
+    if self.proxies is None or not self.is_taught:
       return {"target_accuracy": self.accuracy}
     return {
       "target_accuracy": self.accuracy,
@@ -287,9 +288,8 @@ def aim(
     show_progress=show_progress,
     description="training proxies",
   )
-  if not outcome.is_called_for:
-    return Aim(1.0, outcome)
-  return Aim(outcome.accuracy.value, outcome)
+  accuracy = outcome.accuracy.value if outcome.is_called_for else 1.0
+  return Aim(accuracy, outcome, label_form(context) == "given")
 
 
 @functools.lru_cache
@@ -352,21 +352,66 @@ def search_fn(context: Context) -> unlearning.SearchFn | None:
   )
 
 
-def trainable(context: Context, layers: Sequence[str]) -> Any:
-  """Marks the layers that are moved, for `engine.Passes`.
+@functools.lru_cache(maxsize=8)
+def _shapes(model: types.Model, image: tuple[int, ...]) -> Any:
+  return jax.eval_shape(
+    model.init,
+    jax.random.key(0),
+    jax.ShapeDtypeStruct((1, *image), np.float32),
+  )
+
+
+def shapes(context: Context) -> Any:
+  """Returns the shapes of the network's variables."""
+  return _shapes(context.model, tuple(context.train.images.shape[1:]))
+
+
+def label_form(context: Context) -> str:
+  """Returns the form of what the forget set is taught: `given` by proxies.
+
+  They say it in the place of the default labels; others stay as they are.
+  """
+  labels: str = context.job.unlearning.labels
+  is_given = labels == "soft_other" and stop_target(context) == "proxy"
+  return "given" if is_given else labels
+
+
+def passes(context: Context, **changes: Any) -> engine.Passes:
+  """Returns the passes that `unlearning.unlearn` makes of the job's options.
+
+  Args:
+    context: What the steps share.
+    **changes: Options that are not the job's.
 
   Raises:
-    ValueError: If the network has no such layer.
+    ValueError: If an option does not fit the network or the request.
   """
-  variables = jax.eval_shape(
-    context.model.init,
-    jax.random.key(0),
-    jax.ShapeDtypeStruct((1, *context.train.images.shape[1:]), np.float32),
-  )
+  options = unlearn_options(context) | changes
+  form = changes.get("labels", label_form(context))
+  given = {
+    field.name: options[field.name]
+    for field in dataclasses.fields(engine.Passes)
+    if field.name in options
+  }
+  weight, variables = options["retain_weight"], shapes(context)
   try:
-    return last_layers.trainable(variables, 1, layers)
+    refits.count(
+      *(options["num_refits"], variables, context.split),
+      labels=form,
+      retain_weight=weight,
+    )
+    return unlearning.read_passes(
+      *(context.model, variables, context.split, weight, given),
+      labels=form,
+      num_layers=options["num_layers"],
+    )
   except ValueError as error:
     raise ValueError(f"unlearning.{error}") from None
+
+
+def augmentation_of_original(job: recipes.Job) -> str:
+  """Returns the name of it; of a model that was brought along none is known."""
+  return job.training.augmentation if job.weights is None else "none"
 
 
 def unlearn_options(context: Context) -> dict[str, Any]:
@@ -383,12 +428,18 @@ def unlearn_options(context: Context) -> dict[str, Any]:
     labels=options["labels"], image_weight=options["image_weight"]
   )
   layers = options.pop("layers")
-  augmentation = (
-    options.pop("augmentation") or context.job.training.augmentation
-  )
+  augmentation = options.pop("augmentation")
+  if augmentation is None:
+    augmentation = augmentation_of_original(context.job)
+  trainable = None
+  if layers:
+    try:
+      trainable = last_layers.trainable(shapes(context), 1, layers)
+    except ValueError as error:
+      raise ValueError(f"unlearning.{error}") from None
   return {
     **options,
-    "trainable": trainable(context, layers) if layers else None,
+    "trainable": trainable,
     "image_weight": taught.image_weight,
     "search_fn": search_fn(context),
     "augment_fn": augment_fn(augmentation),

@@ -39,7 +39,6 @@ from psg_jax import (
   checkpoints,
   data,
   engine,
-  last_layers,
   parallel,
   steps,
   torch_weights,
@@ -155,6 +154,7 @@ def _prepare(
       f" {job.unlearning.num_proxies} of {len(context.split.retain)} retained"
       " images"
     )
+  contexts.passes(context)
   if job.weights is not None:
     _imported(context)
   if job.pretrained is not None:
@@ -373,12 +373,7 @@ def _unmoved(
   context: contexts.Context, variables: types.Variables
 ) -> training.TrainState:
   """Initialises the state that unlearning begins with."""
-  options = contexts.unlearn_options(context)
-  is_given = contexts.stop_target(context) == "proxy"
-  trainable = last_layers.moved(
-    *(variables, context.split, "given" if is_given else options["labels"]),
-    *(options["num_layers"], options["trainable"]),
-  )
+  trainable = contexts.passes(context).trainable
   return steps.init_state(
     variables,
     contexts.optimizer(context.job.unlearning),

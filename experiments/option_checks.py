@@ -41,6 +41,11 @@ def check(job: recipes.Job) -> None:
   for name in ("num_refits", "num_layers"):
     if getattr(options, name) is not None:
       checks.integer(f"unlearning.{name}", getattr(options, name), at_least=0)
+  if options.layers and options.num_layers:
+    raise ValueError(
+      "unlearning.num_layers must be 0 where unlearning.layers are given, got"
+      f" {options.num_layers}"
+    )
   for name in ("distance_weight", "noise_scale", "retain_weight"):
     value = getattr(options, name)
     checks.number(f"unlearning.{name}", value, at_least=0)

@@ -106,8 +106,8 @@ class Unlearning:
   None: 0.5 with soft_other, else 0."""
   num_refits: int | None = None
   """Copies with new last layers, trained on half a pass over the retained
-  images, 140 steps at least, whose mean prediction is half of soft_other targets; None: 1 for whole
-  classes where they can be trained, else 0."""
+  images, some 140 steps at least, whose mean prediction is half of soft_other
+  targets; None: 1 for whole classes where they can be trained, else 0."""
   retain_labels: Literal["hard", "soft", "raw_logits"] | None = None
   top_k: int | None = None
   batch_stats: Literal["update", "frozen"] | None = None
@@ -458,7 +458,10 @@ def upgraded(unlearning: Mapping[str, Any]) -> dict[str, Any]:
   """Adds to options of an earlier version what it did without saying."""
   if not unlearning:
     return {}
-  earlier: dict[str, Any] = {"num_refits": 0, "num_layers": 0}
+  earlier: dict[str, Any] = {
+    **{"num_refits": 0, "num_layers": 0},
+    "augmentation": "none",
+  }
   if "step_growth" not in unlearning:
     earlier |= {
       "step_growth": 1.0,

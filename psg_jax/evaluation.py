@@ -57,26 +57,9 @@ def parts(train: types.Dataset, test: types.Dataset, **request: Any) -> Parts:
   )
 
 
-def whole_classes(split: types.Split) -> np.ndarray:
-  """Returns the numbers of the classes of which no image is retained."""
-  return split.whole_classes()
-
-
 def are_whole_classes(forget: np.ndarray, retain: np.ndarray) -> bool:
   """Whether no label `[N]` to forget is one `[M]` of what is retained."""
   return not np.isin(forget, retain).any()
-
-
-def is_class_request(split: types.Split) -> bool:
-  """Whether whole classes are forgotten and no more: the ideal accuracy is 0.
-
-  However the request was put: as classes, as a condition or as ids, with or
-  without groups.
-
-  Args:
-    split: Forget and retain set of the training images.
-  """
-  return are_whole_classes(split.forget.labels, split.retain.labels)
 
 
 class Row(NamedTuple):

@@ -10,7 +10,7 @@ import jax
 from psg_jax import checks, steps, types
 
 NUM_LAYERS = 4
-"""Of whole classes, the layers that are moved."""
+"""Of whole classes, the layers that are moved, and those of refits."""
 
 # In network order: the stem, numbered blocks, the head.
 _NAME = re.compile(r"(stem|block_(\d+)|layer(\d+)_(\d+)|head)")

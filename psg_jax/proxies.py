@@ -6,6 +6,7 @@ what it saw. A few models trained on a part of the retained images tell it, once
 they are corrected for being worse than a model of all images.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from psg_jax import (
   ensembles,
   inference,
   relabelling,
+  steps,
   types,
   unlearning,
 )
@@ -141,27 +143,37 @@ def fit(
       more where these would make fewer than 200 steps in the epochs of a
       retraining, but no image is seen by two of them.
     eval_batch_size: Images predicted at a time.
-    **options: Those of `training.fit`; `num_epochs`, of a retraining, are more
-      here where they still make fewer than 200 steps.
+    **options: Those of `training.fit` but `mesh`, for they are trained on one
+      device; `num_epochs`, of a retraining, are more here where they still make
+      fewer than 200 steps.
 
   Returns:
     Levels, targets and cost.
 
   Raises:
-    ValueError: If an argument is out of its range, or a part of the retained
-      images holds fewer images than there are classes.
+    ValueError: If an argument is out of its range, or there is not an image a
+      class for each.
     FloatingPointError: If the loss is NaN or infinite.
   """
   checks.integer("num_models", num_models, at_least=2)
   checks.number("fraction", fraction, above=0, below=1)
+  checks.integer("eval_batch_size", eval_batch_size, at_least=1)
   unlearning.check_parts(model, variables, split, 1.0)
+  if unseen is not None and len(unseen):
+    steps.check_classes(model, variables, unseen)
   checks.key(key)
+  if options.get("mesh") is not None:
+    raise ValueError("mesh must be None for proxies, got a mesh")
   passes = engine.Passes.of(options)
-  num_rows = _num_rows(len(split.retain), num_models, fraction, passes)
-  if num_rows < split.retain.num_classes:
+  num_classes = split.retain.num_classes
+  num_rows = _num_rows(
+    *(len(split.retain), num_classes, num_models, fraction, passes)
+  )
+  if not num_rows:
     raise ValueError(
-      f"num_models must leave each an image a class, got {num_models} of"
-      f" {len(split.retain)} retained images"
+      f"num_models must leave each an image a class, got {num_models} with"
+      f" fraction {fraction} of {len(split.retain)} retained images, of"
+      f" {num_classes} classes"
     )
   num_epochs = _num_epochs(num_rows, passes)
   choice_key, fit_key = jax.random.split(key)
@@ -226,6 +238,7 @@ def fit(
 
 def cost(
   num_retain: int,
+  num_classes: int = 1,
   *,
   num_models: int,
   fraction: float,
@@ -234,26 +247,41 @@ def cost(
 ) -> float:
   """Returns what proxies cost, as a part of a retraining's images.
 
+  Infinity where there is not an image a class for each.
+
   Args:
     num_retain: Retained images.
+    num_classes: Of how many classes.
     num_models: As for `fit`, and likewise the others.
     fraction: See there.
     num_epochs: Of a retraining.
     batch_size: Images a step.
   """
   passes = engine.Passes(num_epochs=num_epochs, batch_size=batch_size)
-  num_rows = max(1, _num_rows(num_retain, num_models, fraction, passes))
+  num_rows = _num_rows(num_retain, num_classes, num_models, fraction, passes)
+  if not num_rows:
+    return math.inf
   num_images = num_models * num_rows * _num_epochs(num_rows, passes)
   return num_images / (num_retain * num_epochs)
 
 
 def _num_rows(
-  num_retain: int, num_models: int, fraction: float, passes: engine.Passes
+  num_retain: int,
+  num_classes: int,
+  num_models: int,
+  fraction: float,
+  passes: engine.Passes,
 ) -> int:
-  """Images of each model: rather more of them than more epochs of few."""
+  """Images of each model: rather more of them than more epochs of few.
+
+  0 where they are not an image a class, of its own for each.
+  """
   enough = -(-_MIN_STEPS // passes.num_epochs) * passes.batch_size
   most = max(num_retain // num_models, round(fraction * num_retain))
-  return min(max(round(fraction * num_retain), enough), most)
+  num_rows = min(max(round(fraction * num_retain), enough), most)
+  least = max(num_classes, 1)
+  is_enough = num_rows >= least and num_retain >= num_models * least
+  return num_rows if is_enough else 0
 
 
 def _num_epochs(num_rows: int, passes: engine.Passes) -> int:
@@ -265,15 +293,14 @@ def _num_epochs(num_rows: int, passes: engine.Passes) -> int:
 def _parts(
   key: jax.Array, num_images: int, num_models: int, num_rows: int
 ) -> np.ndarray:
-  """Rows `[M, R]` of each model, of which as few as can be are shared."""
-  num_rounds = -(-num_models * num_rows // num_images)
-  order = np.concatenate(
-    [
-      np.asarray(jax.random.permutation(round_key, num_images))
-      for round_key in jax.random.split(key, num_rounds)
-    ]
-  )
-  return order[: num_models * num_rows].reshape(num_models, num_rows)
+  """Rows `[M, R]` of each model, of which as few as can be are shared.
+
+  They go on from the last model's, in one order over and over again: none has a
+  row twice.
+  """
+  order = jax.random.permutation(jax.random.split(key, 1)[0], num_images)
+  places = np.arange(num_models * num_rows).reshape(num_models, num_rows)
+  return np.asarray(order)[places % num_images]
 
 
 def _accuracy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

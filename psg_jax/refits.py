@@ -81,7 +81,7 @@ def predict(
   key: jax.Array,
   *,
   num_models: int = NUM_MODELS,
-  num_layers: int = 4,
+  num_layers: int = last_layers.NUM_LAYERS,
   num_steps: int | None = None,
   learning_rate: float = 0.05,
   augment_fn: augment.AugmentFn | None = None,
@@ -105,7 +105,7 @@ def predict(
     num_layers: The last so many are new, positive, but never the first.
     num_steps: Of 16 retained images, positive: of as many images as these
       take, drawn once, in one pass, or of all in several. None for half a pass,
-      or 140 where that is more.
+      or about 140, in whole passes, where that is more.
     learning_rate: Of SGD, the highest of its one cycle, positive.
     augment_fn: Augmentation of retained images, as the original was trained
       with; None for none.
@@ -122,6 +122,7 @@ def predict(
     FloatingPointError: If the loss is NaN or infinite.
   """
   checks.integer("num_models", num_models, at_least=1)
+  checks.integer("eval_batch_size", eval_batch_size, at_least=1)
   key = jax.random.fold_in(key, _KEY)
   num_images = len(split.retain)
   if num_steps is None:

@@ -321,16 +321,20 @@ def _among_retained(
 ) -> np.ndarray:
   """Returns the classes reached, and where one is gone the next that is not.
 
-  Where the old class itself stands, as the released code leaves it, it stays.
+  That is another than the old class, which stays where there is no other, and
+  where it stands itself, as the released code leaves it.
   """
   labels = relabelling.labels
   if gone is None:
     return labels
   logits = np.array(relabelling.logits)
   logits[:, gone] = -np.inf
+  logits[np.arange(len(logits)), old_labels] = -np.inf
+  next_labels = np.where(
+    np.isneginf(logits).all(-1), old_labels, np.argmax(logits, -1)
+  )
   is_gone = np.isin(labels, gone) & (labels != old_labels)
-  nearest = np.where(is_gone, np.argmax(logits, -1), labels)
-  return nearest.astype(np.int32)
+  return np.where(is_gone, next_labels, labels).astype(np.int32)
 
 
 def soft_targets(
@@ -352,7 +356,7 @@ def soft_targets(
       are then normalised again. None keeps all.
     old_labels: int `[N]`, needed for `"soft_other"`.
     gone: int `[C]`, classes that `"soft_other"` leaves out of all rows; None
-      for none.
+      for none. Where they are all but the old class, that is all that is left.
 
   Returns:
     float32 `[N, K]`; probabilities sum to 1 in each row.
@@ -367,9 +371,12 @@ def soft_targets(
     if old_labels is None:
       raise ValueError("old_labels must be given with soft_other, got None")
     is_old = jnp.asarray(old_labels)[:, None] == jnp.arange(num_classes)
+    is_gone = jnp.zeros_like(is_old)
     if gone is not None:
-      is_old |= jnp.isin(jnp.arange(num_classes), jnp.asarray(gone))
-    targets = jnp.where(is_old, -jnp.inf, targets)
+      is_gone |= jnp.isin(jnp.arange(num_classes), jnp.asarray(gone))
+    is_out = is_old | is_gone
+    is_out = jnp.where(is_out.all(-1, keepdims=True), is_gone, is_out)
+    targets = jnp.where(is_out, -jnp.inf, targets)
   if labels != "raw_logits":
     targets = jax.nn.softmax(targets)
   if top_k is not None:
@@ -383,11 +390,13 @@ def soft_targets(
 def gone_classes(split: types.Split) -> np.ndarray | None:
   """Returns the classes of which no image is retained, int `[C]`.
 
-  None where nothing is retained, and any class may be taught.
+  Those that an earlier request took out are among them. None where nothing is
+  retained, and any class may be taught.
   """
   if not len(split.retain):
     return None
-  return split.whole_classes()
+  num_classes = split.forget.num_classes
+  return np.setdiff1d(np.arange(num_classes), np.asarray(split.retain.labels))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

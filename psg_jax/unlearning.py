@@ -8,8 +8,9 @@ bring labels of their own.
 import dataclasses
 import importlib
 import inspect
+import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +32,6 @@ from psg_jax import (
   types,
 )
 
-LABELS = relabelling.LABELS
 Relabelling = relabelling.Relabelling
 SearchFn = relabelling.SearchFn
 check_labels = relabelling.check_labels
@@ -78,7 +78,7 @@ class UnlearnOutput:
     variables: The unlearned model's, new arrays.
     history: One record a pass: `epoch` from 1, `seconds` (without callbacks),
       and the method's own figures; see `update`. The first also says how many
-      `search_seconds` went before it.
+      `search_seconds` went before it, on search and new last layers.
     targets: Targets of the forget set in the last pass: int32 classes `[N]`
       for hard labels, float32 `[N, K]` for soft ones. None of other methods.
     relabelling: What the search found, in the last pass. None of other methods.
@@ -182,6 +182,7 @@ def unlearn(
     *(model, variables, split, retain_weight, options),
     labels=form,
     num_layers=num_layers,
+    others=tuple(defaults()),
   )
   cycle = passes.num_epochs
   checks.integer("search_batch_size", search_batch_size, at_least=1)
@@ -298,55 +299,52 @@ def _search_and_move(
 ) -> UnlearnOutput:
   """Searches once and makes all passes, or searches before each of them.
 
-  Whether the target is reached is looked at after so many passes each: soft
-  targets have the level in them, and a schedule that is cut off at its height
-  ends far from them.
+  The target is looked for after `every` passes each: soft targets have the
+  level in them, and a schedule cut off at its height ends far from them.
   """
   num_steps = _num_steps(split, passes.batch_size)
   num_epochs, state = passes.num_epochs, passes.state
-  first = 0 if state is None else int(state.step) // num_steps
+  step = 0 if state is None else int(state.step)
+  next_pass = step // num_steps + 1
+  numbers = itertools.count(next_pass)
+  is_done = step % (every * num_steps) == 0 and is_reached(
+    variables if state is None else state.variables
+  )
 
   def is_last(current: types.Variables) -> bool:
-    is_asked_to = passes.stop_fn is not None and passes.stop_fn(current)
-    return is_asked_to or is_reached(current)
+    nonlocal is_done
+    is_stopped = passes.stop_fn is not None and passes.stop_fn(current)
+    is_end = next(numbers) % every == 0
+    is_done = bool(is_stopped) or (is_end and is_reached(current))
+    return is_done
 
   ends: Iterable[int] = [num_epochs]
   shared = passes.replace(stop_fn=is_last)
-  is_cut = is_refreshed or every > 1
-  if is_cut:
-    every = 1 if is_refreshed else every
-    next_end = (first // every + 1) * every
-    ends = range(min(next_end, num_epochs), num_epochs + 1, every)
+  if is_refreshed:
     # Each call knows but the passes until then.
-    schedule = optimizers.schedule_fn(passes.schedule, num_epochs * num_steps)
-    shared = passes.replace(
-      schedule=schedule, stop_fn=None if is_refreshed else passes.stop_fn
-    )
+    ends = range(min(next_pass, num_epochs), num_epochs + 1)
+    rates = optimizers.schedule_fn(passes.schedule, num_epochs * num_steps)
+    shared = shared.replace(schedule=rates)
   history: engine.History = []
-  is_done = first % every == 0 and is_reached(
-    variables if state is None else state.variables
-  )
   for number, end in enumerate(ends):
     is_searched = is_refreshed or number == 0
     start = time.perf_counter()
     if is_searched:
       relabelling, targets = search(end - 1 if is_refreshed else 0)
-    search_seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     if is_done:
       break
     state, records = move(targets, shared.replace(num_epochs=end, state=state))
     if records and is_searched:
-      records[0]["search_seconds"] = search_seconds
+      records[0]["search_seconds"] = seconds
     history += records
     # The targets returned are those of the last pass.
-    if is_cut and is_last(state.variables):
+    if is_done:
       break
   if state is None:
     variables = jax.tree.map(jnp.copy, steps.plain_variables(variables))
-  else:
-    variables = state.variables
   return UnlearnOutput(
-    variables=variables,
+    variables=variables if state is None else state.variables,
     targets=targets,
     history=history,
     relabelling=relabelling,
@@ -369,10 +367,7 @@ def _check_search(
 def default_num_epochs(
   num_forget: int, batch_size: int, *, is_of_last_layers: bool = False
 ) -> int:
-  """Returns 1 pass, or as many as make 120 steps, of 960 images at least.
-
-  Where the last layers alone are moved, at half the cost, 2 at least.
-  """
+  """1 pass, of last layers alone 2, or what makes 120 steps of 960 images."""
   num_steps = max(_MIN_STEPS, -(-_MIN_IMAGES // batch_size))
   num_epochs = -(-num_steps // -(-num_forget // batch_size))
   return max(num_epochs, 1 + is_of_last_layers)
@@ -422,7 +417,10 @@ def update(
     ValueError: If an argument is of the wrong shape, type or range.
     FloatingPointError: If the loss is NaN or infinite.
   """
-  passes = read_passes(model, variables, split, retain_weight, options)
+  passes = read_passes(
+    *(model, variables, split, retain_weight, options),
+    others=("retain_targets", "retain_weight", "retain_batch_size"),
+  )
   checks.key(key)
   return _update(
     *(model, variables, split, targets, key, passes),
@@ -441,6 +439,7 @@ def read_passes(
   *,
   labels: str = "given",
   num_layers: int | None = None,
+  others: Sequence[str] = (),
 ) -> engine.Passes:
   """Checks what `unlearn` and `update` share, and fills up the options."""
   check_parts(model, variables, split, retain_weight)
@@ -457,8 +456,9 @@ def read_passes(
   passes = engine.Passes.of(
     options,
     {"schedule": SCHEDULE, "num_epochs": 1, "batch_size": BATCH_SIZE} | fixed,
-    others=tuple(defaults()),
+    others=others,
   )
+  engine.read_trainable(passes.trainable, variables)
   if options.get("num_epochs") is None:
     num_epochs = default_num_epochs(
       len(split.forget), passes.batch_size, is_of_last_layers=bool(fixed)

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import inspect
 import time
@@ -497,6 +498,25 @@ def test_conformance_scrub_teacher_is_not_its_student(trained):
   assert abs(first["forget_distance"]) < zero
   assert second["forget_distance"] > zero
   assert second["retain_distance"] > zero
+
+
+@pytest.mark.parametrize("fn", [scrub.scrub, bad_teacher.bad_teacher])
+def test_conformance_teachers_see_images_as_the_student_does(trained, fn):
+  variables, split = trained
+  mirrored = types.Split(
+    *(dataclasses.replace(x, images=x.images[:, :, ::-1]) for x in split)
+  )
+  options = {"num_epochs": 2, "optimizer": optax.sgd(0.5), "batch_size": 40}
+  augmented = run(
+    fn, trained, augment_fn=lambda key, images: images[:, :, ::-1], **options
+  )
+  expected = run(fn, (variables, mirrored), **options)
+  plain = run(fn, trained, **options)
+  chex.assert_trees_all_close(
+    augmented.variables, expected.variables, atol=1e-5
+  )
+  with pytest.raises(AssertionError):
+    chex.assert_trees_all_close(augmented.variables, plain.variables, atol=1e-2)
 
 
 def test_scrub_forgets_in_max_passes_and_decays_its_rate(trained):

@@ -445,6 +445,20 @@ def test_all_methods_augment_as_training_does(context):
   own = changed("unlearning", augmentation="flip")
   assert augment_fn("psg", own) is flip
   assert augment_fn("eu_k", own) is None
+  # Of a model that was brought along none is known, and retraining has its own.
+  job = dataclasses.replace(flipped.job, weights="model.pt")
+  brought = context._replace(job=job)
+  assert augment_fn("psg", brought) is augment_fn("eu_k", brought) is None
+  assert augment_fn("retrain", brought) is flip
+  # Finished cells say it, and how many passes there were.
+  for changed_job, name in ((flipped, "flip"), (context, "none")):
+    for method in ("psg", "eu_k", "retrain"):
+      record = recipes.resolve(method, changed_job).record
+      assert record["augmentation"] == name
+  passes = recipes.resolve("psg", context).record["num_epochs"]
+  assert passes == math.ceil(240 / math.ceil(41 / 4))
+  others = recipes.resolve("psg", context, overrides={"num_layers": 0}).record
+  assert (others["num_epochs"], others["batch_size"]) == (20, 8)
 
 
 def test_soft_labels_keep_the_old_class_unless_all_of_it_is_forgotten(context):

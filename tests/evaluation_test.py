@@ -93,7 +93,7 @@ def test_class_requests(forget, retain, expected):
       for rows in (list(enumerate(forget)), list(enumerate(retain, 5)))
     )
   )
-  assert evaluation.is_class_request(split) is expected
+  assert split.is_of_classes() is expected
 
 
 def test_names_of_the_package():

@@ -381,6 +381,18 @@ def test_help_and_typos_from_the_command_line(program):
       ["--unlearning.target=proxy", "--unlearning.num_proxies=999"],
       "unlearning.num_proxies must leave each an image a class, got 999",
     ),
+    (
+      ["--unlearning.num_refits=1", "--unlearning.labels=hard"],
+      "unlearning.num_refits must be 0 where labels are hard, got 1",
+    ),
+    (
+      ["--unlearning.layers", "nonsense"],
+      "unlearning.layers must be prefixes of parameters .* 'nonsense'",
+    ),
+    (
+      ["--unlearning.layers", "head", "--unlearning.num_layers=2"],
+      "unlearning.num_layers must be 0 where unlearning.layers are given",
+    ),
     (["--unlearning.noise=gaussian"], "gaussian.*noise"),
     (["--unlearning.norm=l1"], "l1.*norm"),
     (["--width=abc"], "width.*abc"),

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -110,6 +112,15 @@ def test_cost_and_parts_of_the_retained_images(monkeypatch):
   # Four quarters are all of the images, each once.
   np.testing.assert_array_equal(seen[0].sum(0), 1)
   np.testing.assert_array_equal(seen[0].sum(1), 50)
+  # Of more than there are for all, each model has as many of its own.
+  fit(
+    fakes.blobs(20, seed=4),
+    fakes.linear_variables(kernel()),
+    num_models=2,
+    fraction=0.6,
+  )
+  np.testing.assert_array_equal(seen[1].sum(1), 120)
+  assert seen[1].sum(0).min() == 1
 
 
 def test_few_images_are_more_images_and_not_more_epochs():
@@ -128,6 +139,10 @@ def test_few_images_are_more_images_and_not_more_epochs():
   assert cost(200, 0.05) == pytest.approx(2 * 100 * 16 / (200 * 10))
   # What is asked for, where it is enough.
   assert cost(1000, 0.3) == pytest.approx(2 * 300 * 10 / (1000 * 10))
+  # Of parts with fewer images than classes there are none.
+  options = {"num_models": 2, "fraction": 0.1, "num_epochs": 30}
+  assert proxies.cost(4500, 450, **options, batch_size=64) < 0.21
+  assert proxies.cost(4500, 451, **options, batch_size=64) == math.inf
 
 
 def test_a_level_is_corrected_in_log_odds():

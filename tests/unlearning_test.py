@@ -195,6 +195,23 @@ def test_soft_other_drops_all_classes_that_are_gone():
   np.testing.assert_allclose(
     targets, [[0, 0, 1 / 2, 1 / 2], [0, 0, 4 / 7, 3 / 7]], atol=1e-6
   )
+  # A class of which a part is forgotten, where it is all that is retained.
+  left = unlearning.soft_targets(
+    np.zeros((2, 2)),
+    labels="soft_other",
+    old_labels=np.array([0, 1]),
+    gone=np.array([0]),
+  )
+  assert left.tolist() == [[0, 1], [0, 1]]
+
+
+def test_a_class_that_went_before_is_gone_as_well(trained):
+  _, _, split = trained
+  left = split.retain.take(split.retain.labels == 1)
+  first = types.Split(split.forget, left)
+  assert unlearning.gone_classes(first).tolist() == [0, 2]
+  none = types.Split(split.forget, split.retain.take([]))
+  assert unlearning.gone_classes(none) is None
 
 
 def test_hard_labels_are_of_classes_that_are_retained():
@@ -212,6 +229,15 @@ def test_hard_labels_are_of_classes_that_are_retained():
   assert taught.of_forget(found, None, old, gone).tolist() == [3, 3, 2]
   assert taught.of_forget(found, None, old, np.array([0])).tolist() == [1, 2, 2]
   assert taught.of_forget(found, None, old).tolist() == [1, 0, 2]
+  # The old class is no label where another is left, though it is the nearest.
+  near = dataclasses.replace(
+    found,
+    labels=np.array([2], np.int32),
+    logits=np.array([[0, 2.9, 3, 1]], np.float32),
+  )
+  for gone, expected in (([2], 3), ([0, 2, 3], 1)):
+    labels = taught.of_forget(near, None, np.array([1]), np.array(gone))
+    assert labels.tolist() == [expected]
 
 
 @pytest.mark.parametrize(
@@ -456,15 +482,25 @@ def test_one_compilation_for_each_phase(small_cnn):
     ({"step_size": -0.1}, "step_size .* got -0.1"),
     ({"noise_scale": -0.1}, "noise_scale .* got -0.1"),
     ({"norm": "l0"}, "norm must be one of"),
+    ({"trainable": {"params": {"x": True}}}, "trainable must be trees like"),
   ],
 )
 def test_bad_options(trained, options, message, monkeypatch):
   def never(*args, **kwargs):
     raise AssertionError("the search began before the options were checked")
 
-  monkeypatch.setattr(unlearning, "relabel", never)
+  monkeypatch.setattr(relabelling, "relabel", never)
   with pytest.raises(ValueError, match=message):
     unlearn(trained, **options)
+
+
+def test_an_option_of_unlearn_is_none_of_update(trained):
+  model, variables, split = trained
+  with pytest.raises(TypeError, match="no argument 'num_layers'") as error:
+    unlearning.update(
+      *(model, variables, split, split.forget.labels, KEY), num_layers=1
+    )
+  assert "did you mean 'num_layers'" not in str(error.value)
 
 
 def test_bad_splits_and_targets(trained):
@@ -746,6 +782,44 @@ def test_the_level_of_soft_targets_is_looked_at_after_a_cycle(trained):
   # What the user asks for ends it at once.
   asked = unlearn(trained, targets=soft, stop_fn=lambda _: True, **options)
   assert len(asked.history) == 1
+  # It is asked once a pass.
+  calls = []
+  unlearn(trained, targets=soft, stop_fn=calls.append, **options)
+  assert len(calls) == 4
+
+
+def test_a_run_that_is_resumed_within_a_pass_is_not_at_its_end(trained):
+  _, _, split = trained
+  soft = np.full((len(split.forget), 3), 1 / 3, np.float32)
+  states = []
+
+  def keep(state):
+    states.append(jax.tree.map(jnp.copy, state))
+
+  options = {"num_epochs": 4, "batch_size": 1}
+  unlearn(trained, targets=soft, step_callback=keep, **options)
+  middle = states[0]
+  assert 0 < int(middle.step) < len(split.forget)
+  # Whatever it is right on is few enough, where it is looked at.
+  options |= {"target_accuracy": 1.0, "state": middle}
+  assert len(unlearn(trained, targets=soft, **options).history) == 4
+  hard = np.zeros(len(split.forget), np.int32)
+  assert len(unlearn(trained, targets=hard, **options).history) == 1
+
+
+def test_new_labels_in_each_pass_leave_the_cycle_whole(trained):
+  output = unlearn(
+    trained,
+    labels="soft_other",
+    optimizer=training.sgd(0.1),
+    refresh_labels=True,
+    noise_scale=0.1,
+    target_accuracy=0.4,
+    num_epochs=4,
+    max_cycles=2,
+  )
+  assert len(output.history) == 4
+  assert all("search_seconds" in record for record in output.history)
 
 
 def test_no_schedule_is_cut_off_where_nothing_is_to_be_right(trained):

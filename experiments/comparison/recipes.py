@@ -16,20 +16,20 @@ the `learning_rate`, `momentum` and `weight_decay` of its optimiser.
 """
 
 import ast
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import optax
 
-from experiments import contexts, jobs, recipes
-from psg_jax import baselines, checks, training, types, unlearning
+from experiments import contexts, recipes
+from psg_jax import baselines, checks, optimizers, types, unlearning
 
 SETTINGS = ("default", "paper")
 # Methods with the options of the job.
 OURS = ("psg", "psg_hard", "psg_soft")
 _RATES = ("learning_rate", "momentum", "weight_decay")
+_COUNTED = ("num_epochs", "batch_size")
 # Set by the program, or not to be written on a command line.
 _RESERVED = frozenset(
   {
@@ -234,15 +234,27 @@ def resolve(
     )
   options |= changed
   record = dict(options)
+  if method in OURS:
+    changes = dict(options)
+    if method == "psg" and "labels" not in changed:
+      del changes["labels"]  # Proxies may say what is taught.
+    passes = contexts.passes(context, **changes)
+    record |= {name: getattr(passes, name) for name in _COUNTED}
   if method in OURS and "target_accuracy" not in options and _aim(context):
     # The accuracy to stop at follows from each original model.
     record["target"] = context.job.unlearning.target
   arguments = {**options, **objects}
   has_own = method in (*OURS, "psg_released")
-  if not has_own and "augment_fn" in baselines.parameters(method):
-    # As in training, for all.
+  augmentation = contexts.augmentation_of_original(context.job)
+  if method == "retrain":
     augmentation = context.job.training.augmentation
-    arguments["augment_fn"] = jobs.augment_fn(augmentation)
+  if method in OURS:
+    augmentation = context.job.unlearning.augmentation or augmentation
+  elif not has_own and "augment_fn" in baselines.parameters(method):
+    # As in training, for all.
+    arguments["augment_fn"] = contexts.augment_fn(augmentation)
+  if "augment_fn" in arguments:
+    record["augmentation"] = augmentation
   # SCRUB's own optimiser has a schedule, which these rates begin with.
   is_scheduled = is_paper and method.startswith("scrub") and not is_changed
   if rates is not None:
@@ -271,19 +283,12 @@ def _job_rates(options: recipes.Training | recipes.Unlearning) -> Rates:
 
 def _optimizer(rates: Rates) -> optax.GradientTransformation:
   if rates.momentum is None:
-    checks.number("learning_rate", rates.learning_rate, above=0)
-    return _adam(rates.learning_rate)
-  return training.sgd(
+    return optimizers.adam(rates.learning_rate)
+  return optimizers.sgd(
     rates.learning_rate,
     momentum=rates.momentum,
     weight_decay=rates.weight_decay,
   )
-
-
-@functools.lru_cache
-def _adam(learning_rate: float) -> optax.GradientTransformation:
-  # The same object each time: compiled programs are found again by it.
-  return optax.adam(learning_rate)
 
 
 def _of_job(
@@ -369,38 +374,20 @@ def _unseen(context: contexts.Context) -> tuple[types.Dataset, str]:
   )
 
 
-def psg_passes(context: contexts.Context, labels: str, batch_size: int) -> int:
-  """Returns how many passes `unlearning.unlearn` makes where none are given.
-
-  Args:
-    context: The job.
-    labels: The form of the targets.
-    batch_size: Forget images a step, where all layers are moved.
-  """
-  options = context.job.unlearning
-  is_of_last_layers = (
-    contexts.is_class_request(context)
-    and labels == "soft_other"
-    and options.num_layers != 0
-    and not options.layers
-  )
-  return unlearning.default_num_epochs(
-    len(context.split.forget), batch_size, is_of_last_layers=is_of_last_layers
-  )
-
-
 def _budget(
   method: str, recipe: Recipe, context: contexts.Context
 ) -> dict[str, Any]:
   """Passes and batches that take as many images as PSG takes."""
   options = context.job.unlearning
   num_forget, num_retain = len(context.split.forget), len(context.split.retain)
-  # Of fewer a step it takes as many in all.
-  size = options.forget_batch_size
-  passes = options.num_epochs or psg_passes(context, options.labels, size)
+  passes = contexts.passes(context)
+  size = passes.batch_size
   beside = options.retain_batch_size or unlearning.RETAIN_SHARE * size
-  images = (size + beside) * passes * math.ceil(num_forget / size)
-  batch_size = min(_BATCH_SIZE, size + beside)
+  images = (size + beside) * passes.num_epochs * math.ceil(num_forget / size)
+  # As many an image as where all layers are moved.
+  batch_size = min(
+    _BATCH_SIZE, (1 + unlearning.RETAIN_SHARE) * options.forget_batch_size
+  )
   if method == "unsir":
     # One pass beside noise images, and one without.
     share = min(1.0, images / (3 * num_retain))

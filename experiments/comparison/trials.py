@@ -18,7 +18,7 @@ import numpy as np
 
 from experiments import cells, contexts, files
 from experiments.comparison import recipes
-from psg_jax import baselines, checks, unlearning
+from psg_jax import baselines, checks
 
 STEPS = (
   *((1, 1), (1 / 3, 1), (3, 1), (1 / 10, 1), (10, 1)),
@@ -143,9 +143,6 @@ def _start(
 ) -> Any:
   """An argument's value in small runs."""
   value = record.get(name, baselines.parameters(method).get(name))
-  if value is None and name == "num_epochs":
-    size = record["batch_size"] or unlearning.BATCH_SIZE
-    return recipes.psg_passes(context, record["labels"], size)
   return value
 
 

@@ -70,7 +70,7 @@ def run_times(tile: Tile, search_seconds: float | None) -> figures.Panel:
   Args:
     tile: The times.
     search_seconds: The part of the unlearned model's time that went into the
-      boundary search, or None.
+      boundary search and new last layers, or None.
   """
   panel = summary(tile)
 
@@ -82,7 +82,7 @@ def run_times(tile: Tile, search_seconds: float | None) -> figures.Panel:
       axes.barh(
         row, search_seconds, height=0.62, hatch="/////", linewidth=0, **style
       )
-      axes.set_xlabel("hatched: boundary search", loc="left")
+      axes.set_xlabel("hatched: search, new last layers", loc="left")
 
   return figures.Panel(draw, panel.alt)
 

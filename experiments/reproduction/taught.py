@@ -50,7 +50,7 @@ def targets(bench: Bench) -> measures.Records:
     name = f"proxies, {name} the gap"
     levels[name] = aim.proxies.accuracy.corrected(part)
     taught[name] = proxies.blend(
-      logits["original"],
+      logits["original"] + relabelling.prior_shift(context.split),
       aim.proxies.logits,
       labels,
       aim.proxies.confidence.corrected(part),
@@ -89,6 +89,7 @@ def _with_refits(bench: Bench, logits: np.ndarray) -> dict[str, np.ndarray]:
   context, original = bench.context, bench.trained("original")
   if not contexts.is_class_request(context):
     return {}
+  augment_fn = contexts.unlearn_options(context)["augment_fn"]
   teacher = relabelling.Teacher(
     *(context.model, original, context.split),
     contexts.model_key(context, "unlearned"),
@@ -109,6 +110,7 @@ def _with_refits(bench: Bench, logits: np.ndarray) -> dict[str, np.ndarray]:
   for name, options in REFITS.items():
     said = refits.predict(
       *(context.model, original, context.split, teacher.key),
+      augment_fn=augment_fn,
       show_progress=False,
       **options,
     )

@@ -75,11 +75,14 @@ def bad_teacher(
       for teacher, part in teachers
     ]
   )
+  loss_fn, context = common.as_seen(
+    _loss, model, [incompetent, variables], jnp.float32(temperature), passes
+  )
   return common.train(
     *(model, variables, split._replace(retain=retain), keys, passes),
     plan_fn=batches.mixed,
-    loss_fn=_loss,
-    contexts=[jnp.float32(temperature)] * passes.num_epochs,
+    loss_fn=loss_fn,
+    contexts=[context] * passes.num_epochs,
     targets=targets,
   )
 

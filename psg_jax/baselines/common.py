@@ -1,5 +1,7 @@
 """What the methods share: checks, a pool for each kind of plan, one output."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -128,6 +130,56 @@ def train(
 
 
 _OF_BOTH = (batches.mixed, batches.beside_retain)
+
+
+def as_seen(
+  loss_fn: steps.LossFn,
+  model: types.Model,
+  teachers: Sequence[types.Variables],
+  context: chex.ArrayTree,
+  options: engine.Passes,
+) -> tuple[steps.LossFn, chex.ArrayTree]:
+  """Lets teachers see images as the student does, where they are augmented.
+
+  Args:
+    loss_fn: The objective, of targets `[B, ..., K]` whose last rows are a
+      teacher's logits at images as they are.
+    model: The network.
+    teachers: Frozen variables: of one teacher, or of one for the forget set and
+      one for the retain set.
+    context: What the loss is given.
+    options: The passes.
+
+  Returns:
+    The loss and what it is given, as they were without augmentation.
+  """
+  if options.augment_fn is None:
+    return loss_fn, context
+  seen_by = tuple(steps.plain_variables(teacher) for teacher in teachers)
+  fn: Any = loss_fn
+  return _as_seen(fn, model.apply), (context, seen_by)
+
+
+@functools.lru_cache
+def _as_seen(loss_fn: Any, apply: Callable[..., jax.Array]) -> steps.LossFn:
+  """The same object each time: compiled programs are found again by it."""
+
+  @functools.wraps(loss_fn)
+  def seeing(
+    apply_fn: steps.ApplyFn,
+    variables: types.Variables,
+    batch: steps.Batch,
+    context: chex.ArrayTree,
+  ) -> Any:
+    context, teachers = context
+    logits = [apply(teacher, batch.images) for teacher in teachers]
+    taught = jnp.where(batch.is_forget[:, None], logits[0], logits[-1])
+    targets = batch.targets
+    targets = taught if targets.ndim == 2 else targets.at[:, -1].set(taught)
+    batch = dataclasses.replace(batch, targets=targets)
+    return loss_fn(apply_fn, variables, batch, context)
+
+  return seeing
 
 
 def fresh_variables(

@@ -6,10 +6,17 @@ from typing import Any
 
 import jax
 
-from psg_jax import boundary, checks, engine, optimizers, types, unlearning
+from psg_jax import (
+  boundary,
+  checks,
+  engine,
+  optimizers,
+  relabelling,
+  types,
+  unlearning,
+)
 from psg_jax.baselines import common
 
-SOFT_LABELS = ("soft", "soft_other")
 HARD_DEFAULTS = {"labels": "hard"}
 SOFT_DEFAULTS = {"labels": "soft_other", "image_weight": 0.0, "num_refits": 0}
 RELEASED_DEFAULTS = {
@@ -83,7 +90,7 @@ def psg_soft(
     With Applications On Medical Images, 2025.
   """
   options = engine.filled(options, SOFT_DEFAULTS)
-  checks.one_of("labels", options["labels"], SOFT_LABELS)
+  checks.one_of("labels", options["labels"], relabelling.SOFT_LABELS)
   return psg(model, variables, split, key, **options)
 
 

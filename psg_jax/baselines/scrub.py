@@ -96,6 +96,10 @@ def scrub(
     "teacher_weight": jnp.float32(teacher_weight),
     "temperature": jnp.float32(temperature),
   }
+  max_loss, min_loss = (
+    common.as_seen(loss, model, [variables], context, passes)
+    for loss in (_max_loss, _min_loss)
+  )
   phases = []
   for epoch in range(passes.num_epochs):
     max_key, min_key = jax.random.split(jax.random.fold_in(plan_key, epoch))
@@ -105,13 +109,13 @@ def scrub(
     )
     has_max = epoch < num_max_epochs
     phases.append(
-      [engine.Phase(_max_loss, up, context)] * has_max
-      + [engine.Phase(_min_loss, down, context)]
+      [engine.Phase(max_loss[0], up, max_loss[1])] * has_max
+      + [engine.Phase(min_loss[0], down, min_loss[1])]
     )
   if passes.optimizer is None:
     passes = passes.replace(optimizer=_decayed_sgd(phases, decay_epochs))
   images, labels = batches.join(split)
-  # Without augmentation the teacher says the same in every pass.
+  # Where images are augmented it looks at each minibatch.
   teacher = inference.predict(model.apply, variables, images, mesh=passes.mesh)
   one_hot = np.eye(teacher.shape[1], dtype=np.float32)[labels]
   targets = np.stack([one_hot, teacher], 1)
