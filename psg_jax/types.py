@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import (
   Any,
   NamedTuple,
-  Protocol,
   TypeAlias,
   TypeVar,
   dataclass_transform,
@@ -32,24 +31,6 @@ _T = TypeVar("_T")
 def pytree(cls: type[_T]) -> type[_T]:
   """Makes a frozen `chex.dataclass`, in a form that type checkers follow."""
   return chex.dataclass(frozen=True)(cls)
-
-
-class LazyImages(Protocol):
-  """Images that are read when they are asked for (`streaming.Images`)."""
-
-  shape: tuple[int, ...]
-  dtype: np.dtype
-  ndim: int
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, rows: Any) -> np.ndarray:
-    """Reads these rows, as an array's."""
-    ...
-
-  def take(self, rows: np.ndarray) -> "LazyImages":
-    """Chooses rows without reading them."""
-    ...
 
 
 def no_features(variables: Variables, images: jax.Array) -> jax.Array:
