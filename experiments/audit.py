@@ -55,6 +55,7 @@ from experiments import (
   attack,
   cells,
   cli,
+  compilation,
   contexts,
   files,
   jobs,
@@ -481,6 +482,7 @@ def unlearn(
   index: int,
 ) -> None:
   """Unlearns from the model `index`, and keeps its logits of images."""
+  compilation.make_room()
   key = jax.random.fold_in(jax.random.key(seed), 1)
   record: dict[str, Any] = {"model": index, "step": None, "reason": None}
   logits: dict[str, Any] = {}

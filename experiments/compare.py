@@ -30,7 +30,16 @@ from typing import Any, Literal
 
 import numpy as np
 
-from experiments import cells, cli, contexts, files, jobs, recipes, run_folder
+from experiments import (
+  cells,
+  cli,
+  compilation,
+  contexts,
+  files,
+  jobs,
+  recipes,
+  run_folder,
+)
 from experiments.comparison import recipes as method_recipes
 from experiments.comparison import references as reference_models
 from experiments.comparison import runs, summary, verdicts
@@ -249,6 +258,8 @@ def _run_all(
     if missing:
       others = reference_models.outputs(at_seed, reference, options.metrics)
     for cell in missing:
+      if compilation.make_room():
+        started.clear()
       record = runs.run(
         at_seed,
         cell,

@@ -15,6 +15,8 @@ _FAULTY = ((0, 10, 2), (0, 12))
 _FUSIONS = "--xla_cpu_experimental_ynn_fusion_type"
 # Below it, reading takes as long as compiling.
 _MIN_SECONDS = 0.05
+_MAPPINGS = pathlib.Path("/proc/self/maps")
+_MOST_MAPPINGS = pathlib.Path("/proc/sys/vm/max_map_count")
 
 
 def set_up() -> None:
@@ -57,6 +59,28 @@ def keep_programs() -> None:
     jax.config.update(
       "jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS
     )
+
+
+def make_room() -> bool:
+  """Forgets the compiled programs of this process where they have become many.
+
+  JAX keeps all, each takes some of the mappings of memory that Linux gives a
+  process (65,530), and without any left LLVM ends it. To be called between the
+  parts of long work; what is needed again is read from the cache folder.
+
+  Returns:
+    Whether they were forgotten.
+  """
+  try:
+    with _MAPPINGS.open() as lines:
+      count = sum(1 for _ in lines)
+    most = int(_MOST_MAPPINGS.read_text())
+  except (OSError, ValueError):  # Not on Linux.
+    return False
+  are_many = count > most / 2
+  if are_many:
+    jax.clear_caches()
+  return are_many
 
 
 def cache_dir() -> pathlib.Path | None:

@@ -29,7 +29,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 import psg_jax
-from experiments import cells, cli, files, run_folder
+from experiments import cells, cli, compilation, files, run_folder
 from experiments.pages import experiment as experiment_page
 from experiments.pages import tables
 from experiments.reproduction import bench, catalogue, estimates, results
@@ -350,6 +350,7 @@ def run_cell(
   path = folder / "cells" / f"{_digest(cell)}.json"
   if path.is_file():
     return run_folder.read_json(path)
+  compilation.make_room()
   job = dataclasses.replace(cell.job, data_dir=options.data_dir)
   if job.model == "resnet50":
     job = dataclasses.replace(job, pretrained=options.pretrained)

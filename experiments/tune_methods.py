@@ -29,6 +29,7 @@ import numpy as np
 
 from experiments import (
   cells,
+  compilation,
   contexts,
   files,
   jobs,
@@ -278,6 +279,7 @@ def _run(
   yardstick: Yardstick,
 ) -> tuple[str, dict[str, float]]:
   """Unlearns once; gives the status and the figures."""
+  compilation.make_room()
   if trial.method == "retrain":
     context = context.of("retrained")
   resolved = method_recipes.resolve(

@@ -35,6 +35,24 @@ cli.run(main)
 _CACHE_OPTIONS = ("JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE")
 
 
+def test_programs_are_forgotten_where_they_are_many(tmp_path, monkeypatch):
+  double = jax.jit(lambda x: 2 * x)
+  mappings, most = tmp_path / "maps", tmp_path / "max_map_count"
+  monkeypatch.setattr(compilation, "_MAPPINGS", mappings)
+  monkeypatch.setattr(compilation, "_MOST_MAPPINGS", most)
+  double(1.0)
+  # Another system than Linux.
+  assert not compilation.make_room()
+  most.write_text("8\n")
+  mappings.write_text("a line\n" * 4)
+  assert not compilation.make_room()
+  assert double._cache_size() == 1
+  mappings.write_text("a line\n" * 5)
+  assert compilation.make_room()
+  assert double._cache_size() == 0
+  assert double(1.0) == 2
+
+
 def _run(**variables: str | None) -> tuple[int, int, str]:
   """Runs the program; its hits, misses and result. It must print no warning."""
   # The tests have a cache of their own.
