@@ -3,6 +3,11 @@
 from experiments import recipes, requests, sets
 from psg_jax import checks, models, unlearning
 
+_OF_MULTI_STEP = (
+  *("step_decay", "max_distance", "norm", "distance_decay", "distance_term"),
+  *("noise", "confidence", "is_rounded"),
+)
+
 
 def check(job: recipes.Job) -> None:
   """Raises ValueError for what can be seen wrong before any work."""
@@ -54,6 +59,14 @@ def check(job: recipes.Job) -> None:
   if options.confidence is not None:
     confidence = options.confidence
     checks.number("unlearning.confidence", confidence, at_least=0, below=1)
+  plain = recipes.Unlearning()
+  for name in _OF_MULTI_STEP if options.search == "released" else ():
+    value, default = getattr(options, name), getattr(plain, name)
+    if value != default:
+      raise ValueError(
+        f"unlearning.{name} must be {default} with the released search, which"
+        f" has no other, got {value}"
+      )
   try:
     unlearning.Targets(
       labels=options.labels,

@@ -393,6 +393,10 @@ def test_help_and_typos_from_the_command_line(program):
       ["--unlearning.layers", "head", "--unlearning.num_layers=2"],
       "unlearning.num_layers must be 0 where unlearning.layers are given",
     ),
+    (
+      ["--unlearning.search=released", "--unlearning.norm=l2"],
+      "unlearning.norm must be linf with the released search, .* got l2",
+    ),
     (["--unlearning.noise=gaussian"], "gaussian.*noise"),
     (["--unlearning.norm=l1"], "l1.*norm"),
     (["--width=abc"], "width.*abc"),
