@@ -26,7 +26,12 @@ def check(job: recipes.Job) -> None:
       if getattr(options, name) is not None:
         checks.integer(f"{part}.{name}", getattr(options, name), at_least=1)
     checks.integer(f"{part}.num_parts", options.num_parts, at_least=1)
-  options = job.unlearning
+  _check_unlearning(job.unlearning)
+  sets.check(job)
+  requests.build(job)
+
+
+def _check_unlearning(options: recipes.Unlearning) -> None:
   for name in ("num_steps", "search_batch_size"):
     checks.integer(f"unlearning.{name}", getattr(options, name), at_least=1)
   checks.number("unlearning.step_size", options.step_size, above=0)
@@ -76,5 +81,3 @@ def check(job: recipes.Job) -> None:
     )
   except ValueError as error:
     raise ValueError(f"unlearning.{error}") from None
-  sets.check(job)
-  requests.build(job)
