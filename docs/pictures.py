@@ -56,6 +56,8 @@ def main() -> None:
   }
   draw_classes(model, models, test)
   write_figures(model, models, references, parts)
+  for path in IMAGES.glob("method_*.pdf"):
+    path.unlink()  # Pages show PNG.
 
 
 def draw_search(
@@ -70,7 +72,7 @@ def draw_search(
   found = search(model.apply, variables, images, forget_set.labels[:6], key)
   moved = np.asarray(found.images)
   figures.save_examples(
-    IMAGES / "method_search.png",
+    IMAGES / "method_search",
     images,
     moved,
     [
@@ -108,7 +110,7 @@ def draw_targets(
     return figures.Panel(draw, title, width=3.0, height=2.4)
 
   panels = [panel(title, *bar) for title, bar in bars.items()]
-  figures.save_png(panels, IMAGES / "method_targets.png", num_columns=3)
+  figures.save(panels, IMAGES / "method_targets", num_columns=3)
 
 
 def draw_update(history: psg.engine.History) -> None:
@@ -130,7 +132,7 @@ def draw_update(history: psg.engine.History) -> None:
     axes.margins(x=0.18)
 
   panel = figures.Panel(draw, "Losses of the update", width=6.0, height=2.6)
-  figures.save_png([panel], IMAGES / "method_update.png", num_columns=1)
+  figures.save([panel], IMAGES / "method_update", num_columns=1)
 
 
 def draw_classes(
@@ -158,7 +160,7 @@ def draw_classes(
     axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, -0.42))
 
   panel = figures.Panel(draw, "Accuracy by class", width=7.0, height=2.8)
-  figures.save_png([panel], IMAGES / "method_compare.png", num_columns=1)
+  figures.save([panel], IMAGES / "method_compare", num_columns=1)
 
 
 def write_figures(

@@ -1,5 +1,6 @@
-"""The examples of docs/own_networks.md, as a reader would run them."""
+"""The examples of docs/own_networks.md, as a reader would run them, and pictures."""
 
+import ast
 import pathlib
 import re
 
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 import psg_jax as psg
+from experiments import compilation, recipes
+from experiments.pages import figures
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "own_networks.md"
 SECTIONS = re.split(r"^## ", PAGE.read_text(), flags=re.MULTILINE)
@@ -52,3 +55,16 @@ def test_own_network(title, namespace):
   losses = [record["forget_loss"] for record in output.history]
   assert np.isfinite(losses).all()
   assert losses[-1] < losses[0]
+
+
+def test_the_program_that_draws_pictures_uses_what_there_is():
+  tree = ast.parse(PAGE.with_name("pictures.py").read_text())
+  modules = {"figures": figures, "recipes": recipes, "compilation": compilation}
+  names = {
+    (node.value.id, node.attr)
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+  }
+  used = [(modules[x], y) for x, y in names if x in modules]
+  assert len(used) > 5
+  assert not [y for x, y in used if not hasattr(x, y)]
