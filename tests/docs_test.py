@@ -1,4 +1,4 @@
-"""The examples of docs/own_networks.md, as a reader would run them, and pictures."""
+"""The examples of docs/own_networks.md as a reader would run them; pictures."""
 
 import ast
 import pathlib
