@@ -414,6 +414,11 @@ def augmentation_of_original(job: recipes.Job) -> str:
   return job.training.augmentation if job.weights is None else "none"
 
 
+def augmentation_of_update(job: recipes.Job) -> str:
+  """Returns the name of it, by default that of the original."""
+  return job.unlearning.augmentation or augmentation_of_original(job)
+
+
 def unlearn_options(context: Context) -> dict[str, Any]:
   """Keyword arguments of `unlearning.unlearn` that the job sets."""
   options = dataclasses.asdict(context.job.unlearning)
@@ -428,9 +433,7 @@ def unlearn_options(context: Context) -> dict[str, Any]:
     labels=options["labels"], image_weight=options["image_weight"]
   )
   layers = options.pop("layers")
-  augmentation = options.pop("augmentation")
-  if augmentation is None:
-    augmentation = augmentation_of_original(context.job)
+  del options["augmentation"]
   trainable = None
   if layers:
     try:
@@ -442,6 +445,6 @@ def unlearn_options(context: Context) -> dict[str, Any]:
     "trainable": trainable,
     "image_weight": taught.image_weight,
     "search_fn": search_fn(context),
-    "augment_fn": augment_fn(augmentation),
+    "augment_fn": augment_fn(augmentation_of_update(context.job)),
     "eval_batch_size": context.job.eval_batch_size,
   }

@@ -57,11 +57,6 @@ def parts(train: types.Dataset, test: types.Dataset, **request: Any) -> Parts:
   )
 
 
-def are_whole_classes(forget: np.ndarray, retain: np.ndarray) -> bool:
-  """Whether no label `[N]` to forget is one `[M]` of what is retained."""
-  return not np.isin(forget, retain).any()
-
-
 class Row(NamedTuple):
   """One figure.
 

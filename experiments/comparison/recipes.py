@@ -249,7 +249,7 @@ def resolve(
   if method == "retrain":
     augmentation = context.job.training.augmentation
   if method in OURS:
-    augmentation = context.job.unlearning.augmentation or augmentation
+    augmentation = contexts.augmentation_of_update(context.job)
   elif not has_own and "augment_fn" in baselines.parameters(method):
     # As in training, for all.
     arguments["augment_fn"] = contexts.augment_fn(augmentation)

@@ -127,7 +127,8 @@ def planned(
     names = tuple(x for x in names if x in recipes.names(method))
   if not names:
     return [Trial.of(method, {})]
-  starts = [_start(method, name, record, context) for name in names]
+  defaults = baselines.parameters(method)
+  starts: list[Any] = [record.get(name, defaults.get(name)) for name in names]
   steps = STEPS if len(names) > 1 else [(factor, 1) for factor in _STEPS_ALONE]
   trials = []
   for factor, second in steps[:num_trials]:
@@ -136,14 +137,6 @@ def planned(
       overrides[names[1]] = second * starts[1]
     trials.append(Trial.of(method, overrides))
   return trials
-
-
-def _start(
-  method: str, name: str, record: Mapping[str, Any], context: contexts.Context
-) -> Any:
-  """An argument's value in small runs."""
-  value = record.get(name, baselines.parameters(method).get(name))
-  return value
 
 
 def read_grid(
