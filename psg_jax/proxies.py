@@ -38,17 +38,19 @@ class Level(NamedTuple):
     low: Lower end of the interval, 95 in 100 retrained models are to be in.
     high: Upper end.
     gap: How much better the original is than the proxies on unseen images, in
-      log-odds, of which half is in the value.
+      log-odds.
+    part: Of the gap, in [0, 1], that is in the value.
   """
 
   value: float
   low: float
   high: float
   gap: float = 0.0
+  part: float = 0.0
 
   def corrected(self, part: float) -> float:
-    """Returns the share with another part of the gap than half of it."""
-    odds = scipy.special.logit(self.value) + (part - 0.5) * self.gap
+    """Returns the share with another part of the gap."""
+    odds = scipy.special.logit(self.value) + (part - self.part) * self.gap
     return float(scipy.special.expit(odds))
 
   def holds(self, value: float) -> bool:
@@ -121,15 +123,17 @@ def fit(
   """Trains proxies, and says what a retrained model would of the forget set.
 
   Each is trained on a part of the retained images of its own. Being worse than
-  a model of all images, it is corrected by half of its gap to the original on
+  a model of all images, it is corrected by a part of its gap to the original on
   images that neither has seen, in log-odds:
 
-      logit a(F) = logit a_m(F) + (logit a_original(V) - logit a_m(V)) / 2
+      logit a(F) = logit a_m(F) + w (logit a_original(V) - logit a_m(V))
 
-  All of the gap it is where the forget images are like the others, and next to
-  nothing of it where they are of a kind that no retained image is of: that is
-  what the interval goes over, beside the differences between proxies and the
-  numbers of images.
+  Where the forget images are like the others, `w` is what a model of all
+  retained images closes of it (`gap_closed`); where they are of a kind that no
+  retained image is of, next to nothing. How much harder they are for proxies
+  than unseen ones tells the two apart (`likeness`). The interval goes over what
+  is in doubt of that, beside the differences between proxies and the numbers
+  of images.
 
   Args:
     model: The network, of the original and of the proxies.
@@ -199,17 +203,20 @@ def fit(
 
   original, logits = predict(split.forget)
   held = None if unseen is None or not len(unseen) else predict(unseen)
+  num_retain = len(split.retain)
+  closed = gap_closed(num_rows, num_retain, num_retain + len(split.forget))
   levels = [
     level(
       measure(logits, split.forget.labels),
       len(split.forget),
       *(
-        (None, None, 0)
+        ()
         if held is None or unseen is None
         else (
           float(measure(held[0], unseen.labels)),
           measure(held[1], unseen.labels),
           len(unseen),
+          closed,
         )
       ),
     )
@@ -320,6 +327,7 @@ def level(
   original_unseen: float | None = None,
   shares_unseen: np.ndarray | None = None,
   num_unseen: int = 0,
+  closed: float = 1.0,
 ) -> Level:
   """Corrects shares of proxies to that of a retrained model, with an interval.
 
@@ -329,31 +337,68 @@ def level(
     original_unseen: The original's share on unseen images; None for none.
     shares_unseen: float `[M]`, each proxy's there.
     num_unseen: How many these are.
+    closed: Part of the gap, in [0, 1], that a retrained model closes on images
+      like the unseen ones: see `gap_closed`.
 
   Returns:
     The share in [0, 1].
   """
   odds, variance = _log_odds(shares, num_images)
-  gap = np.zeros_like(odds)
+  gap, like = np.zeros_like(odds), 0.0
   if original_unseen is not None and shares_unseen is not None:
     original, original_variance = _log_odds(
       np.asarray(original_unseen), num_unseen
     )
     proxies, proxies_variance = _log_odds(shares_unseen, num_unseen)
     gap = original - proxies
+    like = likeness(float(np.mean(proxies - odds)))
     variance = variance + original_variance + proxies_variance
-  values = odds + gap / 2
+  values = odds + like * closed * gap
   # A retrained model differs from the proxies' mean as these from each other.
   between = values.var(ddof=1) * (1 + 1 / len(values))
-  # From no correction to all of the gap is where 95 in 100 are.
-  deviation = np.sqrt(
-    between + variance.mean() + np.square(gap.mean() / 2 / _QUANTILE)
-  )
+  # To be corrected or not, with these chances: at one half, 95 in 100 are from
+  # not at all to all that a retrained model closes.
+  doubt = like * (1 - like) * np.square(closed * gap.mean() / _QUANTILE)
+  deviation = np.sqrt(between + variance.mean() + doubt)
   ends = values.mean() + _QUANTILE * deviation * np.array([0.0, -1.0, 1.0])
   # Without the half images, so that all of them can be right, or none.
   hits = scipy.special.expit(ends) * (num_images + 1) - 0.5
   value, low, high = np.clip(hits / num_images, 0, 1).tolist()
-  return Level(value, low, high, float(gap.mean()))
+  return Level(value, low, high, float(gap.mean()), like * closed)
+
+
+def gap_closed(num_images: int, num_retain: int, num_all: int) -> float:
+  """Returns which part of proxies' gap to the original retraining closes.
+
+  Log-odds of being right grow about evenly with the logarithm of the number of
+  images that a model was trained on:
+
+      log(R / P) / log(A / P)
+
+  Args:
+    num_images: `P`, that each proxy was trained on, positive.
+    num_retain: `R`, retained ones, at least as many.
+    num_all: `A`, that the original was trained on, more than these.
+
+  Returns:
+    In [0, 1].
+  """
+  return math.log(num_retain / num_images) / math.log(num_all / num_images)
+
+
+def likeness(harder: float) -> float:
+  """Returns how like unseen images others are, from how much harder they are.
+
+      exp(-max(d, 0))
+
+  Args:
+    harder: `d`, by how much proxies are worse on them than on unseen images,
+      in log-odds.
+
+  Returns:
+    In [0, 1]; 1 for images that are no harder.
+  """
+  return math.exp(-max(harder, 0.0))
 
 
 def _log_odds(shares: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -56,6 +56,7 @@ def test_a_learnt_device_is_not_known_without_it(knows_all):
   outcome = fit(odd_device(60), knows_all)
   assert outcome.original_accuracy == 1
   assert outcome.accuracy.value < 0.1
+  assert outcome.accuracy.part < 0.05
   assert outcome.is_called_for
   assert "is expected to be right on" in str(outcome)
   np.testing.assert_allclose(outcome.targets.sum(1), 1, rtol=1e-5)
@@ -72,6 +73,9 @@ def test_nothing_is_called_for_where_a_retrained_model_would_know_as_much():
   assert not outcome.is_called_for
   assert "no change is called for" in str(outcome)
   assert outcome.confidence.value > 0.8
+  # Like the unseen ones: 100 images each, of 200 retained ones and 60.
+  closed = proxies.gap_closed(100, 200, 260)
+  assert outcome.confidence.part == pytest.approx(closed, rel=0.2)
 
 
 def test_targets_have_the_shares_of_the_classes_that_are_retained():
@@ -147,19 +151,51 @@ def test_few_images_are_more_images_and_not_more_epochs():
 
 def test_a_level_is_corrected_in_log_odds():
   number = 10**6
-  shares = np.array([0.5, 0.5])
+  shares = np.array([0.8, 0.8])
   plain = proxies.level(shares, number)
-  assert plain.value == pytest.approx(0.5, abs=1e-6)
-  # The original is right on 0.9 of unseen images, the proxies on 0.8.
-  corrected = proxies.level(shares, number, 0.9, np.array([0.8, 0.8]), number)
+  assert plain.value == pytest.approx(0.8, abs=1e-6)
+  # The original is right on 0.9 of unseen images, the proxies on 0.8, as on
+  # these: all of the gap is theirs, and nothing else is in doubt.
+  unseen = (0.9, np.array([0.8, 0.8]), number)
+  like = proxies.level(shares, number, *unseen)
   gap = np.log(9 / 4)
-  assert corrected.value == pytest.approx(scipy.special.expit(gap / 2))
-  assert corrected.gap == pytest.approx(gap, abs=1e-5)
-  assert corrected.corrected(0.0) == pytest.approx(0.5, abs=1e-6)
-  assert corrected.corrected(1.0) == pytest.approx(9 / 13, abs=1e-5)
-  # From none of the gap to all of it, there being nothing else in doubt.
-  ends = scipy.special.expit([0, gap])
-  np.testing.assert_allclose([corrected.low, corrected.high], ends, atol=1e-3)
+  assert like.value == pytest.approx(0.9, abs=1e-5)
+  assert like.gap == pytest.approx(gap, abs=1e-5)
+  assert like.part == pytest.approx(1, abs=1e-5)
+  assert like.high - like.low < 0.01
+  assert like.corrected(0.0) == pytest.approx(0.8, abs=1e-5)
+  # A retrained model closes a half of it.
+  closed = proxies.level(shares, number, *unseen, 0.5)
+  odds = scipy.special.logit(0.8) + gap / 2
+  assert closed.value == pytest.approx(scipy.special.expit(odds), abs=1e-5)
+  assert closed.corrected(1.0) == pytest.approx(0.9, abs=1e-5)
+
+
+def test_images_of_another_kind_are_corrected_by_less_of_the_gap():
+  number = 10**6
+  unseen = (0.9, np.array([0.8, 0.8]), number)
+  gap = np.log(9 / 4)
+  # Twice as likely to be wrong, in odds: half of the gap, and from none of it
+  # to all are 95 in 100.
+  odds = scipy.special.logit(0.8) - np.log(2)
+  level = proxies.level(np.full(2, scipy.special.expit(odds)), number, *unseen)
+  assert level.part == pytest.approx(0.5, abs=1e-4)
+  ends = scipy.special.expit([odds, odds + gap])
+  np.testing.assert_allclose([level.low, level.high], ends, atol=1e-3)
+  parts = [
+    proxies.level(np.full(2, share), number, *unseen).part
+    for share in (0.95, 0.8, 0.6, 0.3, 0.01)
+  ]
+  assert parts[0] == parts[1] == pytest.approx(1, abs=1e-5)
+  assert parts == sorted(parts, reverse=True)
+  assert parts[-1] < 0.01
+
+
+def test_a_retrained_model_closes_the_gap_but_for_the_images_it_lacks():
+  # A proxy of 100, a retrained model of 1,000, an original of 10,000.
+  assert proxies.gap_closed(100, 1000, 10_000) == pytest.approx(0.5)
+  assert proxies.gap_closed(100, 10_000, 10_001) == pytest.approx(1, abs=1e-4)
+  assert proxies.gap_closed(100, 100, 200) == 0
 
 
 @pytest.mark.parametrize("number", [1, 10, 1000])

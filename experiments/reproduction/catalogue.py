@@ -168,19 +168,21 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
   ),
   "metadata": _over_requests(
-    title="Devices, eyes, patients, dates and anatomy forgotten",
-    source="device and anatomical forgetting",
+    title="Eyes, patients, dates and anatomy forgotten",
+    source="anatomical forgetting",
     cells=designs.metadata,
     note="The paper's clinical images are private: these retinas are drawn"
-    " (`phantom_fundus`), and the digits were taken by four devices, of which"
-    " one turns its pictures (`phantom_digits`).",
+    " (`phantom_fundus`). Devices are in `sources`.",
   ),
   "sources": _over_requests(
     title="Each source or device of three sets forgotten",
     source="device forgetting",
     cells=designs.sources,
     note="What proxies expect is the retrained model's accuracy on the"
-    " forgotten images; that model is the check, and is not looked at.",
+    " forgotten images; that model is the check, and is not looked at. The"
+    " paper's clinical images are private: these retinas are drawn"
+    " (`phantom_fundus`), and the digits were taken by four devices, of which"
+    " one turns its pictures (`phantom_digits`).",
   ),
   "targets": Experiment(
     title="What may be taught, beside what a retrained model says",

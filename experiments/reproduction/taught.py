@@ -22,8 +22,9 @@ def targets(bench: Bench) -> measures.Records:
     from the retrained model's predictions at the forget images,
     `level_error`, between its accuracy there and what stands for it, and of
     proxies `cost`, as a part of a retraining. Proxies are corrected by none of
-    their gap to the original, by half of it, and by all. Of whole classes
-    models with new last layers as well, alone and as half of the targets.
+    their gap to the original, by half of it, by all, and by what `proxies.fit`
+    takes. Of whole classes models with new last layers as well, alone and as
+    half of the targets.
   """
   context = bench.context
   forget = context.split.forget
@@ -46,14 +47,23 @@ def targets(bench: Bench) -> measures.Records:
     "proxies": special.softmax(aim.proxies.logits, -1).mean(0),
   }
   levels = {}
-  for name, part in (("no part of", 0.0), ("half", 0.5), ("all", 1.0)):
-    name = f"proxies, {name} the gap"
-    levels[name] = aim.proxies.accuracy.corrected(part)
+  parts = {
+    "proxies, no part of the gap": 0.0,
+    "proxies, half the gap": 0.5,
+    "proxies, all the gap": 1.0,
+    "proxies, by likeness": None,
+  }
+  for name, part in parts.items():
+    expected, confidence = (
+      level.value if part is None else level.corrected(part)
+      for level in (aim.proxies.accuracy, aim.proxies.confidence)
+    )
+    levels[name] = expected
     taught[name] = proxies.blend(
       logits["original"] + relabelling.prior_shift(context.split),
       aim.proxies.logits,
       labels,
-      aim.proxies.confidence.corrected(part),
+      confidence,
     )
   taught |= _with_refits(bench, logits["original"])
   accuracy = measures.share_right(logits["retrained"], labels)
@@ -76,9 +86,7 @@ def targets(bench: Bench) -> measures.Records:
 REFITS: dict[str, dict[str, Any]] = {
   "": {},
   ", two models": {"num_models": 2},
-  ", two layers": {"num_layers": 2},
   ", three layers": {"num_layers": 3},
-  ", 280 steps": {"num_steps": 280},
   ", rate 0.02": {"learning_rate": 0.02},
 }
 """Options of `refits.predict` that were tried, by what a table calls them."""
