@@ -351,7 +351,9 @@ def level(
     )
     proxies, proxies_variance = _log_odds(shares_unseen, num_unseen)
     gap = original - proxies
-    like = likeness(float(np.mean(proxies - odds)))
+    # Of as many images: where all are right, odds grow with their number.
+    as_many, _ = _log_odds(shares_unseen, num_images)
+    like = likeness(float(np.mean(as_many - odds)))
     variance = variance + original_variance + proxies_variance
   values = odds + like * closed * gap
   # A retrained model differs from the proxies' mean as these from each other.

@@ -171,6 +171,12 @@ def test_a_level_is_corrected_in_log_odds():
   assert closed.corrected(1.0) == pytest.approx(0.9, abs=1e-5)
 
 
+@pytest.mark.parametrize("number", [1, 10, 1000])
+def test_few_images_that_are_all_right_are_like_many_that_are(number):
+  unseen = (1.0, np.array([1.0, 1.0]), 5000)
+  assert proxies.level(np.ones(2), number, *unseen).part == 1
+
+
 def test_images_of_another_kind_are_corrected_by_less_of_the_gap():
   number = 10**6
   unseen = (0.9, np.array([0.8, 0.8]), number)
