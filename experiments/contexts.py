@@ -24,11 +24,11 @@ from psg_jax import (
   forget,
   inference,
   last_layers,
+  levels,
   metrics,
   models,
   optimizers,
   refits,
-  relabelling,
   types,
   unlearning,
 )
@@ -211,7 +211,7 @@ def target_accuracy(
   if held is None:
     return None
   forget_set = context.split.forget
-  shift = relabelling.prior_shift(context.split)
+  shift = levels.prior_shift(context.split)
   logits, forget_logits = (
     predict(context, original_variables, part.images)
     for part in (held, forget_set)

@@ -36,8 +36,8 @@ _FUNCTIONS = {
 _MODULES = (
   *("augment", "baselines", "batches", "boundary", "catalog", "checkpoints"),
   *("data", "diagnosis", "engine", "ensembles", "evaluation", "forget"),
-  *("grids", "inference", "last_layers", "metrics", "model_checks", "models"),
-  *("optimizers", "parallel", "proxies", "refits", "relabelling"),
+  *("grids", "inference", "last_layers", "levels", "metrics", "model_checks"),
+  *("models", "optimizers", "parallel", "proxies", "refits", "relabelling"),
   *("relearning", "steps", "streaming", "torch_weights", "traces"),
   *("training", "twins", "types"),
   *("ulira", "unlearning", "verification", "yardstick"),

@@ -6,6 +6,7 @@ what it saw. A few models trained on a part of the retained images tell it, once
 they are corrected for being worse than a model of all images.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from psg_jax import (
   engine,
   ensembles,
   inference,
-  relabelling,
+  levels,
   steps,
   types,
   unlearning,
@@ -28,6 +29,8 @@ from psg_jax import (
 _QUANTILE = 1.96
 # In fewer a small network has learnt nothing that could be corrected.
 _MIN_STEPS = 200
+# Of which minibatches are made smaller for that, down to this size.
+_MIN_BATCH_SIZE = 32
 
 
 class Level(NamedTuple):
@@ -143,9 +146,10 @@ def fit(
     unseen: `V`, images like the retained ones that the original has not seen,
       and on which no result is reported; without any, nothing is corrected.
     num_models: `M`, at least 2, whose differences are needed.
-    fraction: Part of the retained images that each is trained on, in (0, 1);
-      more where these would make fewer than 200 steps in the epochs of a
-      retraining, but no image is seen by two of them.
+    fraction: Part of the retained images that each is trained on, in (0, 1).
+      Where these would make fewer than 200 steps in the epochs of a
+      retraining, minibatches are smaller, down to 32, and then images more,
+      but no image is seen by two of them.
     eval_batch_size: Images predicted at a time.
     **options: Those of `training.fit` but `mesh`, for they are trained on one
       device; `num_epochs`, of a retraining, are more here where they still make
@@ -168,7 +172,9 @@ def fit(
   checks.key(key)
   if options.get("mesh") is not None:
     raise ValueError("mesh must be None for proxies, got a mesh")
-  passes = engine.Passes.of(options)
+  passes = _in_small_steps(
+    engine.Passes.of(options), fraction * len(split.retain)
+  )
   num_classes = split.retain.num_classes
   num_rows = _num_rows(
     *(len(split.retain), num_classes, num_models, fraction, passes)
@@ -186,7 +192,7 @@ def fit(
   np.put_along_axis(membership, rows, True, axis=1)
   fitted, _ = ensembles.train(
     *(model, split.retain, membership, fit_key),
-    **{**options, "num_epochs": num_epochs},
+    **{**options, "num_epochs": num_epochs, "batch_size": passes.batch_size},
   )
 
   def predict(dataset: types.Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -205,7 +211,7 @@ def fit(
   held = None if unseen is None or not len(unseen) else predict(unseen)
   num_retain = len(split.retain)
   closed = gap_closed(num_rows, num_retain, num_retain + len(split.forget))
-  levels = [
+  accuracy, confidence = (
     level(
       measure(logits, split.forget.labels),
       len(split.forget),
@@ -221,17 +227,17 @@ def fit(
       ),
     )
     for measure in (_accuracy, _confidence)
-  ]
+  )
   return Proxies(
     logits=logits,
-    accuracy=levels[0],
-    confidence=levels[1],
+    accuracy=accuracy,
+    confidence=confidence,
     original_accuracy=float(_accuracy(original, split.forget.labels)),
     targets=blend(
-      original + relabelling.prior_shift(split),
+      original + levels.prior_shift(split),
       logits,
       split.forget.labels,
-      levels[1].value,
+      confidence.value,
     ),
     cost=cost(
       len(split.retain),
@@ -264,12 +270,22 @@ def cost(
     num_epochs: Of a retraining.
     batch_size: Images a step.
   """
-  passes = engine.Passes(num_epochs=num_epochs, batch_size=batch_size)
+  passes = _in_small_steps(
+    engine.Passes(num_epochs=num_epochs, batch_size=batch_size),
+    fraction * num_retain,
+  )
   num_rows = _num_rows(num_retain, num_classes, num_models, fraction, passes)
   if not num_rows:
     return math.inf
   num_images = num_models * num_rows * _num_epochs(num_rows, passes)
   return num_images / (num_retain * num_epochs)
+
+
+def _in_small_steps(passes: engine.Passes, num_images: float) -> engine.Passes:
+  """Makes minibatches smaller where so many images would make too few."""
+  enough = int(num_images * passes.num_epochs / _MIN_STEPS)
+  size = min(passes.batch_size, max(enough, _MIN_BATCH_SIZE))
+  return dataclasses.replace(passes, batch_size=size)
 
 
 def _num_rows(

@@ -13,6 +13,7 @@ from psg_jax import (
   boundary,
   checks,
   inference,
+  levels,
   parallel,
   progress,
   refits,
@@ -31,7 +32,6 @@ _RELABELLING_FIELDS = (
 LABELS = ("hard", "soft", "soft_other", "raw_logits")
 SOFT_LABELS = ("soft", "soft_other")
 RETAIN_LABELS = ("hard", "soft", "raw_logits")
-_HALVINGS = 30
 # Of `relabel`: steps before the slow images are searched alone; growth of the
 # steps with which one is enough; and more batches than these, for the slow
 # images take one whole batch again at least.
@@ -494,77 +494,8 @@ class Teacher:
     )
     if self.accuracy is None or not self.is_part:
       return outcome, targets
-    shifted = self.image_logits + prior_shift(self.split)
-    return outcome, at_accuracy(targets, shifted, labels, self.accuracy)
-
-
-def prior_shift(split: types.Split) -> np.ndarray:
-  """Returns what retraining changes of each class's log prior.
-
-  Of a class of which a part is forgotten there are fewer images to train on, so
-  that a retrained model names it less often. A classifier's logits are adjusted
-  to other frequencies of the classes by adding the logarithms of their ratios
-  (Saerens, Latinne and Decaestecker, 2002).
-
-  Args:
-    split: The forget and the retain set.
-
-  Returns:
-    float32 `[K]`, at most 0: `log(n_retain / (n_retain + n_forget))` by class,
-    minus infinity for one that is gone, and 0 for one without any image. All
-    are 0 where nothing is retained.
-  """
-  num_classes = split.forget.num_classes
-  num_forget, num_retain = (
-    np.bincount(np.asarray(part.labels, int), minlength=num_classes)
-    for part in split
-  )
-  if not num_retain.sum():
-    return np.zeros(num_classes, np.float32)
-  part = np.where(
-    num_forget > 0, num_retain / np.maximum(num_retain + num_forget, 1), 1.0
-  )
-  with np.errstate(divide="ignore"):
-    return np.log(part).astype(np.float32)
-
-
-def at_accuracy(
-  targets: np.ndarray,
-  logits: np.ndarray,
-  old_labels: np.ndarray,
-  accuracy: float,
-) -> np.ndarray:
-  """Moves targets back to the original's predictions, as far as they may.
-
-      (1 - a) p_original + a target
-
-  with the smallest `a` in [0, 1] for which no more than `accuracy` of them name
-  the old class: what a retrained model still knows of the forget set is taught
-  as well, and the images of which the original is least sure change first.
-
-  Args:
-    targets: float `[N, K]`, probabilities, without the old class.
-    logits: float `[N, K]`, the original's at the images, best with
-      `prior_shift`; minus infinity of classes that no target may name.
-    old_labels: int `[N]`.
-    accuracy: In [0, 1].
-
-  Returns:
-    float32 `[N, K]`; rows of which the old class may not be named are as they
-    were.
-  """
-  is_gone = np.isneginf(logits[np.arange(len(logits)), old_labels])
-  near = np.where(is_gone[:, None], targets, jax.nn.softmax(logits))
-
-  def mixed(part: float) -> np.ndarray:
-    return ((1 - part) * near + part * targets).astype(np.float32)
-
-  low, high = 0.0, 1.0
-  for _ in range(_HALVINGS):
-    middle = (low + high) / 2
-    is_old = np.argmax(mixed(middle), -1) == old_labels
-    low, high = (middle, high) if is_old.mean() > accuracy else (low, middle)
-  return mixed(high)
+    shifted = self.image_logits + levels.prior_shift(self.split)
+    return outcome, levels.at_accuracy(targets, shifted, labels, self.accuracy)
 
 
 def check_labels(

@@ -23,6 +23,7 @@ from psg_jax import (
   checks,
   engine,
   last_layers,
+  levels,
   optimizers,
   refits,
   relabelling,
@@ -139,12 +140,11 @@ def unlearn(
       that was retrained without a class has 0, but one retrained without a
       camera or a patient knows others of their kind, and is right about as
       often as on unseen images of the kind: that is the target then. Where the
-      original model is there already, it is returned as it is, and the history
-      is empty; the targets are then those that a first pass would have used.
-      Above 0, the targets of `soft_other` are moved back to the original's
-      predictions until as many of them name the old class
-      (`relabelling.at_accuracy`). Where it is in soft targets, it is looked at
-      after all passes of a cycle, else after each.
+      original model is there already, it is returned, with the targets of a
+      first pass and an empty history. Above 0, the targets of `soft_other` are
+      moved back to the original's predictions until as many of them name the
+      old class (`levels.at_accuracy`). Soft targets have it in them: it is then
+      looked at after a whole cycle (`levels.is_reached`), else after each pass.
     max_cycles: Where a target accuracy is not reached in all passes, they are
       made again, so often in all, each with a schedule of its own.
     num_layers: The last so many layers are moved (`last_layers.choose`), never
@@ -230,14 +230,17 @@ def unlearn(
   def search(index: int) -> tuple[Relabelling | None, np.ndarray]:
     return (None, targets) if targets is not None else teacher.teach(index)
 
+  has_level = form == "soft_other" if targets is None else targets.ndim == 2
+
   def is_reached(current: types.Variables) -> bool:
     if target_accuracy is None:
       return False
-    logits = teacher.image_logits
+    logits, labels = teacher.image_logits, split.forget.labels
     if current is not variables:
-      logits = teacher.predict(split.forget.images, current)
-    is_right = np.argmax(logits, -1) == split.forget.labels
-    return bool(is_right.mean() <= target_accuracy)
+      was, logits = logits, teacher.predict(split.forget.images, current)
+      if has_level:
+        return levels.is_reached(logits, was, labels, target_accuracy)
+    return bool(np.mean(np.argmax(logits, -1) == labels) <= target_accuracy)
 
   def move(targets: np.ndarray, changed: engine.Passes) -> Any:
     return _update(
@@ -247,9 +250,6 @@ def unlearn(
       retain_batch_size=retain_batch_size,
     )
 
-  has_level = taught.labels == "soft_other"
-  if targets is not None:
-    has_level = targets.ndim == 2
   return _search_and_move(
     *(variables, split, passes, search, move, is_reached),
     is_refreshed=refresh_labels,

@@ -8,7 +8,7 @@ from scipy import special
 from experiments import contexts
 from experiments.reproduction import measures
 from experiments.reproduction.bench import Bench
-from psg_jax import metrics, proxies, refits, relabelling, unlearning
+from psg_jax import levels, metrics, proxies, refits, relabelling, unlearning
 
 
 def targets(bench: Bench) -> measures.Records:
@@ -46,7 +46,7 @@ def targets(bench: Bench) -> measures.Records:
     "its class left out": others,
     "proxies": special.softmax(aim.proxies.logits, -1).mean(0),
   }
-  levels = {}
+  shares = {}
   parts = {
     "proxies, no part of the gap": 0.0,
     "proxies, half the gap": 0.5,
@@ -58,9 +58,9 @@ def targets(bench: Bench) -> measures.Records:
       level.value if part is None else level.corrected(part)
       for level in (aim.proxies.accuracy, aim.proxies.confidence)
     )
-    levels[name] = expected
+    shares[name] = expected
     taught[name] = proxies.blend(
-      logits["original"] + relabelling.prior_shift(context.split),
+      logits["original"] + levels.prior_shift(context.split),
       aim.proxies.logits,
       labels,
       confidence,
@@ -69,7 +69,7 @@ def targets(bench: Bench) -> measures.Records:
   accuracy = measures.share_right(logits["retrained"], labels)
   records: measures.Records = []
   for name, predicted in taught.items():
-    level = levels.get(name, measures.share_right(predicted, labels))
+    level = shares.get(name, measures.share_right(predicted, labels))
     record = {
       "model": name,
       "kl_divergence": metrics.kl_divergence(
