@@ -190,9 +190,13 @@ def fit(
   rows = _parts(choice_key, len(split.retain), num_models, num_rows)
   membership = np.zeros((num_models, len(split.retain)), bool)
   np.put_along_axis(membership, rows, True, axis=1)
+  changed = {
+    "num_epochs": num_epochs,
+    "batch_size": passes.batch_size,
+    "num_parts": passes.num_parts,
+  }
   fitted, _ = ensembles.train(
-    *(model, split.retain, membership, fit_key),
-    **{**options, "num_epochs": num_epochs, "batch_size": passes.batch_size},
+    *(model, split.retain, membership, fit_key), **{**options, **changed}
   )
 
   def predict(dataset: types.Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -283,9 +287,11 @@ def cost(
 
 def _in_small_steps(passes: engine.Passes, num_images: float) -> engine.Passes:
   """Makes minibatches smaller where so many images would make too few."""
-  enough = int(num_images * passes.num_epochs / _MIN_STEPS)
+  enough = int(num_images / -(-_MIN_STEPS // passes.num_epochs))
   size = min(passes.batch_size, max(enough, _MIN_BATCH_SIZE))
-  return dataclasses.replace(passes, batch_size=size)
+  return dataclasses.replace(
+    passes, batch_size=size, num_parts=min(passes.num_parts, size)
+  )
 
 
 def _num_rows(
@@ -368,8 +374,11 @@ def level(
     proxies, proxies_variance = _log_odds(shares_unseen, num_unseen)
     gap = original - proxies
     # Of as many images: where all are right, odds grow with their number.
-    as_many, _ = _log_odds(shares_unseen, num_images)
-    like = likeness(float(np.mean(as_many - odds)))
+    fewest = min(num_images, num_unseen)
+    (of_unseen, _), (of_forget, _) = (
+      _log_odds(x, fewest) for x in (shares_unseen, shares)
+    )
+    like = likeness(float(np.mean(of_unseen - of_forget)))
     variance = variance + original_variance + proxies_variance
   values = odds + like * closed * gap
   # A retrained model differs from the proxies' mean as these from each other.

@@ -143,8 +143,9 @@ def unlearn(
       original model is there already, it is returned, with the targets of a
       first pass and an empty history. Above 0, the targets of `soft_other` are
       moved back to the original's predictions until as many of them name the
-      old class (`levels.at_accuracy`). Soft targets have it in them: it is then
-      looked at after a whole cycle (`levels.is_reached`), else after each pass.
+      old class (`levels.at_accuracy`). Soft targets have it in them: they stop
+      after whole cycles, and one standard deviation of so many images above it
+      (`levels.is_reached`).
     max_cycles: Where a target accuracy is not reached in all passes, they are
       made again, so often in all, each with a schedule of its own.
     num_layers: The last so many layers are moved (`last_layers.choose`), never
@@ -237,10 +238,9 @@ def unlearn(
       return False
     logits, labels = teacher.image_logits, split.forget.labels
     if current is not variables:
-      was, logits = logits, teacher.predict(split.forget.images, current)
-      if has_level:
-        return levels.is_reached(logits, was, labels, target_accuracy)
-    return bool(np.mean(np.argmax(logits, -1) == labels) <= target_accuracy)
+      logits = teacher.predict(split.forget.images, current)
+    is_taught = has_level and current is not variables
+    return levels.is_reached(logits, labels, target_accuracy, is_taught)
 
   def move(targets: np.ndarray, changed: engine.Passes) -> Any:
     return _update(
@@ -308,7 +308,7 @@ def _search_and_move(
   next_pass = step // num_steps + 1
   numbers = itertools.count(next_pass)
   is_done = step % (every * num_steps) == 0 and is_reached(
-    variables if state is None else state.variables
+    variables if state is None or step == 0 else state.variables
   )
 
   def is_last(current: types.Variables) -> bool:

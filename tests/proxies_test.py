@@ -96,11 +96,12 @@ def test_targets_have_the_shares_of_the_classes_that_are_retained():
 
 
 def test_cost_and_parts_of_the_retained_images(monkeypatch):
-  seen = []
+  seen, passed = [], []
   train = proxies.ensembles.train
 
   def watch(model, dataset, membership, key, **options):
     seen.append(membership)
+    passed.append(options)
     return train(model, dataset, membership, key, **options)
 
   monkeypatch.setattr(proxies.ensembles, "train", watch)
@@ -116,6 +117,15 @@ def test_cost_and_parts_of_the_retained_images(monkeypatch):
   # Four quarters are all of the images, each once.
   np.testing.assert_array_equal(seen[0].sum(0), 1)
   np.testing.assert_array_equal(seen[0].sum(1), 50)
+  assert passed[0]["batch_size"] == 8
+  # Smaller minibatches, and no more parts of one than images.
+  fit(
+    fakes.blobs(20, seed=4),
+    fakes.linear_variables(kernel()),
+    batch_size=64,
+    num_parts=40,
+  )
+  assert passed[1]["batch_size"] == passed[1]["num_parts"] == 32
   # Of more than there are for all, each model has as many of its own.
   fit(
     fakes.blobs(20, seed=4),
@@ -123,8 +133,8 @@ def test_cost_and_parts_of_the_retained_images(monkeypatch):
     num_models=2,
     fraction=0.6,
   )
-  np.testing.assert_array_equal(seen[1].sum(1), 120)
-  assert seen[1].sum(0).min() == 1
+  np.testing.assert_array_equal(seen[2].sum(1), 120)
+  assert seen[2].sum(0).min() == 1
 
 
 def test_few_images_are_more_images_and_not_more_epochs():
@@ -143,6 +153,12 @@ def test_few_images_are_more_images_and_not_more_epochs():
   assert cost(200, 0.05) == pytest.approx(2 * 100 * 16 / (200 * 10))
   # What is asked for, where it is enough.
   assert cost(1000, 0.3) == pytest.approx(2 * 300 * 10 / (1000 * 10))
+  # Minibatches of 64 are made smaller before images are made more: of 1,080 in
+  # 6 epochs to 31, but no smaller than 32, of 200 in 60 to 50.
+  sizes = {"num_models": 2, "fraction": 0.1, "batch_size": 64}
+  part = 2 * 34 * 32 / 10_800
+  assert proxies.cost(10_800, num_epochs=6, **sizes) == pytest.approx(part)
+  assert proxies.cost(2_000, num_epochs=60, **sizes) == pytest.approx(0.2)
   # Of parts with fewer images than classes there are none.
   options = {"num_models": 2, "fraction": 0.1, "num_epochs": 30}
   assert proxies.cost(4500, 450, **options, batch_size=64) < 0.21
@@ -175,6 +191,12 @@ def test_a_level_is_corrected_in_log_odds():
 def test_few_images_that_are_all_right_are_like_many_that_are(number):
   unseen = (1.0, np.array([1.0, 1.0]), 5000)
   assert proxies.level(np.ones(2), number, *unseen).part == 1
+
+
+def test_images_are_like_few_unseen_ones_that_are_all_right():
+  # Ten of ten say little of the share: of 5,000 these may be as hard.
+  unseen = (1.0, np.array([1.0, 0.9]), 10)
+  assert proxies.level(np.array([0.97, 0.97]), 5000, *unseen).part > 0.7
 
 
 def test_images_of_another_kind_are_corrected_by_less_of_the_gap():

@@ -14,7 +14,6 @@ from psg_jax import (
   boundary,
   forget,
   inference,
-  levels,
   relabelling,
   steps,
   training,
@@ -687,65 +686,6 @@ def test_nothing_changes_where_the_target_is_reached(trained):
   assert refreshed.history == []
 
 
-def test_targets_at_an_accuracy_known():
-  # Of two classes, the old one is right with .9, .8, .7 and .6.
-  sure = np.array([0.9, 0.8, 0.7, 0.6])
-  logits = np.log(np.stack([sure, 1 - sure], -1))
-  labels = np.zeros(4, int)
-  others = np.tile([0.0, 1.0], (4, 1))
-
-  def moved(level):
-    return levels.at_accuracy(others, logits, labels, level)
-
-  assert np.argmax(moved(0.5), -1).tolist() == [0, 0, 1, 1]
-
-  def less(odds):
-    return sure * odds / (sure * odds + 1 - sure)
-
-  # That of .7 is then half: the first of the two that had to change.
-  np.testing.assert_allclose(moved(0.5)[:, 0], less(3 / 7), atol=1e-6)
-  np.testing.assert_allclose(moved(1.0)[:, 0], sure, atol=1e-6)
-  np.testing.assert_allclose(moved(0.0)[:, 0], less(1 / 9), atol=1e-6)
-  # A class that is gone is named by none, whatever is right elsewhere.
-  logits[:, 0] = -np.inf
-  np.testing.assert_array_equal(moved(1.0), others)
-
-
-def test_targets_at_an_accuracy_leave_what_is_sure():
-  # One image in ten is in doubt: the others stay what they were.
-  logits = np.zeros((20, 3))
-  logits[:, 0] = np.where(np.arange(20) % 10 == 0, 0.1, 8.0)
-  labels = np.zeros(20, int)
-  others = np.tile([0.0, 0.5, 0.5], (20, 1))
-  taught = levels.at_accuracy(others, logits, labels, 0.9)
-  assert np.mean(taught.argmax(-1) == 0) == 0.9
-  was = jax.nn.softmax(logits)[:, 0]
-  np.testing.assert_allclose(taught[1:10, 0], was[1:10], atol=1e-4)
-  # Half of those that are all but sure, and a little surer ones.
-  logits[:, 0] = 60.0 + np.arange(20)
-  taught = levels.at_accuracy(others, logits, labels, 0.5)
-  assert (taught.argmax(-1) == 0).tolist() == [False] * 10 + [True] * 10
-
-
-def test_prior_shift_known():
-  def split(forget, retain):
-    parts = [
-      types.Dataset(
-        images=np.zeros((len(labels), 2, 2, 1), np.uint8),
-        labels=np.array(labels, np.int32),
-        ids=np.array([str(x) for x in range(len(labels))]),
-        class_names=tuple("abcd"),
-      )
-      for labels in (forget, retain)
-    ]
-    return types.Split(*parts)
-
-  # A third of class 0, all of class 1, nothing of class 2; of 3 there is none.
-  shift = levels.prior_shift(split([0, 1, 1], [0, 0, 2]))
-  np.testing.assert_allclose(np.exp(shift), [2 / 3, 0, 1, 1], rtol=1e-6)
-  assert not levels.prior_shift(split([0, 1], [])).any()
-
-
 def test_a_part_of_a_class_is_taught_its_smaller_prior(trained):
   model, variables, split = trained
   # Half of the class that goes is retained.
@@ -769,23 +709,7 @@ def test_a_part_of_a_class_is_taught_its_smaller_prior(trained):
   np.testing.assert_allclose(targets, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_targets_at_an_accuracy_name_no_class_that_is_gone():
-  rng = np.random.default_rng(0)
-  logits, labels = rng.normal(size=(50, 4)), rng.integers(0, 4, 50)
-  gone = np.array([2])
-  others = relabelling.soft_targets(
-    logits, labels="soft_other", old_labels=labels, gone=gone
-  )
-  logits[:, gone] = -np.inf
-  taught = levels.at_accuracy(others, logits, labels, 0.2)
-  np.testing.assert_allclose(taught.sum(-1), 1, rtol=1e-5)
-  assert taught[:, 2].max() == 0
-  assert np.mean(taught.argmax(-1) == labels) == pytest.approx(0.2, abs=0.021)
-
-
-def test_the_level_of_soft_targets_is_looked_at_after_a_cycle(
-  trained, monkeypatch
-):
+def test_the_level_of_soft_targets_is_looked_at_after_a_cycle(trained):
   _, _, split = trained
   soft = np.zeros((len(split.forget), 3), np.float32)
   soft[:, 1:] = 0.5
@@ -799,11 +723,7 @@ def test_the_level_of_soft_targets_is_looked_at_after_a_cycle(
   chex.assert_trees_all_equal(output.variables, whole.variables)
   # Where it is never reached all cycles are made, of one search.
   kept = np.tile(np.float32([1, 0, 0]), (len(split.forget), 1))
-  nothing_lost = unlearn(trained, targets=kept, **options).history
-  assert len(nothing_lost) == 4
-  with monkeypatch.context() as patch:
-    patch.setattr(levels, "is_reached", lambda *_: False)
-    never = unlearn(trained, targets=kept, **options).history
+  never = unlearn(trained, targets=kept, **options).history
   assert len(never) == 12
   assert ["search_seconds" in x for x in never] == [True] + [False] * 11
   # What the user asks for ends it at once.
@@ -880,22 +800,20 @@ def test_a_part_of_a_class_is_not_taught_to_be_wrong(trained):
   assert 0.3 < got <= level + deviation
 
 
-def test_a_level_is_reached_by_chance_or_where_nothing_is_lost():
-  labels = np.zeros(100, int)
-
-  def right(share):
-    return np.eye(2)[(np.arange(100) >= 100 * share).astype(int)]
-
-  def is_reached(share, original=0.9):
-    return levels.is_reached(right(share), right(original), labels, 0.5)
-
-  # A standard deviation is 5 of 100.
-  assert is_reached(0.4)
-  assert is_reached(0.54)
-  assert not is_reached(0.56)
-  assert not is_reached(0.89)
-  assert is_reached(0.9)
-  assert is_reached(0.56, original=0.56)
+def test_a_state_of_no_step_is_where_the_original_is(trained):
+  _, variables, split = trained
+  right = accuracy(*trained[:2], split.forget)
+  soft = np.zeros((len(split.forget), 3), np.float32)
+  soft[:, 1:] = 0.5
+  # Within a standard deviation of the level, but not at it.
+  options = {"target_accuracy": right - 1e-3, "num_epochs": 4}
+  whole = unlearn(trained, targets=soft, **options)
+  assert len(whole.history) == 4
+  state = steps.init_state(
+    variables, training.sgd(unlearning.LEARNING_RATE), jax.random.key(1)
+  )
+  begun = unlearn(trained, targets=soft, state=state, **options)
+  assert len(begun.history) == 4
 
 
 def test_bad_target_accuracy(trained):
