@@ -130,7 +130,7 @@ class Unlearning:
   """Such models, at least 2."""
   proxy_fraction: float = 0.1
   """Part of the retained images that each of them is trained on. Where it makes
-  fewer than 200 steps, minibatches are smaller, down to 32, then images more."""
+  less than 200 steps, minibatches are smaller, down to 32, then images more."""
   max_cycles: int = 4
   """How often all passes are made at most to come to the target."""
   augmentation: Literal["none", "flip", "crop_flip", "medical"] | None = None
