@@ -27,6 +27,8 @@ from psg_jax import (
 
 # Of a normal distribution, 95 in 100 lie within so many deviations.
 _QUANTILE = 1.96
+# Of accuracy: no nearer does an update bring a model.
+_NEAR = 0.05
 # In fewer a small network has learnt nothing that could be corrected.
 _MIN_STEPS = 200
 # Of which minibatches are made smaller for that, down to this size.
@@ -84,8 +86,14 @@ class Proxies(NamedTuple):
 
   @property
   def is_called_for(self) -> bool:
-    """Whether a retrained model is expected to differ from the original."""
-    return not self.accuracy.holds(self.original_accuracy)
+    """Whether a retrained model is expected to differ from the original.
+
+    Not where the original's accuracy is within the interval and near the value:
+    far from it, in an interval that is too wide to tell, the value is still the
+    best guess.
+    """
+    was, level = self.original_accuracy, self.accuracy
+    return not level.holds(was) or abs(was - level.value) > _NEAR
 
   def as_dict(self) -> dict[str, float | bool]:
     """Returns the accuracy that is expected, and what it cost, for JSON."""
@@ -106,6 +114,8 @@ class Proxies(NamedTuple):
       f" ({100 * self.accuracy.low:.1f} to {100 * self.accuracy.high:.1f} %);"
       f" the original is on {100 * self.original_accuracy:.1f} %"
     )
+    if self.is_called_for and self.accuracy.holds(self.original_accuracy):
+      return f"{expected}, which may be the same: what is expected is taught"
     if self.is_called_for:
       return expected
     return f"{expected}: no change is called for that these proxies could see"

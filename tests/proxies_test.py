@@ -78,6 +78,20 @@ def test_nothing_is_called_for_where_a_retrained_model_would_know_as_much():
   assert outcome.confidence.part == pytest.approx(closed, rel=0.2)
 
 
+def test_where_it_cannot_be_told_the_best_guess_is_taught():
+  def outcome(value, low, high, original=0.7):
+    level = proxies.Level(value, low, high)
+    empty = np.zeros((0, 2))
+    return proxies.Proxies(empty, level, level, original, empty, 0.2)
+
+  assert outcome(0.4, 0.3, 0.6).is_called_for
+  assert not outcome(0.66, 0.5, 0.8).is_called_for
+  wide = outcome(0.15, 0.01, 0.72)
+  assert wide.is_called_for
+  assert "may be the same" in str(wide)
+  assert "may be the same" not in str(outcome(0.4, 0.3, 0.6))
+
+
 def test_targets_have_the_shares_of_the_classes_that_are_retained():
   original = fakes.linear_variables(0.05 * kernel())
   forget = fakes.blobs(60, seed=5)
