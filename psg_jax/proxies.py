@@ -114,11 +114,11 @@ class Proxies(NamedTuple):
       f" ({100 * self.accuracy.low:.1f} to {100 * self.accuracy.high:.1f} %);"
       f" the original is on {100 * self.original_accuracy:.1f} %"
     )
-    if self.is_called_for and self.accuracy.holds(self.original_accuracy):
+    if not self.is_called_for:
+      return f"{expected}: no change is called for that these proxies could see"
+    if self.accuracy.holds(self.original_accuracy):
       return f"{expected}, which may be the same: what is expected is taught"
-    if self.is_called_for:
-      return expected
-    return f"{expected}: no change is called for that these proxies could see"
+    return expected
 
 
 def fit(
@@ -182,29 +182,23 @@ def fit(
   checks.key(key)
   if options.get("mesh") is not None:
     raise ValueError("mesh must be None for proxies, got a mesh")
-  passes = _in_small_steps(
-    engine.Passes.of(options), fraction * len(split.retain)
-  )
-  num_classes = split.retain.num_classes
-  num_rows = _num_rows(
-    *(len(split.retain), num_classes, num_models, fraction, passes)
+  passes = engine.Passes.of(options)
+  num_retain, num_classes = len(split.retain), split.retain.num_classes
+  num_rows, planned = _plan(
+    *(num_retain, num_classes, num_models, fraction, passes)
   )
   if not num_rows:
     raise ValueError(
       f"num_models must leave each an image a class, got {num_models} with"
-      f" fraction {fraction} of {len(split.retain)} retained images, of"
+      f" fraction {fraction} of {num_retain} retained images, of"
       f" {num_classes} classes"
     )
-  num_epochs = _num_epochs(num_rows, passes)
   choice_key, fit_key = jax.random.split(key)
-  rows = _parts(choice_key, len(split.retain), num_models, num_rows)
-  membership = np.zeros((num_models, len(split.retain)), bool)
+  rows = _parts(choice_key, num_retain, num_models, num_rows)
+  membership = np.zeros((num_models, num_retain), bool)
   np.put_along_axis(membership, rows, True, axis=1)
-  changed = {
-    "num_epochs": num_epochs,
-    "batch_size": passes.batch_size,
-    "num_parts": passes.num_parts,
-  }
+  names = ("num_epochs", "batch_size", "num_parts")
+  changed = {name: getattr(planned, name) for name in names}
   fitted, _ = ensembles.train(
     *(model, split.retain, membership, fit_key), **{**options, **changed}
   )
@@ -223,7 +217,6 @@ def fit(
 
   original, logits = predict(split.forget)
   held = None if unseen is None or not len(unseen) else predict(unseen)
-  num_retain = len(split.retain)
   closed = gap_closed(num_rows, num_retain, num_retain + len(split.forget))
   accuracy, confidence = (
     level(
@@ -254,7 +247,7 @@ def fit(
       confidence.value,
     ),
     cost=cost(
-      len(split.retain),
+      num_retain,
       num_models=num_models,
       fraction=fraction,
       num_epochs=passes.num_epochs,
@@ -284,49 +277,44 @@ def cost(
     num_epochs: Of a retraining.
     batch_size: Images a step.
   """
-  passes = _in_small_steps(
-    engine.Passes(num_epochs=num_epochs, batch_size=batch_size),
-    fraction * num_retain,
+  passes = engine.Passes(num_epochs=num_epochs, batch_size=batch_size)
+  num_rows, planned = _plan(
+    *(num_retain, num_classes, num_models, fraction, passes)
   )
-  num_rows = _num_rows(num_retain, num_classes, num_models, fraction, passes)
   if not num_rows:
     return math.inf
-  num_images = num_models * num_rows * _num_epochs(num_rows, passes)
+  num_images = num_models * num_rows * planned.num_epochs
   return num_images / (num_retain * num_epochs)
 
 
-def _in_small_steps(passes: engine.Passes, num_images: float) -> engine.Passes:
-  """Makes minibatches smaller where so many images would make too few."""
-  enough = int(num_images / -(-_MIN_STEPS // passes.num_epochs))
-  size = min(passes.batch_size, max(enough, _MIN_BATCH_SIZE))
-  return dataclasses.replace(
-    passes, batch_size=size, num_parts=min(passes.num_parts, size)
-  )
-
-
-def _num_rows(
+def _plan(
   num_retain: int,
   num_classes: int,
   num_models: int,
   fraction: float,
   passes: engine.Passes,
-) -> int:
-  """Images of each model: rather more of them than more epochs of few.
+) -> tuple[int, engine.Passes]:
+  """Images of each model, and its passes, in which they make enough steps.
 
-  0 where they are not an image a class, of its own for each.
+  Minibatches are made smaller first; then there are more images rather than
+  more epochs of few; and these last. No images where they are not one a class,
+  of its own for each.
   """
-  enough = -(-_MIN_STEPS // passes.num_epochs) * passes.batch_size
+  enough = -(-_MIN_STEPS // passes.num_epochs)
+  size = max(int(fraction * num_retain / enough), _MIN_BATCH_SIZE)
+  size = min(passes.batch_size, size)
   most = max(num_retain // num_models, round(fraction * num_retain))
-  num_rows = min(max(round(fraction * num_retain), enough), most)
+  num_rows = min(max(round(fraction * num_retain), enough * size), most)
   least = max(num_classes, 1)
-  is_enough = num_rows >= least and num_retain >= num_models * least
-  return num_rows if is_enough else 0
-
-
-def _num_epochs(num_rows: int, passes: engine.Passes) -> int:
-  """As many epochs as a retraining has, or as make a model of few images."""
-  steps = -(-num_rows // passes.batch_size)
-  return max(passes.num_epochs, -(-_MIN_STEPS // steps))
+  if num_rows < least or num_retain < num_models * least:
+    return 0, passes
+  num_epochs = -(-_MIN_STEPS // -(-num_rows // size))
+  return num_rows, dataclasses.replace(
+    passes,
+    num_epochs=max(passes.num_epochs, num_epochs),
+    batch_size=size,
+    num_parts=min(passes.num_parts, size),
+  )
 
 
 def _parts(
