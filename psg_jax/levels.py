@@ -6,6 +6,7 @@ stops at it.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import scipy.special
@@ -101,19 +102,57 @@ def at_accuracy(
 
 
 def is_reached(
-  logits: np.ndarray, labels: np.ndarray, accuracy: float, is_taught: bool
+  right: float,
+  accuracy: float,
+  num_images: int,
+  *,
+  is_taught: bool = True,
+  before: float | None = None,
 ) -> bool:
-  """Returns whether a model is at a level.
+  """Returns whether a model is at a level, or as near as more steps bring it.
 
-  Where it was taught it, also where it is no more than a standard deviation of
-  so many images above: on which side of it a model ends is chance.
+  Where it was taught it, it is there also at a standard deviation of so many
+  images above: on which side of it a model ends is chance. And a cycle that
+  brought it no nearer by as much is the last.
 
   Args:
-    logits: float `[N, K]`, the model's at the forget images.
-    labels: int `[N]`.
+    right: The model's accuracy on the forget set, in [0, 1].
     accuracy: The level, in [0, 1].
+    num_images: Of the forget set, positive.
     is_taught: Whether the model's targets have the level in them.
+    before: Its accuracy a cycle before; None for none.
   """
-  right = np.mean(np.argmax(logits, -1) == labels)
-  deviation = math.sqrt(accuracy * (1 - accuracy) / len(labels))
-  return bool(right <= accuracy + is_taught * deviation)
+  if not is_taught:
+    return right <= accuracy
+  deviation = math.sqrt(accuracy * (1 - accuracy) / num_images)
+  is_still = before is not None and before - right <= deviation
+  return right <= accuracy + deviation or is_still
+
+
+def stop_fn(
+  labels: np.ndarray, accuracy: float, is_taught: bool
+) -> Callable[[np.ndarray, bool], bool]:
+  """Returns what tells after each cycle whether it is the last.
+
+  Args:
+    labels: int `[N]`, of the forget set.
+    accuracy: The level, in [0, 1].
+    is_taught: As for `is_reached`.
+
+  Returns:
+    A function of a model's logits, float `[N, K]`, and of whether it is the
+    original's, which was taught nothing.
+  """
+  before: float | None = None
+
+  def is_last(logits: np.ndarray, is_original: bool) -> bool:
+    nonlocal before
+    right = float(np.mean(np.argmax(logits, -1) == labels))
+    was, before = before, None if is_original else right
+    return is_reached(
+      *(right, accuracy, len(labels)),
+      is_taught=is_taught and not is_original,
+      before=was,
+    )
+
+  return is_last

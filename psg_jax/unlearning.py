@@ -144,8 +144,8 @@ def unlearn(
       first pass and an empty history. Above 0, the targets of `soft_other` are
       moved back to the original's predictions until as many of them name the
       old class (`levels.at_accuracy`). Soft targets have it in them: they stop
-      after whole cycles, and one standard deviation of so many images above it
-      (`levels.is_reached`).
+      after whole cycles, where it is at a standard deviation of so many images
+      above, or a cycle brings it no nearer by as much (`levels.is_reached`).
     max_cycles: Where a target accuracy is not reached in all passes, they are
       made again, so often in all, each with a schedule of its own.
     num_layers: The last so many layers are moved (`last_layers.choose`), never
@@ -233,14 +233,14 @@ def unlearn(
 
   has_level = form == "soft_other" if targets is None else targets.ndim == 2
 
+  reached = levels.stop_fn(split.forget.labels, target_accuracy or 0, has_level)
+
   def is_reached(current: types.Variables) -> bool:
     if target_accuracy is None:
       return False
-    logits, labels = teacher.image_logits, split.forget.labels
-    if current is not variables:
-      logits = teacher.predict(split.forget.images, current)
-    is_taught = has_level and current is not variables
-    return levels.is_reached(logits, labels, target_accuracy, is_taught)
+    if current is variables:
+      return reached(teacher.image_logits, True)
+    return reached(teacher.predict(split.forget.images, current), False)
 
   def move(targets: np.ndarray, changed: engine.Passes) -> Any:
     return _update(

@@ -97,11 +97,8 @@ def test_a_class_that_is_left_alone_is_taught():
 
 
 def test_a_level_is_reached_within_the_chance_of_so_many_images():
-  labels = np.zeros(100, int)
-
-  def is_reached(share, level=0.5, is_taught=True):
-    logits = np.eye(2)[(np.arange(100) >= 100 * share).astype(int)]
-    return levels.is_reached(logits, labels, level, is_taught)
+  def is_reached(share, level=0.5, **options):
+    return levels.is_reached(share, level, 100, **options)
 
   # A standard deviation is 5 of 100.
   assert is_reached(0.4)
@@ -113,3 +110,22 @@ def test_a_level_is_reached_within_the_chance_of_so_many_images():
   assert is_reached(0.0, level=0.0)
   assert not is_reached(0.01, level=0.0)
   assert is_reached(1.0, level=1.0)
+
+
+def test_a_cycle_that_brings_a_model_no_nearer_is_the_last():
+  labels = np.zeros(100, int)
+
+  def logits(share):
+    return np.eye(2)[(np.arange(100) >= 100 * share).astype(int)]
+
+  is_last = levels.stop_fn(labels, 0.5, True)
+  # What the first cycle brought is no reason to stop.
+  assert not is_last(logits(0.9), True)
+  assert not is_last(logits(0.9), False)
+  assert not is_last(logits(0.8), False)
+  assert is_last(logits(0.76), False)
+  # Nor is it where the level is in no target.
+  is_last = levels.stop_fn(labels, 0.5, False)
+  assert not is_last(logits(0.9), False)
+  assert not is_last(logits(0.9), False)
+  assert is_last(logits(0.5), False)
