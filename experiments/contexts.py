@@ -161,9 +161,10 @@ def validation(
 
   The original has seen its training images, so that they must be test images:
   a half, of each class or of whole groups where the request has groups, of
-  those that match the request, or, where there are not enough, of the others;
-  of the others first where it is proxies that say it. No figure is computed of
-  them.
+  those that match the request, or, where there are not enough, of the others.
+  Of the others first where it is proxies that say it, for they have seen
+  nothing that matches, unless a part is forgotten of what does. No figure is
+  computed of them.
 
   Args:
     context: What the steps share.
@@ -176,7 +177,8 @@ def validation(
   if target == "zero":
     return shown, None
   group = context.selection.request.group
-  names = ("retain", "forget") if target == "proxy" else ("forget", "retain")
+  is_of_others = target == "proxy" and context.selection.request.fraction == 1
+  names = ("retain", "forget") if is_of_others else ("forget", "retain")
   for name in names:
     part = getattr(shown, name)
     if group is None:

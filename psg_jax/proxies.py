@@ -8,6 +8,7 @@ they are corrected for being worse than a model of all images.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -144,9 +145,10 @@ def fit(
   Where the forget images are like the others, `w` is what a model of all
   retained images closes of it (`gap_closed`); where they are of a kind that no
   retained image is of, next to nothing. How much harder they are for proxies
-  than unseen ones tells the two apart (`likeness`). The interval goes over what
-  is in doubt of that, beside the differences between proxies and the numbers
-  of images.
+  than unseen ones tells the two apart (`likeness`). Unseen images, and what is
+  closed, count by class, in the mixture of the forget images. The interval goes
+  over what is in doubt of that, beside the differences between proxies and the
+  numbers of images.
 
   Args:
     model: The network, of the original and of the proxies.
@@ -217,24 +219,22 @@ def fit(
 
   original, logits = predict(split.forget)
   held = None if unseen is None or not len(unseen) else predict(unseen)
-  closed = gap_closed(num_rows, num_retain, num_retain + len(split.forget))
-  accuracy, confidence = (
-    level(
-      measure(logits, split.forget.labels),
-      len(split.forget),
-      *(
-        ()
-        if held is None or unseen is None
-        else (
-          float(measure(held[0], unseen.labels)),
-          measure(held[1], unseen.labels),
-          len(unseen),
-          closed,
-        )
-      ),
+  closed = part_closed(split, num_rows)
+
+  def expected(measure: Callable[..., np.ndarray]) -> Level:
+    shares = measure(logits, split.forget.labels)
+    if held is None or unseen is None:
+      return level(shares, len(split.forget))
+    weights = class_weights(split.forget.labels, unseen.labels)
+    return level(
+      *(shares, len(split.forget)),
+      float(measure(held[0], unseen.labels, weights)),
+      measure(held[1], unseen.labels, weights),
+      1 / float(np.square(weights).sum()),
+      closed,
     )
-    for measure in (_accuracy, _confidence)
-  )
+
+  accuracy, confidence = expected(_accuracy), expected(_confidence)
   return Proxies(
     logits=logits,
     accuracy=accuracy,
@@ -330,15 +330,42 @@ def _parts(
   return np.asarray(order)[places % num_images]
 
 
-def _accuracy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def class_weights(labels: np.ndarray, unseen_labels: np.ndarray) -> np.ndarray:
+  """Weighs unseen images by class, so that each counts as among the others.
+
+  Args:
+    labels: int `[N]`, of the forget images.
+    unseen_labels: int `[V]`.
+
+  Returns:
+    Weights float `[V]` of sum 1. Classes without any unseen image are left out;
+    the weights are even where that leaves none.
+  """
+  num_classes = 1 + max(np.max(labels), np.max(unseen_labels))
+  counts, unseen_counts = (
+    np.bincount(x, minlength=num_classes) for x in (labels, unseen_labels)
+  )
+  weights = (counts / np.maximum(unseen_counts, 1))[unseen_labels]
+  if not weights.any():
+    weights = np.ones(len(unseen_labels))
+  return weights / weights.sum()
+
+
+def _accuracy(
+  logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
   """Accuracy over images, of one model or of each of several."""
-  return np.mean(np.argmax(logits, -1) == labels, -1)
+  is_right = np.argmax(logits, -1) == labels
+  return np.average(is_right, axis=-1, weights=weights)
 
 
-def _confidence(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _confidence(
+  logits: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
   """Mean probability of the true class, likewise."""
   probabilities = scipy.special.softmax(np.asarray(logits, np.float64), -1)
-  return probabilities[..., np.arange(len(labels)), labels].mean(-1)
+  of_true = probabilities[..., np.arange(len(labels)), labels]
+  return np.average(of_true, axis=-1, weights=weights)
 
 
 def level(
@@ -346,7 +373,7 @@ def level(
   num_images: int,
   original_unseen: float | None = None,
   shares_unseen: np.ndarray | None = None,
-  num_unseen: int = 0,
+  num_unseen: float = 0,
   closed: float = 1.0,
 ) -> Level:
   """Corrects shares of proxies to that of a retrained model, with an interval.
@@ -356,7 +383,7 @@ def level(
     num_images: How many these are, positive.
     original_unseen: The original's share on unseen images; None for none.
     shares_unseen: float `[M]`, each proxy's there.
-    num_unseen: How many these are.
+    num_unseen: How many these are, or, where they have weights, count for.
     closed: Part of the gap, in [0, 1], that a retrained model closes on images
       like the unseen ones: see `gap_closed`.
 
@@ -392,7 +419,7 @@ def level(
   return Level(value, low, high, float(gap.mean()), like * closed)
 
 
-def gap_closed(num_images: int, num_retain: int, num_all: int) -> float:
+def gap_closed(num_images: float, num_retain: float, num_all: float) -> float:
   """Returns which part of proxies' gap to the original retraining closes.
 
   Log-odds of being right grow about evenly with the logarithm of the number of
@@ -401,7 +428,7 @@ def gap_closed(num_images: int, num_retain: int, num_all: int) -> float:
       log(R / P) / log(A / P)
 
   Args:
-    num_images: `P`, that each proxy was trained on, positive.
+    num_images: `P`, of a class, that a proxy was trained on, positive.
     num_retain: `R`, retained ones, at least as many.
     num_all: `A`, that the original was trained on, more than these.
 
@@ -409,6 +436,31 @@ def gap_closed(num_images: int, num_retain: int, num_all: int) -> float:
     In [0, 1].
   """
   return math.log(num_retain / num_images) / math.log(num_all / num_images)
+
+
+def part_closed(split: types.Split, num_images: int) -> float:
+  """Mean of `gap_closed` over the forget images, each by its class.
+
+  Of a class that is gone a retrained model knows no more than proxies.
+
+  Args:
+    split: The forget and the retain set.
+    num_images: That each proxy was trained on, retained ones drawn at random.
+
+  Returns:
+    In [0, 1].
+  """
+  num_classes = split.forget.num_classes
+  forgotten, retained = (
+    np.bincount(np.asarray(part.labels, int), minlength=num_classes)
+    for part in split
+  )
+  share = num_images / len(split.retain)
+  parts = [
+    gap_closed(share * kept, kept, kept + gone) if kept and gone else 0.0
+    for kept, gone in zip(retained.tolist(), forgotten.tolist(), strict=True)
+  ]
+  return float(np.average(parts, weights=forgotten))
 
 
 def likeness(harder: float) -> float:
@@ -426,7 +478,9 @@ def likeness(harder: float) -> float:
   return math.exp(-max(harder, 0.0))
 
 
-def _log_odds(shares: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
+def _log_odds(
+  shares: np.ndarray, number: float
+) -> tuple[np.ndarray, np.ndarray]:
   """Log-odds of shares of so many images, and their variance by chance."""
   hits = np.asarray(shares, np.float64) * number
   # Half an image on each side: no share is 0 or 1.

@@ -248,6 +248,38 @@ def test_all_images_or_none_can_be_right(share, number):
   assert level.holds(share)
 
 
+def test_a_part_of_a_class_is_corrected_by_the_gap_of_its_class():
+  labels = np.repeat([0, 1], [60, 40])
+  images = np.zeros((100, 2, 2, 1), np.uint8)
+
+  def dataset(rows):
+    return types.Dataset(images[rows], labels[rows], ("a", "b"))
+
+  retained = np.r_[0:20, 60:100]
+  split = types.Split(dataset(np.r_[20:60]), dataset(retained))
+  # Of class 0 a proxy of half has 10 images, a retrained model 20 and the
+  # original 60: log 2 / log 6.
+  closed = proxies.part_closed(split, 30)
+  assert closed == pytest.approx(np.log(2) / np.log(6))
+  # Of a class that is gone nothing is closed.
+  split = types.Split(dataset(np.r_[0:60]), dataset(np.r_[60:100]))
+  assert proxies.part_closed(split, 20) == 0
+
+
+def test_unseen_images_count_in_the_mixture_of_the_forget_images():
+  unseen = np.array([0, 0, 0, 1])
+  even = proxies.class_weights(np.array([0, 1]), unseen)
+  np.testing.assert_allclose(even, [1 / 6, 1 / 6, 1 / 6, 1 / 2])
+  of_one = proxies.class_weights(np.array([1, 1]), unseen)
+  np.testing.assert_allclose(of_one, [0, 0, 0, 1])
+  # A class without any is left out, and all count where that leaves none.
+  np.testing.assert_allclose(
+    proxies.class_weights(np.array([1, 2]), unseen), of_one
+  )
+  none = proxies.class_weights(np.array([2]), unseen)
+  np.testing.assert_allclose(none, 0.25)
+
+
 def test_an_interval_holds_what_chance_alone_makes():
   rng = np.random.default_rng(0)
   is_held = []

@@ -746,6 +746,10 @@ def test_the_target_is_the_accuracy_on_unseen_images_of_the_kind(data_dir):
   shown, held = contexts.validation(random)
   assert len(held) + len(shown.forget) == len(random.test)
   assert len(held) > len(random.test) / 3
+  # Proxies have seen others of a class of which a part is forgotten.
+  part = {"forget_classes": (1,), "fraction": 0.5}
+  half = context(where=None, group=None, unlearning=by_proxies, **part)
+  assert set(contexts.validation(half)[1].labels) == {1}
   # Of a device, the images of others say how proxies are corrected.
   other = context(where=device.job.where, group=None, unlearning=by_proxies)
   held = set(contexts.validation(other)[1].ids)
