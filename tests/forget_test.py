@@ -492,13 +492,14 @@ def test_conditions_see_no_files(dataset, tmp_path):
 
 
 def test_conditions_have_a_time_limit(dataset, monkeypatch):
-  monkeypatch.setattr(sql, "TIME_LIMIT", 0.3)
   endless = (
     "(WITH RECURSIVE a AS (SELECT 1 UNION ALL SELECT 1 FROM a)"
     " SELECT count(*) FROM a) = 3"
   )
   start = time.perf_counter()
-  fails(lambda: forget.split(dataset, where=endless), "where", "within 0.3 s")
+  with monkeypatch.context() as short:
+    short.setattr(sql, "TIME_LIMIT", 0.3)
+    fails(lambda: forget.split(dataset, where=endless), "where", "within 0.3 s")
   assert time.perf_counter() - start < 10
   # The next one is not disturbed.
   assert forgotten(dataset, where="device = 'A'") == "ad"
@@ -517,9 +518,14 @@ def test_conditions_that_heed_no_interrupt_have_one(dataset, monkeypatch):
 def test_a_condition_is_decided_once(dataset, monkeypatch):
   calls = []
   run = sql.run
-  monkeypatch.setattr(
-    sql, "run", lambda *args: calls.append(args[-1]) or run(*args)
-  )
+
+  def note(*args):
+    # One that another test gave up may begin late on a busy machine.
+    if args[-1].startswith("device"):
+      calls.append(args[-1])
+    return run(*args)
+
+  monkeypatch.setattr(sql, "run", note)
   request = forget.Request(where="device = 'A'")
   parts = forget.split_request(dataset, request)
   forget.preview(dataset, parts, request=request)
