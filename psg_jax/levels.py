@@ -19,6 +19,17 @@ _HALVINGS = 60
 _MOST_LOG_ODDS = 40.0
 
 
+def class_counts(split: types.Split) -> tuple[np.ndarray, np.ndarray]:
+  """Returns how many forget and retained images each class has, int `[K]`."""
+  forgotten, retained = (
+    np.bincount(
+      np.asarray(part.labels, int), minlength=split.forget.num_classes
+    )
+    for part in split
+  )
+  return forgotten, retained
+
+
 def prior_shift(split: types.Split) -> np.ndarray:
   """Returns what retraining changes of each class's log prior.
 
@@ -35,13 +46,9 @@ def prior_shift(split: types.Split) -> np.ndarray:
     minus infinity for one that is gone, and 0 for one without any image. All
     are 0 where nothing is retained.
   """
-  num_classes = split.forget.num_classes
-  num_forget, num_retain = (
-    np.bincount(np.asarray(part.labels, int), minlength=num_classes)
-    for part in split
-  )
+  num_forget, num_retain = class_counts(split)
   if not num_retain.sum():
-    return np.zeros(num_classes, np.float32)
+    return np.zeros(len(num_retain), np.float32)
   part = np.where(
     num_forget > 0, num_retain / np.maximum(num_retain + num_forget, 1), 1.0
   )

@@ -218,19 +218,22 @@ def fit(
     )
 
   original, logits = predict(split.forget)
-  held = None if unseen is None or not len(unseen) else predict(unseen)
+  held = None
+  if unseen is not None and len(unseen):
+    weights = class_weights(split.forget.labels, unseen.labels)
+    held = (*predict(unseen), unseen.labels, weights)
   closed = part_closed(split, num_rows)
 
   def expected(measure: Callable[..., np.ndarray]) -> Level:
     shares = measure(logits, split.forget.labels)
-    if held is None or unseen is None:
+    if held is None:
       return level(shares, len(split.forget))
-    weights = class_weights(split.forget.labels, unseen.labels)
+    held_original, held_proxies, *labels_and_weights = held
     return level(
       *(shares, len(split.forget)),
-      float(measure(held[0], unseen.labels, weights)),
-      measure(held[1], unseen.labels, weights),
-      1 / float(np.square(weights).sum()),
+      float(measure(held_original, *labels_and_weights)),
+      measure(held_proxies, *labels_and_weights),
+      1 / float(np.square(held[-1]).sum()),
       closed,
     )
 
@@ -450,11 +453,7 @@ def part_closed(split: types.Split, num_images: int) -> float:
   Returns:
     In [0, 1].
   """
-  num_classes = split.forget.num_classes
-  forgotten, retained = (
-    np.bincount(np.asarray(part.labels, int), minlength=num_classes)
-    for part in split
-  )
+  forgotten, retained = levels.class_counts(split)
   share = num_images / len(split.retain)
   parts = [
     gap_closed(share * kept, kept, kept + gone) if kept and gone else 0.0
