@@ -78,6 +78,17 @@ def test_nothing_is_called_for_where_a_retrained_model_would_know_as_much():
   assert outcome.confidence.part == pytest.approx(closed, rel=0.2)
 
 
+def test_unseen_images_of_other_classes_than_the_forgotten_say_nothing(
+  knows_all,
+):
+  forget, unseen = fakes.blobs(60, seed=4), fakes.blobs(100, seed=9)
+  forget = forget.take(forget.labels == 0)
+  of_class = unseen.take(unseen.labels == 0)
+  every, same = (fit(forget, knows_all, unseen=x) for x in (unseen, of_class))
+  np.testing.assert_allclose(every.accuracy, same.accuracy, rtol=1e-6)
+  np.testing.assert_allclose(every.confidence, same.confidence, rtol=1e-6)
+
+
 def test_where_it_cannot_be_told_the_best_guess_is_taught():
   def outcome(value, low, high, original=0.7):
     level = proxies.Level(value, low, high)
